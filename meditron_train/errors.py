@@ -1,0 +1,18 @@
+"""The two kinds of failure that end a command with one clear message instead of a traceback."""
+
+from __future__ import annotations
+
+
+class MeditronError(Exception):
+    """The program or the machine failed (a full disk, a dead node): exit code 1."""
+
+    exit_code = 1
+
+
+class UserError(MeditronError):
+    """The user's input or configuration is wrong: exit code 2.
+
+    The message says what is wrong, where, with the values found, and what to write instead.
+    """
+
+    exit_code = 2

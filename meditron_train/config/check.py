@@ -1,0 +1,206 @@
+"""Mistakes that no single key shows: everything that does not fit together, in one message.
+
+Runs before any process group exists, so a wrong configuration costs a second, not a job on a cluster.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from meditron_train.config.model_config import ModelConfig
+from meditron_train.config.schema import Config
+from meditron_train.errors import UserError
+from meditron_train.layout import ParallelLayout
+from meditron_train.log import get_logger
+
+log = get_logger(__name__)
+
+
+def check_config(
+    config: Config,
+    model: ModelConfig,
+    world_size: int,
+    *,
+    tokenizer_vocab_size: int | None = None,
+    check_files: bool = True,
+) -> None:
+    """Raise one UserError that lists every mistake in `config` for `model` on `world_size` ranks.
+
+    `model` is the model that will train, its vocabulary already grown by data.special_tokens.
+    `tokenizer_vocab_size` counts the special tokens too; `check_files` looks for tokenizer, model and data on disk.
+    """
+    layout = config.parallel.layout(world_size)
+    problems = layout.problems()
+    sound_layout = not problems
+    problems += _split_problems(config, model, layout)
+    if sound_layout:
+        problems += _batch_problems(config, layout)
+    problems += _model_problems(config, model, tokenizer_vocab_size)
+    problems += _schedule_problems(config)
+    if check_files:
+        problems += _file_problems(config)
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"the configuration has {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
+    for warning in _warnings(config, model):
+        log.warning(warning)
+
+
+def _split_problems(config: Config, model: ModelConfig, layout: ParallelLayout) -> list[str]:
+    """What of the model or the sequence cannot be split evenly."""
+    found = []
+    num_chunks = layout.pipeline * layout.virtual_pipeline
+    if model.num_layers % num_chunks:
+        found.append(
+            f"{model.num_layers} layers are not divisible by parallel.pipeline x parallel.virtual_pipeline = "
+            f"{layout.pipeline} x {layout.virtual_pipeline} = {num_chunks}; {_divisors(model.num_layers)}"
+        )
+    for name, size in (
+        ("attention heads", model.num_heads),
+        ("key/value heads", model.num_kv_heads),
+        ("columns of the MLP (intermediate size)", model.intermediate_size),
+    ):
+        if size % layout.tensor:
+            found.append(f"{size} {name} are not divisible by parallel.tensor = {layout.tensor}; {_divisors(size)}")
+    num_tokens = config.train.seq_len * config.train.micro_batch_size
+    tokens = f"train.seq_len x train.micro_batch_size = {num_tokens} tokens"
+    if layout.context > 1 and num_tokens % (2 * layout.context):
+        found.append(
+            f"{tokens} are not divisible by 2 x parallel.context = {2 * layout.context}: context parallelism gives "
+            "each rank two equal slices"
+        )
+    elif layout.sequence and (num_tokens // layout.context) % layout.tensor:
+        found.append(
+            f"{tokens} over parallel.context = {layout.context} are {num_tokens // layout.context} per rank, not "
+            f"divisible by parallel.tensor = {layout.tensor}, as parallel.sequence needs"
+        )
+    if config.parallel.overlap_param_gather and not (
+        config.parallel.distributed_optimizer and config.parallel.overlap_grad_reduce
+    ):
+        found.append(
+            "parallel.overlap_param_gather needs parallel.distributed_optimizer and parallel.overlap_grad_reduce; "
+            "set both to true, or it to false"
+        )
+    return found
+
+
+def _batch_problems(config: Config, layout: ParallelLayout) -> list[str]:
+    """What keeps a global batch from being dealt to the ranks in whole micro-batches."""
+    train, ramp = config.train, config.train.batch_ramp
+    stages: tuple[int, ...] = (train.global_batch_size,)
+    if ramp is not None:
+        if ramp.start > train.global_batch_size:
+            return [f"train.batch_ramp.start {ramp.start} is above train.global_batch_size {train.global_batch_size}"]
+        if (train.global_batch_size - ramp.start) % ramp.increment:
+            problem = (
+                f"train.batch_ramp goes from {ramp.start} by {ramp.increment} and never reaches "
+                f"train.global_batch_size {train.global_batch_size} exactly; choose an increment that divides "
+                f"{train.global_batch_size - ramp.start}"
+            )
+            return [problem]
+        stages = ramp.stages(train.global_batch_size)
+    found = []
+    samples_per_pass = train.micro_batch_size * layout.data
+    for size in stages:
+        what = "train.global_batch_size" if size == train.global_batch_size else "the stage of train.batch_ramp with"
+        if size % samples_per_pass:
+            found.append(
+                f"{what} {size} is not divisible by train.micro_batch_size x data-parallel size = "
+                f"{train.micro_batch_size} x {layout.data} = {samples_per_pass}; the next possible size is "
+                f"{-(-size // samples_per_pass) * samples_per_pass}"
+            )
+            continue
+        num_microbatches = size // samples_per_pass
+        if layout.virtual_pipeline > 1 and num_microbatches % layout.pipeline:
+            found.append(
+                f"{what} {size} makes {num_microbatches} micro-batches per rank, not divisible by parallel.pipeline = "
+                f"{layout.pipeline}, as the interleaved schedule (parallel.virtual_pipeline > 1) needs"
+            )
+    return found
+
+
+def _model_problems(config: Config, model: ModelConfig, tokenizer_vocab_size: int | None) -> list[str]:
+    """Disagreements between tokenizer and model."""
+    found = []
+    if tokenizer_vocab_size is not None and tokenizer_vocab_size > model.vocab_size:
+        padded = model.padded_vocab_size(config.parallel.tensor, config.parallel.vocab_multiple)
+        found.append(
+            f"the tokenizer in {config.data.tokenizer} has {tokenizer_vocab_size} tokens but the model's embedding has "
+            f"{model.vocab_size} ({padded} with padding, which holds no token); use the model's own tokenizer, and "
+            "name tokens to add under data.special_tokens"
+        )
+    return found
+
+
+def _schedule_problems(config: Config) -> list[str]:
+    """Learning rates and step numbers in the wrong order."""
+    found = []
+    steps, warmup_steps, decay_steps = config.train.steps, config.warmup_steps, config.decay_steps
+    if config.optimizer.min_lr > config.optimizer.lr:
+        found.append(f"optimizer.min_lr {config.optimizer.min_lr} is above optimizer.lr {config.optimizer.lr}")
+    if warmup_steps > steps:
+        found.append(f"schedule.warmup_steps {warmup_steps} is above train.steps {steps}: the peak is never reached")
+    elif config.schedule.kind in ("cosine", "linear") and decay_steps < warmup_steps:
+        found.append(
+            f"schedule.decay_steps {decay_steps} is below schedule.warmup_steps {warmup_steps}; "
+            "it counts from the first step, warm-up included"
+        )
+    elif config.schedule.kind == "wsd" and warmup_steps + decay_steps > steps:
+        found.append(
+            f"schedule: warm-up of {warmup_steps} and final decay of {decay_steps} steps do not fit in "
+            f"train.steps {steps}"
+        )
+    return found
+
+
+def _file_problems(config: Config) -> list[str]:
+    """Files the run needs and that are not there."""
+    found = []
+    tokenizer = config.data.tokenizer
+    if not tokenizer.is_dir():
+        found.append(f"data.tokenizer: there is no directory {tokenizer}")
+    elif not any((tokenizer / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        found.append(f"data.tokenizer: {tokenizer} has neither tokenizer.model nor tokenizer.json")
+    source = config.model.from_
+    if source is not None:
+        if not source.is_dir():
+            found.append(f"model.from: there is no directory {source}")
+        elif not any((source / name).is_file() for name in ("config.json", "meta.json")):
+            found.append(
+                f"model.from: {source} is no model: it has neither config.json (Hugging Face) nor meta.json (checkpoint)"
+            )
+    for kind, sources in (("train", config.data.train), ("validation", config.data.validation)):
+        for entry in sources:
+            missing = [str(file) for file in _dataset_files(entry.path) if not file.is_file()]
+            if missing:
+                found.append(
+                    f"data.{kind} {entry.name!r}: missing {' and '.join(missing)}; "
+                    f"make them with `meditron-train data tokenize ... --output {entry.path}`"
+                )
+    return found
+
+
+def _dataset_files(prefix: Path) -> tuple[Path, Path]:
+    # Not with_suffix: a prefix may contain dots of its own ("pubmed.v2").
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+
+
+def _warnings(config: Config, model: ModelConfig) -> list[str]:
+    """What may be meant as it is, and should be seen."""
+    found = []
+    # RoPE computes at any position, so this is a choice (context extension by theta, dynamic scaling), not an error.
+    if config.train.seq_len > model.max_position_embeddings and model.rope.kind != "dynamic":
+        found.append(
+            f"train.seq_len {config.train.seq_len} is beyond the {model.max_position_embeddings} positions of the "
+            f"model's config.json (RoPE: {model.rope.kind}, factor {model.rope.factor:g}); generation with the "
+            "exported model may stop there"
+        )
+    if config.parallel.sequence and config.parallel.tensor == 1:
+        found.append("parallel.sequence has no effect with parallel.tensor = 1")
+    return found
+
+
+def _divisors(size: int) -> str:
+    """ "possible: 1, 2, 4" for a message about divisibility."""
+    possible = [str(divisor) for divisor in range(1, min(size, 128) + 1) if size % divisor == 0]
+    return f"possible: {', '.join(possible)}"

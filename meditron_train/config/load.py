@@ -1,0 +1,260 @@
+"""Configuration files: read YAML, fill in the environment, apply overrides, and say every mistake at once.
+
+Order: parse the file, apply `section.field=value` overrides, replace `${VAR}` and `${VAR:-default}`, drop nulls
+(null means the default), validate. An interpolated value is text that the key's type converts; `$${` is a literal `${`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from meditron_train.config.schema import Config
+from meditron_train.errors import UserError
+
+_COMMAND_LINE = "the command line"
+_VARIABLE = re.compile(r"(?P<escape>\$)?\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}|\$\{")
+_FREE_FORM = ("model", "hf_config")  # Hugging Face's own keys, where null carries meaning
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 as people write it: 3e-4 is a number, and a key given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            try:
+                twice = key in seen
+                seen.add(key)
+            except TypeError:
+                raise yaml.MarkedYAMLError(problem=f"{key!r} cannot be a key", problem_mark=key_node.start_mark) from None
+            if twice:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read and validate a configuration file.
+
+    `overrides` are `section.field=value` strings, their values in YAML. Raises one UserError that lists everything
+    wrong with the file and the overrides: unknown keys with the nearest valid one, values of the wrong kind,
+    undefined environment variables.
+    """
+    path = Path(path)
+    values = _read_yaml(path)
+    problems: list[str] = []
+    overridden = _apply_overrides(values, overrides, problems)
+    values = _interpolate(values, (), overridden, path, problems)
+    values = _drop_nulls(values, ())
+    logging_section = values.setdefault("logging", {})
+    if isinstance(logging_section, dict):
+        logging_section.setdefault("run_dir", f"runs/{path.stem}")
+    config: Config | None = None
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        problems += [_explain(dict(problem), overridden) for problem in error.errors()]
+    if problems or config is None:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"{path}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
+    return config
+
+
+def dump_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration; `load_config` of that file gives an equal Config."""
+    values = config.model_dump(mode="json", by_alias=True)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).replace("${", "$${")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"there is no configuration file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the configuration file {path}: {error}") from None
+    try:
+        values = yaml.load(text, _Loader)  # a SafeLoader: plain data only
+    except yaml.YAMLError as error:
+        hint = "\nInside { } or [ ], write quotes around ${VAR}: \"${VAR}\"." if "${" in text else ""
+        raise UserError(f"{path} is not valid YAML: {error}{hint}") from None
+    if not isinstance(values, dict):
+        what = "empty" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"{path} is {what}; expected sections such as `train: {{steps: 1000}}`")
+    return values
+
+
+def _apply_overrides(values: dict[str, Any], overrides: Sequence[str], problems: list[str]) -> set[str]:
+    """Set each `a.b.c=value` in `values`; returns the dotted keys that were set."""
+    overridden: set[str] = set()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        parts = key.split(".")
+        if not equals or len(parts) < 2 or not all(parts):
+            problems.append(f"{override!r} on {_COMMAND_LINE}: expected section.field=value, e.g. train.steps=1000")
+            continue
+        try:
+            value = yaml.load(text, _Loader)  # a SafeLoader: plain data only
+        except yaml.YAMLError:
+            problems.append(f"{override!r} on {_COMMAND_LINE}: the value is not valid YAML")
+            continue
+        trouble = _set(values, parts, value)
+        if trouble:
+            problems.append(f"{override!r} on {_COMMAND_LINE}: {trouble}")
+        else:
+            overridden.add(key)
+    return overridden
+
+
+def _set(values: Any, parts: list[str], value: Any) -> str | None:
+    """Set values[parts[0]][parts[1]]... (numbers index lists); returns what prevents it."""
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        here = ".".join(parts[:depth])
+        if isinstance(values, list):
+            if not (part.isdigit() and int(part) < len(values)):
+                return f"{here} is a list of {len(values)}; write {here}.0 to {here}.{len(values) - 1}, or the whole list"
+            index: Any = int(part)
+        elif isinstance(values, dict):
+            index = part
+        else:
+            return f"{here} is {values!r} and has no key {part!r}"
+        if last:
+            values[index] = value
+        else:
+            if isinstance(values, dict) and values.get(index) is None:
+                values[index] = {}
+            values = values[index]
+    return None
+
+
+def _interpolate(value: Any, keys: tuple[Any, ...], overridden: set[str], path: Path, problems: list[str]) -> Any:
+    """Replace ${VAR} and ${VAR:-default} in every string below `value`."""
+    if isinstance(value, dict):
+        return {k: _interpolate(v, (*keys, k), overridden, path, problems) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_interpolate(v, (*keys, i), overridden, path, problems) for i, v in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def replacement(match: re.Match[str]) -> str:
+        name, default = match["name"], match["default"]
+        if match["escape"]:
+            return match[0][1:]
+        if name is None:
+            problems.append(f"{_where(keys, overridden)} = {value!r}: write ${{NAME}} or ${{NAME:-default}}, or $${{ for a plain ${{")
+            return match[0]
+        found = os.environ.get(name) or default  # as in the shell, :- also replaces an empty variable
+        if found is None:
+            problems.append(
+                f"{_where(keys, overridden)} = {value!r}: the environment variable {name} is not set; "
+                f"export {name}=..., or write ${{{name}:-default}}"
+            )
+            return match[0]
+        return found
+
+    return _VARIABLE.sub(replacement, value)
+
+
+def _drop_nulls(value: Any, keys: tuple[Any, ...]) -> Any:
+    if keys == _FREE_FORM:
+        return value
+    if isinstance(value, dict):
+        return {k: _drop_nulls(v, (*keys, k)) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_drop_nulls(v, (*keys, i)) for i, v in enumerate(value)]
+    return value
+
+
+def _where(keys: Sequence[Any], overridden: set[str]) -> str:
+    dotted = ".".join(map(str, keys))
+    ours = any(dotted == key or dotted.startswith(key + ".") for key in overridden)
+    return f"{dotted} (from {_COMMAND_LINE})" if ours else dotted
+
+
+def _explain(problem: dict[str, Any], overridden: set[str]) -> str:
+    """One line for one of pydantic's errors: key, value, what is expected."""
+    keys = problem["loc"]
+    where = _where(keys, overridden) or "the file"
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key; {_suggest(keys)}"
+    if problem["type"] == "missing":
+        return f"{where}: missing, and it has no default"
+    message = problem["msg"]
+    for prefix in ("Value error, ", "Input should be "):
+        if message.startswith(prefix):
+            message = message.removeprefix(prefix)
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
+        return f"{where}: {message}"  # the mistake is between keys; the message names them
+    expected = message if problem["type"] == "value_error" else f"expected {message}"
+    return f"{where} = {problem['input']!r}: {expected}"
+
+
+def _suggest(keys: Sequence[Any]) -> str:
+    """The nearest valid key: among the neighbours first, then the same word in another section."""
+    parent: type[BaseModel] | None = Config
+    for key in keys[:-1]:
+        if parent is not None and not isinstance(key, int):
+            parent = _nested(parent, key)
+    wrong = str(keys[-1])
+    prefix = ".".join(map(str, keys[:-1]))
+    siblings = _keys_of(parent) if parent else []
+    everywhere = dict.fromkeys(_all_keys(Config, ""))
+    elsewhere = [key for key in everywhere if key.rpartition(".")[2] == wrong]
+    close = difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {prefix + '.' if prefix else ''}{close[0]}?"
+    if elsewhere:
+        return f"did you mean {elsewhere[0]}?"
+    leaves = {key.rpartition(".")[2]: key for key in everywhere}
+    close = difflib.get_close_matches(wrong, list(leaves), n=1, cutoff=0.75)
+    if close:
+        return f"did you mean {leaves[close[0]]}?"
+    return f"valid keys in {prefix or 'the file'}: {', '.join(siblings)}"
+
+
+def _keys_of(section: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _nested(section: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The section class behind a key, also through `X | None` and `tuple[X, ...]`."""
+    for name, field in section.model_fields.items():
+        if key == (field.alias or name):
+            return next(_sections_in(field.annotation), None)
+    return None
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _sections_in(argument)
+
+
+def _all_keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for key in _keys_of(section):
+        yield prefix + key
+        nested = _nested(section, key)
+        if nested is not None:
+            yield from _all_keys(nested, f"{prefix}{key}.")

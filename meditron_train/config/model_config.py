@@ -1,0 +1,78 @@
+"""The shape of a Llama model, independent of any file format."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Size = Annotated[int, Field(ge=1)]
+
+
+class RopeConfig(BaseModel):
+    """Rotary position embedding: base frequency and the scaling that extends it to longer texts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    theta: float = Field(10000.0, gt=0)
+    kind: Literal["default", "linear", "dynamic", "llama3"] = "default"
+    factor: float = Field(1.0, gt=0)
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int | None = None
+
+
+class ModelConfig(BaseModel):
+    """Sizes and constants of one Llama model, as its checkpoint states them (vocabulary unpadded)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_layers: Size
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    max_position_embeddings: Size
+    rms_norm_eps: float = Field(gt=0)
+    rope: RopeConfig = RopeConfig()
+    tie_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> ModelConfig:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}: "
+                "each key/value head serves the same number of query heads"
+            )
+        return self
+
+    def padded_vocab_size(self, tp: int, multiple: int = 128) -> int:
+        """Rows of the embedding in memory: the smallest multiple of `multiple` and of `tp` that holds the vocabulary."""
+        step = math.lcm(multiple, tp)
+        return -(-self.vocab_size // step) * step
+
+    @property
+    def num_embedding_parameters(self) -> int:
+        """Parameters of the input embedding alone (unpadded)."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def num_layer_parameters(self) -> int:
+        """Parameters of one transformer layer: attention, SwiGLU and its two norms."""
+        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim * self.hidden_size
+        mlp = 3 * self.intermediate_size * self.hidden_size
+        return attention + mlp + 2 * self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, unpadded; tied embeddings are counted once."""
+        embeddings = self.num_embedding_parameters * (1 if self.tie_embeddings else 2)
+        return embeddings + self.num_layers * self.num_layer_parameters + self.hidden_size

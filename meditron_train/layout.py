@@ -1,0 +1,94 @@
+"""How ranks share one model: the sizes of the parallel dimensions, and which rank does what.
+
+Pure arithmetic: no torch, no process group. Everything that must know "who holds what" before (or without)
+any communication asks here: the config check, the planner, checkpoint conversion, the data loader.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RankCoordinates:
+    """The place of one rank in each parallel dimension, counted from 0."""
+
+    tensor: int
+    context: int
+    data: int
+    pipeline: int
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Sizes of the parallel dimensions. Data parallelism is what is left of `world_size`.
+
+    `virtual_pipeline` is the number of model chunks per pipeline rank (1: plain 1F1B);
+    `sequence` is sequence parallelism inside the tensor-parallel group.
+    """
+
+    world_size: int
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    sequence: bool = False
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that together hold one copy of the model and work on the same sample."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def data(self) -> int:
+        """Data-parallel size; meaningful once `problems()` is empty."""
+        return self.world_size // self.model_parallel_size
+
+    def problems(self) -> list[str]:
+        """Everything that makes this layout impossible, one sentence each; empty when it is sound."""
+        sizes = {
+            "world size": self.world_size,
+            "parallel.tensor": self.tensor,
+            "parallel.pipeline": self.pipeline,
+            "parallel.virtual_pipeline": self.virtual_pipeline,
+            "parallel.context": self.context,
+        }
+        found = [f"{name} is {size}: it must be at least 1" for name, size in sizes.items() if size < 1]
+        if found:
+            return found
+        if self.world_size % self.model_parallel_size:
+            found.append(
+                f"world size {self.world_size} is not divisible by parallel.tensor x parallel.pipeline x "
+                f"parallel.context = {self.tensor} x {self.pipeline} x {self.context} = {self.model_parallel_size}: "
+                f"start a multiple of {self.model_parallel_size} processes, or make these sizes smaller"
+            )
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            found.append(
+                f"parallel.virtual_pipeline is {self.virtual_pipeline} but parallel.pipeline is 1: interleaving "
+                "needs at least 2 pipeline stages; set parallel.virtual_pipeline to 1"
+            )
+        return found
+
+    def coordinates(self, rank: int) -> RankCoordinates:
+        """Place of a global rank, in megatron-core's default order "tp-cp-ep-dp-pp" (tp varies fastest)."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is outside the world of {self.world_size} ranks")
+        rank, tensor = divmod(rank, self.tensor)
+        rank, context = divmod(rank, self.context)
+        pipeline, data = divmod(rank, self.data)
+        return RankCoordinates(tensor=tensor, context=context, data=data, pipeline=pipeline)
+
+    def layers_of(self, pipeline_rank: int, virtual_rank: int, num_layers: int) -> range:
+        """Global 0-based layer numbers of one model chunk.
+
+        Chunks are dealt to the stages in turn, as Megatron's interleaved schedule wants them: with 2 stages and
+        2 chunks each, 8 layers go [0,1] [2,3] to the first chunks of stages 0 and 1, then [4,5] [6,7] to the second.
+        """
+        num_chunks = self.pipeline * self.virtual_pipeline
+        if num_layers % num_chunks:
+            raise ValueError(f"{num_layers} layers do not divide into {num_chunks} equal chunks")
+        if not (0 <= pipeline_rank < self.pipeline and 0 <= virtual_rank < self.virtual_pipeline):
+            raise ValueError(f"there is no chunk {virtual_rank} on stage {pipeline_rank} in {self}")
+        layers_per_chunk = num_layers // num_chunks
+        first = (virtual_rank * self.pipeline + pipeline_rank) * layers_per_chunk
+        return range(first, first + layers_per_chunk)

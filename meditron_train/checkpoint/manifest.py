@@ -1,0 +1,124 @@
+"""The manifest of a checkpoint directory: size and SHA-256 of every file, so that "intact" is a fact and not a hope."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_FORMAT = "meditron-train-manifest/1"
+
+_BLOCK_BYTES = 4 * 1024 * 1024
+_NUM_THREADS = min(16, 2 * (os.cpu_count() or 1))  # hashlib and read() both let go of the GIL
+
+
+def write_manifest(directory: Path) -> dict:
+    """Hash every file under `directory` (recursively) and write `manifest.json` beside them, atomically.
+
+    Every file is also fsynced, so what the manifest vouches for is on the disk before the manifest is.
+    Returns the manifest: {"format", "hash": "sha256", "files": {relative path: {"num_bytes", "sha256"}}}.
+    Raises OSError when a file cannot be read or the disk is full.
+    """
+    names = sorted(_file_names(directory) - {MANIFEST_NAME})
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        entries = list(pool.map(lambda name: _describe(directory / name, sync=True), names))
+    manifest = {"format": MANIFEST_FORMAT, "hash": "sha256", "files": dict(zip(names, entries, strict=True))}
+    write_text_atomically(directory / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def verify_manifest(directory: Path, *, check_hashes: bool = True) -> list[str]:
+    """What is wrong with a finished checkpoint directory, one line per problem; an empty list means intact.
+
+    Finds missing, additional, cut off and changed files. Sizes are compared first: a file of the wrong size is
+    not hashed. `check_hashes=False` stops there (fast, but blind to flipped bits). Never raises for bad files.
+    """
+    try:
+        manifest = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+        expected = {name: (int(e["num_bytes"]), str(e["sha256"])) for name, e in manifest["files"].items()}
+        found = _file_names(directory) - {MANIFEST_NAME}
+    except FileNotFoundError:
+        return [f"{MANIFEST_NAME} is missing"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST_NAME} cannot be read: {error!r}"]
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found)]
+    problems += [f"{name} is not in the manifest" for name in sorted(found - expected.keys())]
+    right_size = []
+    for name in sorted(expected.keys() & found):
+        try:
+            num_bytes = (directory / name).stat().st_size
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error}")
+            continue
+        if num_bytes == expected[name][0]:
+            right_size.append(name)
+        else:
+            problems.append(f"{name} has {num_bytes} bytes instead of {expected[name][0]}")
+    if check_hashes:
+        problems += _changed_files(directory, right_size, expected)
+    return problems
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text`: a reader, or a start after a kill, sees the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in `directory` durable: fsync of a file does not cover its directory entry."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _file_names(directory: Path) -> set[str]:
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would otherwise silently leave out what it cannot list
+
+    names: set[str] = set()
+    for parent, _, files in os.walk(directory, onerror=fail):
+        names.update((Path(parent) / file).relative_to(directory).as_posix() for file in files)
+    return names
+
+
+def _describe(path: Path, *, sync: bool) -> dict[str, int | str]:
+    digest = hashlib.sha256()
+    num_bytes = 0
+    buffer = memoryview(bytearray(_BLOCK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while block_bytes := file.readinto(buffer):
+            digest.update(buffer[:block_bytes])
+            num_bytes += block_bytes
+        if sync:
+            os.fsync(file.fileno())
+    return {"num_bytes": num_bytes, "sha256": digest.hexdigest()}
+
+
+def _changed_files(directory: Path, names: Iterable[str], expected: dict[str, tuple[int, str]]) -> list[str]:
+    def problem_of(name: str) -> str | None:
+        try:
+            sha256 = _describe(directory / name, sync=False)["sha256"]
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+        if sha256 != expected[name][1]:
+            return f"{name} has changed: SHA-256 {str(sha256)[:12]}… instead of {expected[name][1][:12]}…"
+        return None
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return [problem for problem in pool.map(problem_of, names) if problem]

@@ -59,13 +59,14 @@ class ParallelLayout:
         if self.world_size % self.model_parallel_size:
             found.append(
                 f"world size {self.world_size} is not divisible by parallel.tensor x parallel.pipeline x "
-                f"parallel.context = {self.tensor} x {self.pipeline} x {self.context} = {self.model_parallel_size}: "
-                f"start a multiple of {self.model_parallel_size} processes, or make these sizes smaller"
+                f"parallel.context = {self.tensor} x {self.pipeline} x {self.context} = "
+                f"{self.model_parallel_size}; start a multiple of {self.model_parallel_size} processes, or "
+                "make these sizes smaller"
             )
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             found.append(
-                f"parallel.virtual_pipeline is {self.virtual_pipeline} but parallel.pipeline is 1: interleaving "
-                "needs at least 2 pipeline stages; set parallel.virtual_pipeline to 1"
+                f"parallel.virtual_pipeline is {self.virtual_pipeline} but parallel.pipeline is 1: the "
+                "interleaved schedule needs at least 2 stages; set parallel.virtual_pipeline to 1"
             )
         return found
 
@@ -81,8 +82,9 @@ class ParallelLayout:
     def layers_of(self, pipeline_rank: int, virtual_rank: int, num_layers: int) -> range:
         """Global 0-based layer numbers of one model chunk.
 
-        Chunks are dealt to the stages in turn, as Megatron's interleaved schedule wants them: with 2 stages and
-        2 chunks each, 8 layers go [0,1] [2,3] to the first chunks of stages 0 and 1, then [4,5] [6,7] to the second.
+        Chunks are dealt to the stages in turn, as Megatron's interleaved schedule wants them: with 2 stages
+        and 2 chunks each, 8 layers go [0,1] [2,3] to the first chunks of stages 0 and 1, then [4,5] [6,7] to
+        the second.
         """
         num_chunks = self.pipeline * self.virtual_pipeline
         if num_layers % num_chunks:

@@ -27,7 +27,8 @@ def check_config(
     """Raise one UserError that lists every mistake in `config` for `model` on `world_size` ranks.
 
     `model` is the model that will train, its vocabulary already grown by data.special_tokens.
-    `tokenizer_vocab_size` counts the special tokens too; `check_files` looks for tokenizer, model and data on disk.
+    `tokenizer_vocab_size` counts the special tokens too. With `check_files`, tokenizer, model and data must
+    be on disk.
     """
     layout = config.parallel.layout(world_size)
     problems = layout.problems()
@@ -41,7 +42,8 @@ def check_config(
         problems += _file_problems(config)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"the configuration has {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise UserError(f"the configuration has {count} on {world_size} ranks\n{listed}")
     for warning in _warnings(config, model):
         log.warning(warning)
 
@@ -61,25 +63,27 @@ def _split_problems(config: Config, model: ModelConfig, layout: ParallelLayout) 
         ("columns of the MLP (intermediate size)", model.intermediate_size),
     ):
         if size % layout.tensor:
-            found.append(f"{size} {name} are not divisible by parallel.tensor = {layout.tensor}; {_divisors(size)}")
+            found.append(
+                f"{size} {name} are not divisible by parallel.tensor = {layout.tensor}; {_divisors(size)}"
+            )
     num_tokens = config.train.seq_len * config.train.micro_batch_size
     tokens = f"train.seq_len x train.micro_batch_size = {num_tokens} tokens"
     if layout.context > 1 and num_tokens % (2 * layout.context):
         found.append(
-            f"{tokens} are not divisible by 2 x parallel.context = {2 * layout.context}: context parallelism gives "
-            "each rank two equal slices"
+            f"{tokens} are not divisible by 2 x parallel.context = {2 * layout.context}: context parallelism "
+            "gives each rank two equal slices"
         )
     elif layout.sequence and (num_tokens // layout.context) % layout.tensor:
         found.append(
-            f"{tokens} over parallel.context = {layout.context} are {num_tokens // layout.context} per rank, not "
-            f"divisible by parallel.tensor = {layout.tensor}, as parallel.sequence needs"
+            f"{tokens} over parallel.context = {layout.context} are {num_tokens // layout.context} per rank, "
+            f"not divisible by parallel.tensor = {layout.tensor}, as parallel.sequence needs"
         )
     if config.parallel.overlap_param_gather and not (
         config.parallel.distributed_optimizer and config.parallel.overlap_grad_reduce
     ):
         found.append(
-            "parallel.overlap_param_gather needs parallel.distributed_optimizer and parallel.overlap_grad_reduce; "
-            "set both to true, or it to false"
+            "parallel.overlap_param_gather needs parallel.distributed_optimizer and "
+            "parallel.overlap_grad_reduce; set both to true, or it to false"
         )
     return found
 
@@ -90,19 +94,21 @@ def _batch_problems(config: Config, layout: ParallelLayout) -> list[str]:
     stages: tuple[int, ...] = (train.global_batch_size,)
     if ramp is not None:
         if ramp.start > train.global_batch_size:
-            return [f"train.batch_ramp.start {ramp.start} is above train.global_batch_size {train.global_batch_size}"]
+            sizes = f"start {ramp.start} is above train.global_batch_size {train.global_batch_size}"
+            return [f"train.batch_ramp.{sizes}"]
         if (train.global_batch_size - ramp.start) % ramp.increment:
             problem = (
                 f"train.batch_ramp goes from {ramp.start} by {ramp.increment} and never reaches "
-                f"train.global_batch_size {train.global_batch_size} exactly; choose an increment that divides "
-                f"{train.global_batch_size - ramp.start}"
+                f"train.global_batch_size {train.global_batch_size} exactly; choose an increment that "
+                f"divides {train.global_batch_size - ramp.start}"
             )
             return [problem]
         stages = ramp.stages(train.global_batch_size)
     found = []
     samples_per_pass = train.micro_batch_size * layout.data
     for size in stages:
-        what = "train.global_batch_size" if size == train.global_batch_size else "the stage of train.batch_ramp with"
+        final = size == train.global_batch_size
+        what = "train.global_batch_size" if final else "the train.batch_ramp stage of"
         if size % samples_per_pass:
             found.append(
                 f"{what} {size} is not divisible by train.micro_batch_size x data-parallel size = "
@@ -113,8 +119,9 @@ def _batch_problems(config: Config, layout: ParallelLayout) -> list[str]:
         num_microbatches = size // samples_per_pass
         if layout.virtual_pipeline > 1 and num_microbatches % layout.pipeline:
             found.append(
-                f"{what} {size} makes {num_microbatches} micro-batches per rank, not divisible by parallel.pipeline = "
-                f"{layout.pipeline}, as the interleaved schedule (parallel.virtual_pipeline > 1) needs"
+                f"{what} {size} makes {num_microbatches} micro-batches per rank, not divisible by "
+                f"parallel.pipeline = {layout.pipeline}, as the interleaved schedule "
+                "(parallel.virtual_pipeline > 1) needs"
             )
     return found
 
@@ -125,9 +132,9 @@ def _model_problems(config: Config, model: ModelConfig, tokenizer_vocab_size: in
     if tokenizer_vocab_size is not None and tokenizer_vocab_size > model.vocab_size:
         padded = model.padded_vocab_size(config.parallel.tensor, config.parallel.vocab_multiple)
         found.append(
-            f"the tokenizer in {config.data.tokenizer} has {tokenizer_vocab_size} tokens but the model's embedding has "
-            f"{model.vocab_size} ({padded} with padding, which holds no token); use the model's own tokenizer, and "
-            "name tokens to add under data.special_tokens"
+            f"the tokenizer in {config.data.tokenizer} has {tokenizer_vocab_size} tokens but the model's "
+            f"embedding has {model.vocab_size} ({padded} with padding, which holds no token); use the "
+            "model's own tokenizer, and name tokens to add under data.special_tokens"
         )
     return found
 
@@ -137,9 +144,14 @@ def _schedule_problems(config: Config) -> list[str]:
     found = []
     steps, warmup_steps, decay_steps = config.train.steps, config.warmup_steps, config.decay_steps
     if config.optimizer.min_lr > config.optimizer.lr:
-        found.append(f"optimizer.min_lr {config.optimizer.min_lr} is above optimizer.lr {config.optimizer.lr}")
+        found.append(
+            f"optimizer.min_lr {config.optimizer.min_lr:g} is above optimizer.lr {config.optimizer.lr:g}"
+        )
     if warmup_steps > steps:
-        found.append(f"schedule.warmup_steps {warmup_steps} is above train.steps {steps}: the peak is never reached")
+        found.append(
+            f"the warm-up of {warmup_steps} steps (schedule.warmup_steps or warmup_fraction) is longer than "
+            f"train.steps {steps}"
+        )
     elif config.schedule.kind in ("cosine", "linear") and decay_steps < warmup_steps:
         found.append(
             f"schedule.decay_steps {decay_steps} is below schedule.warmup_steps {warmup_steps}; "
@@ -167,7 +179,8 @@ def _file_problems(config: Config) -> list[str]:
             found.append(f"model.from: there is no directory {source}")
         elif not any((source / name).is_file() for name in ("config.json", "meta.json")):
             found.append(
-                f"model.from: {source} is no model: it has neither config.json (Hugging Face) nor meta.json (checkpoint)"
+                f"model.from: {source} is no model: it has neither config.json (Hugging Face) nor meta.json "
+                "(sharded checkpoint)"
             )
     for kind, sources in (("train", config.data.train), ("validation", config.data.validation)):
         for entry in sources:
@@ -188,12 +201,12 @@ def _dataset_files(prefix: Path) -> tuple[Path, Path]:
 def _warnings(config: Config, model: ModelConfig) -> list[str]:
     """What may be meant as it is, and should be seen."""
     found = []
-    # RoPE computes at any position, so this is a choice (context extension by theta, dynamic scaling), not an error.
+    # RoPE computes at any position, so this is a choice (context extension by theta), not an error.
     if config.train.seq_len > model.max_position_embeddings and model.rope.kind != "dynamic":
         found.append(
-            f"train.seq_len {config.train.seq_len} is beyond the {model.max_position_embeddings} positions of the "
-            f"model's config.json (RoPE: {model.rope.kind}, factor {model.rope.factor:g}); generation with the "
-            "exported model may stop there"
+            f"train.seq_len {config.train.seq_len} is beyond the {model.max_position_embeddings} positions "
+            f"of the model's config.json (RoPE: {model.rope.kind}, factor {model.rope.factor:g}); generation "
+            "with the exported model may stop there"
         )
     if config.parallel.sequence and config.parallel.tensor == 1:
         found.append("parallel.sequence has no effect with parallel.tensor = 1")

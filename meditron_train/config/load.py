@@ -1,7 +1,8 @@
 """Configuration files: read YAML, fill in the environment, apply overrides, and say every mistake at once.
 
-Order: parse the file, apply `section.field=value` overrides, replace `${VAR}` and `${VAR:-default}`, drop nulls
-(null means the default), validate. An interpolated value is text that the key's type converts; `$${` is a literal `${`.
+Order: parse the file, apply `section.field=value` overrides, replace `${VAR}` and `${VAR:-default}`, drop
+nulls (null means the default), validate. An interpolated value is text that the key's type converts; `$${`
+is a literal `${`.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ class _Loader(yaml.SafeLoader):
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             key = self.construct_object(key_node, deep=True)
-            try:
-                twice = key in seen
-                seen.add(key)
-            except TypeError:
-                raise yaml.MarkedYAMLError(problem=f"{key!r} cannot be a key", problem_mark=key_node.start_mark) from None
-            if twice:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
+            problem = None
+            if isinstance(key, (list, dict)):
+                problem = f"{key!r} cannot be a key"
+            elif key in seen:
+                problem = f"key {key!r} is given twice"
+            if problem:
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -53,15 +55,15 @@ _Loader.add_implicit_resolver(
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read and validate a configuration file.
 
-    `overrides` are `section.field=value` strings, their values in YAML. Raises one UserError that lists everything
-    wrong with the file and the overrides: unknown keys with the nearest valid one, values of the wrong kind,
-    undefined environment variables.
+    `overrides` are `section.field=value` strings, their values in YAML. Raises one UserError that lists
+    everything wrong with the file and the overrides: unknown keys with the nearest valid one, values of the
+    wrong kind, undefined environment variables.
     """
     path = Path(path)
     values = _read_yaml(path)
     problems: list[str] = []
     overridden = _apply_overrides(values, overrides, problems)
-    values = _interpolate(values, (), overridden, path, problems)
+    values = _interpolate(values, (), overridden, problems)
     values = _drop_nulls(values, ())
     logging_section = values.setdefault("logging", {})
     if isinstance(logging_section, dict):
@@ -70,7 +72,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        problems += [_explain(dict(problem), overridden) for problem in error.errors()]
+        for problem in error.errors():
+            # A list whose entries fail is also reported as too short: say the first reason only.
+            if problem["type"] != "too_short" or not problem["input"]:
+                problems.append(_explain(dict(problem), overridden))
     if problems or config is None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{path}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
@@ -95,7 +100,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(text, _Loader)  # a SafeLoader: plain data only
     except yaml.YAMLError as error:
-        hint = "\nInside { } or [ ], write quotes around ${VAR}: \"${VAR}\"." if "${" in text else ""
+        hint = '\nInside { } or [ ], write quotes around ${VAR}: "${VAR}".' if "${" in text else ""
         raise UserError(f"{path} is not valid YAML: {error}{hint}") from None
     if not isinstance(values, dict):
         what = "empty" if values is None else f"a {type(values).__name__}"
@@ -111,7 +116,9 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str], problems:
         key = key.strip()
         parts = key.split(".")
         if not equals or len(parts) < 2 or not all(parts):
-            problems.append(f"{override!r} on {_COMMAND_LINE}: expected section.field=value, e.g. train.steps=1000")
+            problems.append(
+                f"{override!r} on {_COMMAND_LINE}: expected section.field=value, as train.steps=1000"
+            )
             continue
         try:
             value = yaml.load(text, _Loader)  # a SafeLoader: plain data only
@@ -133,7 +140,7 @@ def _set(values: Any, parts: list[str], value: Any) -> str | None:
         here = ".".join(parts[:depth])
         if isinstance(values, list):
             if not (part.isdigit() and int(part) < len(values)):
-                return f"{here} is a list of {len(values)}; write {here}.0 to {here}.{len(values) - 1}, or the whole list"
+                return f"{here} has {len(values)} entries, numbered from 0, and no entry {part!r}"
             index: Any = int(part)
         elif isinstance(values, dict):
             index = part
@@ -148,12 +155,12 @@ def _set(values: Any, parts: list[str], value: Any) -> str | None:
     return None
 
 
-def _interpolate(value: Any, keys: tuple[Any, ...], overridden: set[str], path: Path, problems: list[str]) -> Any:
+def _interpolate(value: Any, keys: tuple[Any, ...], overridden: set[str], problems: list[str]) -> Any:
     """Replace ${VAR} and ${VAR:-default} in every string below `value`."""
     if isinstance(value, dict):
-        return {k: _interpolate(v, (*keys, k), overridden, path, problems) for k, v in value.items()}
+        return {k: _interpolate(v, (*keys, k), overridden, problems) for k, v in value.items()}
     if isinstance(value, list):
-        return [_interpolate(v, (*keys, i), overridden, path, problems) for i, v in enumerate(value)]
+        return [_interpolate(v, (*keys, i), overridden, problems) for i, v in enumerate(value)]
     if not isinstance(value, str):
         return value
 
@@ -162,7 +169,10 @@ def _interpolate(value: Any, keys: tuple[Any, ...], overridden: set[str], path: 
         if match["escape"]:
             return match[0][1:]
         if name is None:
-            problems.append(f"{_where(keys, overridden)} = {value!r}: write ${{NAME}} or ${{NAME:-default}}, or $${{ for a plain ${{")
+            problems.append(
+                f"{_where(keys, overridden)} = {value!r}: write ${{NAME}} or ${{NAME:-default}}, "
+                "or $${ for a plain ${"
+            )
             return match[0]
         found = os.environ.get(name) or default  # as in the shell, :- also replaces an empty variable
         if found is None:
@@ -198,6 +208,8 @@ def _explain(problem: dict[str, Any], overridden: set[str]) -> str:
     where = _where(keys, overridden) or "the file"
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key; {_suggest(keys)}"
+    if problem["type"] == "too_short":
+        return f"{where}: at least one entry is needed"
     if problem["type"] == "missing":
         return f"{where}: missing, and it has no default"
     message = problem["msg"]

@@ -15,9 +15,9 @@ class RopeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    theta: float = Field(10000.0, gt=0)
+    theta: float = Field(default=10000.0, gt=0)
     kind: Literal["default", "linear", "dynamic", "llama3"] = "default"
-    factor: float = Field(1.0, gt=0)
+    factor: float = Field(default=1.0, gt=0)
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int | None = None
@@ -55,7 +55,7 @@ class ModelConfig(BaseModel):
         return self
 
     def padded_vocab_size(self, tp: int, multiple: int = 128) -> int:
-        """Rows of the embedding in memory: the smallest multiple of `multiple` and of `tp` that holds the vocabulary."""
+        """Embedding rows in memory: the smallest multiple of both `multiple` and `tp` that holds all tokens."""
         step = math.lcm(multiple, tp)
         return -(-self.vocab_size // step) * step
 

@@ -20,7 +20,7 @@ GpuName = Literal["a100-80gb", "h100-80gb", "h200-141gb", "cpu"]
 
 def _refuse_bool(value: Any) -> Any:
     if isinstance(value, bool):
-        raise ValueError("a number is wanted here, not true or false")  # noqa: TRY004 (pydantic collects ValueError)
+        raise ValueError("a number is wanted here, not true or false")
     return value
 
 
@@ -40,18 +40,18 @@ class ModelSection(Section):
     """Where the model comes from."""
 
     from_: Path | None = Field(None, alias="from")
-    """Directory of a Hugging Face model or of one of our sharded checkpoints. Needed with init: pretrained."""
+    """Directory of a Hugging Face model or of a sharded checkpoint. Needed with init: pretrained."""
     init: Literal["pretrained", "random"] = "pretrained"
     """pretrained: weights of `from`. random: fresh weights of the shape in `hf_config`."""
     hf_config: dict[str, Any] | None = None
-    """The model's shape under its Hugging Face names (hidden_size, num_hidden_layers, ...). Needed with init: random."""
+    """The model's shape under its Hugging Face names (hidden_size, ...). Needed with init: random."""
 
     @model_validator(mode="after")
     def _check_source(self) -> ModelSection:
         if self.init == "pretrained" and self.from_ is None:
-            raise ValueError("init: pretrained needs `from: DIRECTORY` (or choose init: random with hf_config)")
+            raise ValueError("init: pretrained needs `from: DIRECTORY`; init: random needs hf_config instead")
         if self.init == "pretrained" and self.hf_config is not None:
-            raise ValueError("hf_config is only for init: random; with init: pretrained the shape is read from `from`")
+            raise ValueError("hf_config is for init: random; init: pretrained reads the shape from `from`")
         if self.init == "random" and self.hf_config is None:
             raise ValueError("init: random needs `hf_config: {...}` with the model's shape")
         if self.init == "random" and self.from_ is not None:
@@ -67,7 +67,7 @@ class TrainSource(Section):
     path: Path
     """Prefix of the tokenized files: PATH.bin and PATH.idx."""
     weight: Annotated[Float, Field(gt=0)] | None = None
-    """Relative share of the samples (any positive scale; 1.0 when neither weight nor token_budget is given)."""
+    """Relative share of the samples, on any scale (1.0 when neither weight nor token_budget is given)."""
     token_budget: Count | None = None
     """Tokens to take from this source over the run, instead of a weight."""
 
@@ -100,7 +100,8 @@ class DataSection(Section):
     tokenizer: Path
     """Directory with tokenizer.model (sentencepiece) or tokenizer.json."""
     packing: Literal["concat", "best_fit"] = "best_fit"
-    """concat: one stream cut every seq_len, as in Megatron. best_fit: documents shorter than seq_len stay whole."""
+    """concat: one stream cut every seq_len, as in Megatron.
+    best_fit: documents shorter than seq_len stay whole."""
     seed: Int = 1234
     """Seed of the sample order, which depends on it and on the sample number alone."""
     special_tokens: tuple[str, ...] = ()
@@ -159,7 +160,7 @@ class ParallelSection(Section):
     """The embedding is padded in memory to a multiple of this (and of tensor); padding never leaves."""
 
     def layout(self, world_size: int) -> ParallelLayout:
-        """These sizes on `world_size` ranks; sequence parallelism is off when there is no tensor parallelism."""
+        """These sizes on `world_size` ranks; without tensor parallelism there is no sequence parallelism."""
         return ParallelLayout(
             world_size=world_size,
             tensor=self.tensor,
@@ -208,7 +209,7 @@ class ScheduleSection(Section):
 
 
 class BatchRamp(Section):
-    """A global batch that grows: from `start`, by `increment`, to train.global_batch_size within `samples` samples."""
+    """A global batch that grows to train.global_batch_size over the first `samples` samples."""
 
     start: Count
     """Global batch size of the first steps."""
@@ -326,8 +327,8 @@ class Config(Section):
 
 def json_schema() -> str:
     """The JSON Schema of a configuration file, as kept in configs/schema.json."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema(by_alias=True)}
-    return json.dumps(schema, indent=2) + "\n"
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return json.dumps({**dialect, **Config.model_json_schema(by_alias=True)}, indent=2) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Checkpoints: Hugging Face directories, sharded checkpoints, and the one table that maps their tensors."""

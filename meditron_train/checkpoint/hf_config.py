@@ -1,0 +1,310 @@
+"""Between a Hugging Face `config.json` and `ModelConfig`.
+
+Reading takes what transformers 4.x wrote (`rope_theta`, `rope_scaling` with `type` or `rope_type`, `torch_dtype`) and
+what 5.x writes (`rope_parameters`, `dtype`). Writing gives both spellings: transformers 4.57 silently ignores
+`rope_parameters` and would compute other logits from a file written by 5.x alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from meditron_train.config.model_config import ModelConfig, RopeConfig
+from meditron_train.errors import UserError
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+SUPPORTED_ROPE_KINDS = ("default", "linear", "dynamic", "llama3")
+DTYPES = ("float32", "bfloat16", "float16")
+
+# The version whose keys are written; readers use it only to choose migrations, and the file carries both spellings.
+TRANSFORMERS_VERSION = "4.57.1"
+
+# LlamaConfig's defaults in transformers, for keys that a file may leave out.
+_DEFAULTS: dict[str, Any] = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def read_hf_config(directory: str | Path) -> ModelConfig:
+    """Read `directory/config.json`. Raises UserError when it is missing, not JSON, or not a supported Llama."""
+    return model_config_from_hf(load_config_json(directory), where=str(Path(directory) / "config.json"))
+
+
+def load_config_json(directory: str | Path) -> dict[str, Any]:
+    """The raw `config.json` of a Hugging Face directory as a dict. Raises UserError when it cannot be had."""
+    directory = Path(directory)
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise UserError(
+            f"{directory} is not a directory. Give the path of a Hugging Face model on disk "
+            f"(`hf download meta-llama/Llama-2-7b-hf --local-dir DIR` fetches one)."
+        )
+    if not path.is_file():
+        hint = ""
+        if (directory / "adapter_config.json").is_file():
+            hint = " It holds a LoRA adapter: merge it into its base model first (peft: merge_and_unload)."
+        elif (directory / "params.json").is_file():
+            hint = " It holds Meta's original release: use the repository whose name ends in -hf."
+        raise UserError(f"{path} does not exist, so {directory} is not a Hugging Face model directory.{hint}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(config).__name__}.")
+    return config
+
+
+def model_config_from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig:
+    """`ModelConfig` of a Hugging Face config dict (transformers 4.x or 5.x).
+
+    Source of the defaults: `LlamaConfig` of transformers. Raises UserError, naming `where` and the key, for another
+    architecture, a missing key, or a feature that the model does not have (biases, other activations, other RoPE).
+    """
+    _check_architecture(config, where)
+    missing = [key for key in _REQUIRED if config.get(key) is None]
+    if missing:
+        raise UserError(f"{where}: missing {', '.join(missing)}. A Llama config must state them.")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise UserError(
+                f"{where}: {key} is true, but linear layers here have no bias. Only {key}: false is supported."
+            )
+    if config.get("quantization_config"):
+        raise UserError(
+            f"{where}: the weights are quantized (quantization_config). Use the unquantized model."
+        )
+    value = {**_DEFAULTS, **config}
+    if value["hidden_act"] != "silu":
+        raise UserError(
+            f"{where}: hidden_act is {value['hidden_act']!r}; a Llama uses 'silu', nothing else is supported."
+        )
+    bad = [
+        f"{key} = {config[key]!r}" for key in _REQUIRED if not isinstance(config[key], int) or config[key] < 1
+    ]
+    if bad:
+        raise UserError(f"{where}: {', '.join(bad)}: must be a positive integer.")
+    hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
+    num_kv_heads = config.get("num_key_value_heads") or num_heads
+    if num_heads % num_kv_heads:
+        raise UserError(
+            f"{where}: num_attention_heads = {num_heads} is not a multiple of num_key_value_heads = {num_kv_heads}."
+        )
+    if config.get("head_dim") is None and hidden_size % num_heads:
+        raise UserError(
+            f"{where}: hidden_size = {hidden_size} is not a multiple of num_attention_heads = {num_heads}, "
+            f"and head_dim is not given."
+        )
+    eos = value["eos_token_id"]
+    try:
+        return _build(
+            config, value, num_kv_heads, tuple(eos) if isinstance(eos, list | tuple) else eos, where
+        )
+    except ValidationError as error:
+        details = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()
+        )
+        raise UserError(f"{where}: {details}") from None
+
+
+def _build(
+    config: dict[str, Any], value: dict[str, Any], num_kv_heads: int, eos: Any, where: str
+) -> ModelConfig:
+    hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
+    return ModelConfig(
+        vocab_size=config["vocab_size"],
+        hidden_size=hidden_size,
+        intermediate_size=config["intermediate_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=config.get("head_dim") or hidden_size // num_heads,
+        max_position_embeddings=value["max_position_embeddings"],
+        rms_norm_eps=value["rms_norm_eps"],
+        rope=_read_rope(config, where),
+        tie_embeddings=bool(value["tie_word_embeddings"]),
+        initializer_range=value["initializer_range"],
+        bos_token_id=value["bos_token_id"],
+        eos_token_id=eos,
+        pad_token_id=value["pad_token_id"],
+        dtype=_read_dtype(config, where),
+    )
+
+
+def model_config_to_hf(model: ModelConfig, dtype: str | None = None) -> dict[str, Any]:
+    """The `config.json` of a model: the keys transformers 5.x writes, and 4.x's spelling beside them.
+
+    `dtype` is the dtype of the tensors that will lie beside the file ("float32", "bfloat16", "float16"); default: the
+    model's own. `model_config_from_hf(model_config_to_hf(m)) == m`.
+    """
+    eos = model.eos_token_id
+    dtype = dtype or model.dtype
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": model.bos_token_id,
+        "dtype": dtype,
+        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": model.hidden_size,
+        "initializer_range": model.initializer_range,
+        "intermediate_size": model.intermediate_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": model.num_heads,
+        "num_hidden_layers": model.num_layers,
+        "num_key_value_heads": model.num_kv_heads,
+        "pad_token_id": model.pad_token_id,
+        "pretraining_tp": 1,
+        "rms_norm_eps": model.rms_norm_eps,
+        "rope_parameters": _rope_parameters(model.rope),
+        "rope_scaling": _rope_scaling(model.rope),
+        "rope_theta": model.rope.theta,
+        "tie_word_embeddings": model.tie_embeddings,
+        "torch_dtype": dtype,
+        "transformers_version": TRANSFORMERS_VERSION,
+        "use_cache": True,
+        "vocab_size": model.vocab_size,
+    }
+
+
+def generation_config_of(model: ModelConfig) -> dict[str, Any]:
+    """A minimal `generation_config.json`: which tokens begin and end a text."""
+    eos = model.eos_token_id
+    config = {
+        "_from_model_config": True,
+        "bos_token_id": model.bos_token_id,
+        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+        "pad_token_id": model.pad_token_id,
+        "transformers_version": TRANSFORMERS_VERSION,
+    }
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _check_architecture(config: dict[str, Any], where: str) -> None:
+    supported = ", ".join(SUPPORTED_ARCHITECTURES)
+    architectures = config.get("architectures") or []
+    model_type = config.get("model_type", "llama" if architectures else None)
+    if architectures and architectures[0] not in SUPPORTED_ARCHITECTURES:
+        raise UserError(f"{where}: architecture {architectures[0]} is not supported. Supported: {supported}.")
+    if model_type != "llama":
+        found = f"model_type {model_type!r}" if model_type else "neither architectures nor model_type"
+        raise UserError(
+            f"{where}: {found} found, which is not supported. Supported: {supported} (model_type 'llama')."
+        )
+
+
+def _read_dtype(config: dict[str, Any], where: str) -> Any:
+    named = {
+        key: str(config[key]).removeprefix("torch.") for key in ("dtype", "torch_dtype") if config.get(key)
+    }
+    if len(set(named.values())) > 1:
+        raise UserError(
+            f"{where}: dtype is {named['dtype']} but torch_dtype is {named['torch_dtype']}. Make them equal."
+        )
+    dtype = next(iter(named.values()), "float32")
+    if dtype not in DTYPES:
+        raise UserError(f"{where}: dtype {dtype!r} is not supported. Supported: {', '.join(DTYPES)}.")
+    return dtype
+
+
+def _read_rope(config: dict[str, Any], where: str) -> RopeConfig:
+    """RoPE from whichever spelling is there; two spellings that disagree are refused, as 4.x and 5.x would differ."""
+    for place in (config, config.get("rope_parameters"), config.get("rope_scaling")):
+        if isinstance(place, dict) and place.get("partial_rotary_factor") not in (None, 1):
+            raise UserError(
+                f"{where}: partial_rotary_factor must be 1; rotating a part of the head is not supported."
+            )
+    old = _old_rope(config, where)
+    new = None
+    if config.get("rope_parameters"):
+        new = _one_rope(
+            config["rope_parameters"], config.get("rope_theta"), config, f"{where}: rope_parameters"
+        )
+    if old is not None and new is not None and old != new:
+        raise UserError(
+            f"{where}: rope_theta/rope_scaling and rope_parameters disagree ({old} against {new}). transformers 4.x "
+            f"reads the former, 5.x the latter: the same file would be two models. Make them equal."
+        )
+    return new or old or RopeConfig()
+
+
+def _old_rope(config: dict[str, Any], where: str) -> RopeConfig | None:
+    if config.get("rope_theta") is None and not config.get("rope_scaling"):
+        return None
+    scaling = config.get("rope_scaling") or {}
+    if not scaling and (config.get("rope_parameters") or {}).get("rope_type", "default") != "default":
+        # Written by 5.x with only rope_theta repeated on top: nothing is said about scaling here.
+        scaling = {key: value for key, value in config["rope_parameters"].items() if key != "rope_theta"}
+    return _one_rope(scaling, config.get("rope_theta"), config, f"{where}: rope_scaling")
+
+
+def _one_rope(parameters: Any, theta: float | None, config: dict[str, Any], where: str) -> RopeConfig:
+    if not isinstance(parameters, dict):
+        raise UserError(f"{where} must be an object, not {parameters!r}.")
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind not in SUPPORTED_ROPE_KINDS:
+        raise UserError(
+            f"{where}: RoPE type {kind!r} is not supported. Supported: {', '.join(SUPPORTED_ROPE_KINDS)}."
+        )
+    if theta is None or parameters.get("rope_theta") is not None:
+        theta = parameters.get("rope_theta") or 10000.0
+    needed = {"default": (), "linear": ("factor",), "dynamic": ("factor",)}.get(
+        kind, ("factor", "low_freq_factor", "high_freq_factor")
+    )
+    missing = [key for key in needed if parameters.get(key) is None]
+    if missing:
+        raise UserError(f"{where}: RoPE type {kind!r} needs {', '.join(missing)}.")
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    original = parameters.get("original_max_position_embeddings")
+    if kind != "llama3":
+        return RopeConfig(
+            theta=theta, kind=kind, factor=parameters["factor"], original_max_position_embeddings=original
+        )
+    return RopeConfig(
+        theta=theta,
+        kind="llama3",
+        factor=parameters["factor"],
+        low_freq_factor=parameters["low_freq_factor"],
+        high_freq_factor=parameters["high_freq_factor"],
+        # transformers falls back to max_position_embeddings when the original length is not stated.
+        original_max_position_embeddings=original or config.get("max_position_embeddings", 2048),
+    )
+
+
+def _scaling_values(rope: RopeConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {"factor": rope.factor}
+    if rope.kind == "llama3":
+        values |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.original_max_position_embeddings is not None:
+        values["original_max_position_embeddings"] = rope.original_max_position_embeddings
+    return values
+
+
+def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
+    """5.x's spelling."""
+    scaling = {} if rope.kind == "default" else _scaling_values(rope)
+    return {"rope_theta": rope.theta, "rope_type": rope.kind, **scaling}
+
+
+def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
+    """4.x's spelling: `rope_type` where llama3 needs 4.43 or newer anyway, else `type`, known to every 4.x."""
+    if rope.kind == "default":
+        return None
+    return {"rope_type" if rope.kind == "llama3" else "type": rope.kind, **_scaling_values(rope)}

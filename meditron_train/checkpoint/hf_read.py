@@ -1,0 +1,316 @@
+"""Read the tensors of a Hugging Face directory one slice at a time, without building the model.
+
+safetensors files (one, or shards with an index) are parsed here and read with `pread`: a mapped page would count as
+resident memory, and the header has to be checked against the file's size anyway. Older `pytorch_model*.bin` files go
+through `torch.load(weights_only=True, mmap=True)`: no code in a pickle is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from meditron_train.checkpoint.hf_config import load_config_json, model_config_from_hf
+from meditron_train.checkpoint.hf_map import check_source
+from meditron_train.config.model_config import ModelConfig
+from meditron_train.errors import UserError
+
+Shape = tuple[int, ...]
+Range = tuple[int, int]
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_BLOCK_BYTES = 16 << 20  # column slices are cut out of row blocks of this size
+
+
+class _Shard(Protocol):
+    """One file of weights."""
+
+    names: Sequence[str]
+
+    def shape(self, name: str) -> Shape: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, rows: Range | None, columns: Range | None) -> torch.Tensor: ...
+
+
+class HFSource:
+    """The tensors of a Hugging Face directory: safetensors or `.bin`, one file or shards with an index.
+
+    Opening reads headers only. `read` may be called from several threads. Raises UserError, naming file and tensor,
+    for a missing or truncated shard, an index that names absent tensors or leaves the directory, and a directory
+    without weights.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.config: dict[str, Any] = load_config_json(self.directory)
+        index, files = _find_weights(self.directory)
+        shards = {name: _open_shard(self.directory / name) for name in files}
+        self._shard_of: dict[str, _Shard] = {}
+        for file_name, shard in shards.items():
+            for name in shard.names:
+                self._shard_of.setdefault(name, shard)
+                if index.get(name, file_name) == file_name:
+                    self._shard_of[name] = shard
+        absent = [
+            f"{name} (expected in {file})" for name, file in index.items() if name not in shards[file].names
+        ]
+        if absent:
+            more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+            raise UserError(
+                f"{self.directory}: the index names tensors that its files do not hold: {', '.join(absent[:5])}{more}. "
+                f"Fetch the model again."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._shard_of)
+
+    def shape(self, name: str) -> Shape:
+        return self._shard(name).shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._shard(name).dtype(name)
+
+    def read(self, name: str, rows: Range | None = None, columns: Range | None = None) -> torch.Tensor:
+        """A fresh CPU tensor: rows [start, stop) of dimension 0 and columns [start, stop) of dimension 1."""
+        return self._shard(name).read(name, rows, columns)
+
+    def _shard(self, name: str) -> _Shard:
+        if name not in self._shard_of:
+            raise UserError(f"{self.directory}: no tensor {name} in the weights.")
+        return self._shard_of[name]
+
+
+def open_hf_model(directory: str | Path) -> tuple[ModelConfig, HFSource]:
+    """Open a Hugging Face Llama and check that config and weights belong together (names and shapes, no data read)."""
+    source = HFSource(directory)
+    model = model_config_from_hf(source.config, where=str(source.directory / "config.json"))
+    check_source(source, model, str(directory))
+    return model, source
+
+
+def is_hf_directory(directory: str | Path) -> bool:
+    """Whether `directory` holds a Hugging Face `config.json`."""
+    return (Path(directory) / "config.json").is_file()
+
+
+def _find_weights(directory: Path) -> tuple[dict[str, str], list[str]]:
+    """(index: tensor name -> file name, empty for a single file; the files to open), preferring safetensors."""
+    for stem, extension in (("model", "safetensors"), ("pytorch_model", "bin")):
+        single, index_path = directory / f"{stem}.{extension}", directory / f"{stem}.{extension}.index.json"
+        if os.path.lexists(single):
+            return {}, [single.name]
+        if index_path.is_file():
+            index = _read_index(index_path)
+            return index, sorted(set(index.values()))
+    if any(directory.glob("model-*-of-*.safetensors")) or any(directory.glob("pytorch_model-*-of-*.bin")):
+        raise UserError(
+            f"{directory} has weight shards but no *.index.json that says what they hold. Fetch it again."
+        )
+    if (directory / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"{directory} holds a LoRA adapter only. Merge it into its base model first (merge_and_unload)."
+        )
+    raise UserError(
+        f"{directory} holds no weights: neither model.safetensors nor pytorch_model.bin, whole or in shards."
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        index = {str(name): str(file) for name, file in weight_map.items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{path} is not an index of weights (a JSON object with weight_map). Fetch it again."
+        ) from None
+    if not index:
+        raise UserError(f"{path} names no tensors. Fetch the model again.")
+    for name, file in index.items():
+        if Path(file).name != file or file in (".", "..") or "\\" in file:
+            raise UserError(f"{path}: {name} points to {file!r}, outside the directory. Refused.")
+    missing = sorted({file for file in index.values() if not (path.parent / file).exists()})
+    if missing:
+        raise UserError(
+            f"{path.parent}: missing {', '.join(missing)}, which {path.name} names. Fetch the model again."
+        )
+    return index
+
+
+def _open_shard(path: Path) -> _Shard:
+    if not path.exists():
+        raise UserError(f"{path} is a link to a file that does not exist. Fetch the model again.")
+    if not path.is_file():
+        raise UserError(f"{path} is not a file.")
+    return _SafetensorsShard(path) if path.suffix == ".safetensors" else _TorchShard(path)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    dtype: torch.dtype
+    shape: Shape
+    offset: int  # bytes from the start of the file
+
+
+class _SafetensorsShard:
+    """One safetensors file, read with `pread`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries = _read_safetensors_header(path)
+        self._file = path.open("rb")
+
+    @property
+    def names(self) -> Sequence[str]:  # type: ignore[override]
+        return list(self._entries)
+
+    def shape(self, name: str) -> Shape:
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entries[name].dtype
+
+    def read(self, name: str, rows: Range | None, columns: Range | None) -> torch.Tensor:
+        entry = self._entries[name]
+        if not entry.shape:
+            return self._read_rows(name, 0, 1).reshape(())
+        start, stop = rows or (0, entry.shape[0])
+        if columns is None:
+            return self._read_rows(name, start, stop)
+        tensor = torch.empty(stop - start, columns[1] - columns[0], dtype=entry.dtype)
+        height = max(1, _BLOCK_BYTES // max(1, entry.shape[1] * entry.dtype.itemsize))
+        for row in range(start, stop, height):
+            block = self._read_rows(name, row, min(row + height, stop))
+            tensor[row - start : row - start + block.shape[0]] = block[:, columns[0] : columns[1]]
+        return tensor
+
+    def _read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        entry = self._entries[name]
+        width = math.prod(entry.shape[1:])
+        tensor = torch.empty((stop - start) * width, dtype=entry.dtype)
+        view = memoryview(tensor.view(torch.uint8).numpy())
+        offset = entry.offset + start * width * entry.dtype.itemsize
+        while view:  # the kernel reads at most 2 GiB at once
+            num_bytes = os.preadv(self._file.fileno(), [view], offset)
+            if num_bytes == 0:
+                raise UserError(
+                    f"{self.path} ended while reading {name}: the file was truncated. Fetch it again."
+                )
+            view, offset = view[num_bytes:], offset + num_bytes
+        return tensor.view(stop - start, *entry.shape[1:])
+
+
+def _read_safetensors_header(path: Path) -> dict[str, _Entry]:
+    """Name -> entry. Checks sizes and offsets against the file, so that a cut-off download is seen before any work."""
+    file_size = path.stat().st_size
+    if file_size < 8:
+        raise UserError(f"{path} is only {file_size} bytes long, too short for safetensors. Fetch it again.")
+    with path.open("rb") as file:
+        (header_size,) = struct.unpack("<Q", file.read(8))
+        if header_size > min(_MAX_HEADER_BYTES, file_size - 8):
+            if file.read(40).startswith(b"//git-lfs") or header_size == int.from_bytes(b"version ", "little"):
+                raise UserError(
+                    f"{path} is a git-lfs pointer, not the weights. Run `git lfs pull` in that directory."
+                )
+            raise UserError(f"{path} is not a safetensors file, or its header is cut off. Fetch it again.")
+        raw = file.read(header_size)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+    except (ValueError, AttributeError):
+        raise UserError(f"{path}: the safetensors header is not valid JSON. Fetch the file again.") from None
+    data_start, entries = 8 + header_size, {}
+    for name, item in header.items():
+        try:
+            dtype_name, shape, (start, stop) = (
+                item["dtype"],
+                tuple(map(int, item["shape"])),
+                item["data_offsets"],
+            )
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{path}: the header entry of {name} is malformed. Fetch the file again."
+            ) from None
+        if dtype_name not in _DTYPES:
+            raise UserError(f"{path}: {name} has dtype {dtype_name}; quantized weights are not supported.")
+        num_bytes = math.prod(shape) * _DTYPES[dtype_name].itemsize
+        if min(start, *shape, 0) < 0 or stop - start != num_bytes:
+            raise UserError(
+                f"{path}: the header says {name} is {dtype_name} {list(shape)} ({num_bytes} bytes) in {stop - start} bytes."
+            )
+        if data_start + stop > file_size:
+            raise UserError(
+                f"{path} is truncated: {name} ends at byte {data_start + stop}, the file has {file_size}. Fetch it again."
+            )
+        entries[name] = _Entry(_DTYPES[dtype_name], shape, data_start + start)
+    return entries
+
+
+class _TorchShard:
+    """One `pytorch_model*.bin`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        tensors = _load_torch_file(path)
+        if not isinstance(tensors, dict):
+            raise UserError(f"{path} does not hold a state dict, but a {type(tensors).__name__}.")
+        self._tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+
+    @property
+    def names(self) -> Sequence[str]:  # type: ignore[override]
+        return list(self._tensors)
+
+    def shape(self, name: str) -> Shape:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def read(self, name: str, rows: Range | None, columns: Range | None) -> torch.Tensor:
+        tensor = self._tensors[name]
+        if rows is not None:
+            tensor = tensor[rows[0] : rows[1]]
+        if columns is not None:
+            tensor = tensor[:, columns[0] : columns[1]]
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _load_torch_file(path: Path) -> Any:
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        what = (
+            f"the pickle refers to {name.group(1)}, which is not a tensor"
+            if name
+            else "its pickle is not tensors only"
+        )
+        raise UserError(
+            f"{path}: {what}. Refused, as it could run code. Use a safetensors version."
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+        first_line = (str(error).splitlines() or ["unreadable"])[0]
+        raise UserError(
+            f"{path} cannot be read ({first_line}). It is truncated or damaged: fetch it again."
+        ) from None

@@ -55,7 +55,7 @@ class ModelConfig(BaseModel):
         return self
 
     def padded_vocab_size(self, tp: int, multiple: int = 128) -> int:
-        """Embedding rows in memory: the smallest multiple of both `multiple` and `tp` that holds all tokens."""
+        """Embedding rows in memory: the smallest multiple of `multiple` and `tp` with room for all tokens."""
         step = math.lcm(multiple, tp)
         return -(-self.vocab_size // step) * step
 

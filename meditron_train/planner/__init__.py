@@ -1,0 +1,1 @@
+"""Formulas: what a model costs in FLOPs, and what the hardware could do."""

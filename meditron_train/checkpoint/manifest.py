@@ -1,4 +1,5 @@
-"""The manifest of a checkpoint directory: size and SHA-256 of every file, so that "intact" is a fact and not a hope."""
+"""The manifest of a checkpoint directory: size and SHA-256 of every file, so that "intact" is a fact and not
+a hope."""
 
 from __future__ import annotations
 
@@ -34,8 +35,9 @@ def write_manifest(directory: Path) -> dict:
 def verify_manifest(directory: Path, *, check_hashes: bool = True) -> list[str]:
     """What is wrong with a finished checkpoint directory, one line per problem; an empty list means intact.
 
-    Finds missing, additional, cut off and changed files. Sizes are compared first: a file of the wrong size is
-    not hashed. `check_hashes=False` stops there (fast, but blind to flipped bits). Never raises for bad files.
+    Finds missing, additional, cut off and changed files. Sizes are compared first: a file of the wrong size
+    is not hashed. `check_hashes=False` stops there (fast, but blind to flipped bits). Never raises for bad
+    files.
     """
     try:
         manifest = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
@@ -64,7 +66,8 @@ def verify_manifest(directory: Path, *, check_hashes: bool = True) -> list[str]:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`: a reader, or a start after a kill, sees the old file or the new one, never a part."""
+    """Replace `path` by `text`: a reader, or a start after a kill, sees the old file or the new one, never a
+    part."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:

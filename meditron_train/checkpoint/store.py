@@ -1,13 +1,14 @@
 """The directory of a run's checkpoints: what is finished, what is being written, what is kept.
 
     checkpoints/
-      step_00000100/       finished: has a manifest, never changes again
-      step_00000200.tmp/   being written (or left by a kill): never read, removed on the next start
-      latest               the name of the checkpoint finished last; for people and scripts, never trusted here
+      step_00000100/       finished: has a manifest, never changes again step_00000200.tmp/   being written
+      (or left by a kill): never read, removed on the next start latest               the name of the
+      checkpoint finished last; for people and scripts, never trusted here
 
-A name without `.tmp` appears only by one rename of a complete, hashed and fsynced directory, and a deletion first
-renames to `.tmp`; so a kill at any moment leaves nothing that looks finished and is not. One process (rank 0) calls
-this class, while it holds the lock of the run directory; barriers with other ranks are the caller's.
+A name without `.tmp` appears only by one rename of a complete, hashed and fsynced directory, and a deletion
+first renames to `.tmp`; so a kill at any moment leaves nothing that looks finished and is not. One process
+(rank 0) calls this class, while it holds the lock of the run directory; barriers with other ranks are the
+caller's.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 class CheckpointStore:
     """Publishes, finds and deletes the checkpoints of one run.
 
-    Retention after each publication keeps the last `keep_last` steps plus every step divisible by `keep_every`.
+    Retention after each publication keeps the last `keep_last` steps plus every step divisible by
+    `keep_every`.
     """
 
     def __init__(self, directory: Path, keep_last: int, keep_every: int | None) -> None:
@@ -51,38 +53,43 @@ class CheckpointStore:
         self.directory = Path(directory)
         self.keep_last = keep_last
         self.keep_every = keep_every
-        self._broken_steps: set[int] = set()  # found broken by newest_intact: retention must not count on them
+        self._broken_steps: set[int] = set()  # found by newest_intact: retention must not count on them
 
     def path(self, step: int) -> Path:
         return self.directory / f"step_{step:08d}"
 
     def steps(self) -> list[int]:
-        """The finished steps, ascending. Finished by name; whether they are intact is newest_intact's question."""
+        """The finished steps, ascending. Finished by name; whether they are intact is newest_intact's
+        question."""
         if not self.directory.is_dir():
             return []
-        matches = (_FINISHED_NAME.fullmatch(entry.name) for entry in self.directory.iterdir() if entry.is_dir())
-        return sorted(int(match[1]) for match in matches if match)
+        names = (entry.name for entry in self.directory.iterdir() if entry.is_dir())
+        return sorted(int(match[1]) for match in map(_FINISHED_NAME.fullmatch, names) if match)
 
     def clean(self) -> list[str]:
-        """Remove what a killed run left half done; returns the removed names. Call at start, before any begin()."""
+        """Remove what a killed run left half done; returns the removed names. Call at start, before any
+        begin()."""
         removed = []
         for entry in sorted(self.directory.glob("*.tmp")):
             original = entry.with_name(entry.name.removesuffix(_REPLACED_SUFFIX))
             if entry.name.endswith(_REPLACED_SUFFIX) and not original.exists():
-                os.rename(entry, original)  # killed between the two renames of publish(): the old one is still good
+                os.rename(entry, original)  # killed between the two renames of publish(): it is still good
             else:
                 _remove(entry)
                 removed.append(entry.name)
         return removed
 
     def check_free_space(self, needed_bytes: int) -> None:
-        """Raise MeditronError when the file system has less than `needed_bytes` left, before anything is written."""
-        existing = next(path for path in (self.directory, *self.directory.absolute().parents) if path.exists())
+        """Raise MeditronError when the file system has less than `needed_bytes` left, before anything is
+        written."""
+        candidates = (self.directory, *self.directory.absolute().parents)
+        existing = next(path for path in candidates if path.exists())
         free_bytes = shutil.disk_usage(existing).free
         if free_bytes < needed_bytes:
             raise MeditronError(
-                f"the next checkpoint needs about {_gib(needed_bytes)}, but {self.directory} has {_gib(free_bytes)} "
-                f"free; {self._last_good()}. Free some space, or lower checkpoint.keep_last ({self.keep_last})."
+                f"the next checkpoint needs about {_gib(needed_bytes)}, but {self.directory} has "
+                f"{_gib(free_bytes)} free; {self._last_good()}. Free some space, or lower "
+                f"checkpoint.keep_last ({self.keep_last})."
             )
 
     def begin(self, step: int) -> Path:
@@ -98,15 +105,15 @@ class CheckpointStore:
     def publish(self, step: int) -> Path:
         """Hash, fsync and rename what begin(step) gave into a finished checkpoint, then apply retention.
 
-        Raises MeditronError when the disk is full or fails; the leftovers are then removed, and the checkpoint
-        published before is untouched.
+        Raises MeditronError when the disk is full or fails; the leftovers are then removed, and the
+        checkpoint published before is untouched.
         """
         written, finished, replaced = self._being_written(step), self.path(step), self._replaced(step)
         try:
             write_manifest(written)
             for parent, _, _ in os.walk(written, topdown=False):
                 sync_directory(Path(parent))
-            next_latest = self.directory / "latest.tmp"  # written now, so that after the rename nothing needs space
+            next_latest = self.directory / "latest.tmp"  # written now: after the rename nothing needs space
             write_text_atomically(next_latest, finished.name + "\n")
             if finished.exists():
                 os.rename(finished, replaced)
@@ -121,32 +128,36 @@ class CheckpointStore:
         return finished
 
     def abandon(self, step: int) -> None:
-        """Remove what begin(step) started; a file system that refuses is logged, as clean() will come back to it."""
+        """Remove what begin(step) started; a file system that refuses is logged, as clean() will come back to
+        it."""
         self._delete([self._being_written(step)], "the abandoned checkpoint")
 
     def failed(self, step: int, error: BaseException) -> MeditronError:
-        """Abandon `step` and return the error to raise after `error` hit a save between begin() and publish().
+        """Abandon `step` and return the error to raise after `error` hit a save between begin() and
+        publish().
 
-        The message names the cause (the OSError inside, if there is one), the path, the space left and the last
-        good checkpoint.
+        The message names the cause (the OSError inside, if there is one), the path, the space left and the
+        last good checkpoint.
         """
         cause = _os_error_inside(error) or error
-        free = f"{_gib(shutil.disk_usage(self.directory).free)} free" if self.directory.exists() else "directory gone"
+        free = _gib(shutil.disk_usage(self.directory).free) if self.directory.exists() else "nothing"
         self.abandon(step)
         if self._replaced(step).exists() and not self.path(step).exists():
             os.rename(self._replaced(step), self.path(step))
         full = isinstance(cause, OSError) and cause.errno in _DISK_FULL
         reason = "the disk is full" if full else f"{type(cause).__name__}: {cause}"
         return MeditronError(
-            f"the checkpoint of step {step} could not be written to {self._being_written(step)}: {reason} ({free} "
-            f"when it failed); {self._last_good()}. "
-            + ("Free some space and start the same command again." if full else "Then start the same command again.")
+            f"the checkpoint of step {step} could not be written to {self._being_written(step)}: {reason} "
+            f"({free} free when it failed); {self._last_good()}. "
+            f"{'Free some space' if full else 'Remove the cause'} and start the same command again."
         )
 
     def newest_intact(self, *, check_hashes: bool = True) -> tuple[Path | None, list[tuple[Path, list[str]]]]:
-        """The newest checkpoint whose manifest holds, and the newer ones that were skipped with their problems.
+        """The newest checkpoint whose manifest holds, and the newer ones that were skipped with their
+        problems.
 
-        `latest` is not consulted: it may be older than the newest rename, and it may point to a rotten directory.
+        `latest` is not consulted: it may be older than the newest rename, and it may point to a rotten
+        directory.
         """
         skipped: list[tuple[Path, list[str]]] = []
         for step in reversed(self.steps()):
@@ -165,13 +176,13 @@ class CheckpointStore:
         return self.directory / f"step_{step:08d}{_REPLACED_SUFFIX}"
 
     def _apply_retention(self, written_step: int) -> None:
-        # A checkpoint that is broken, or that would not pass a look at its sizes, does not count among the last N:
-        # otherwise N broken ones could push the only good one out.
+        # A checkpoint that is broken, or that would not pass a look at its sizes, does not count among the
+        # last N: otherwise N broken ones could push the only good one out.
         keep = {written_step, *islice(self._good_steps_newest_first(), self.keep_last)}
         if self.keep_every is not None:
             keep.update(step for step in self.steps() if step % self.keep_every == 0)
-        # What is newer than the step just written belongs to a run that went further and was resumed from before:
-        # it is replaced when this run comes to that step, never deleted here.
+        # What is newer than the step just written belongs to a run that went further and was resumed from
+        # before: it is replaced when this run comes to that step, never deleted here.
         old = [self.path(step) for step in self.steps() if step not in keep and step < written_step]
         self._delete(old, "an old checkpoint")
 
@@ -218,7 +229,7 @@ def _os_error_inside(error: BaseException) -> OSError | None:
         if isinstance(current, OSError):
             return current
         waiting += [linked for linked in (current.__cause__, current.__context__) if linked is not None]
-        failures = getattr(current, "failures", None)  # torch's CheckpointException: {rank: (exception, stack)}
+        failures = getattr(current, "failures", None)  # torch's CheckpointException: {rank: (error, stack)}
         if isinstance(failures, dict):
             waiting += [failure[0] for failure in failures.values() if isinstance(failure, tuple) and failure]
     return None

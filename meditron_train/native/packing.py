@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 try:
-    from meditron_train.native import _packing
+    import meditron_train.native._packing as _packing
 except ImportError as error:
     raise ImportError(
         f"the C++ core of meditron-train is not built ({error}): run `pip install -e .` in the repository, "
@@ -44,8 +44,8 @@ def pack_best_fit(lengths: ArrayLike, capacity: int) -> tuple[Int64Array, Int64A
     """Pack documents into bins of `capacity` tokens by best-fit decreasing; no document is cut.
 
     lengths: int [n], each in 0..capacity. Returns (order int64 [n], bin_offsets int64 [bins + 1]): documents
-    `order[bin_offsets[i]:bin_offsets[i + 1]]` go into bin i, longest first. The number of bins is exactly that
-    of best-fit decreasing done one document at a time. Documents of length 0 go into the last bin.
+    `order[bin_offsets[i]:bin_offsets[i + 1]]` go into bin i, longest first. The number of bins is exactly
+    that of best-fit decreasing done one document at a time. Documents of length 0 go into the last bin.
 
     Time O(n) plus O(log) per group of equal bins; at most 11/9 of the optimal number of bins plus a constant
     (Johnson, 1973).
@@ -54,7 +54,8 @@ def pack_best_fit(lengths: ArrayLike, capacity: int) -> tuple[Int64Array, Int64A
 
 
 def permutation(n: int, seed: int) -> Int64Array:
-    """A uniformly random order of 0..n-1, a function of n and the 64-bit seed alone (Fisher-Yates, SplitMix64)."""
+    """A uniformly random order of 0..n-1, a function of n and the 64-bit seed alone (Fisher-Yates,
+    SplitMix64)."""
     return _packing.permutation(n, seed & 0xFFFF_FFFF_FFFF_FFFF)
 
 
@@ -72,8 +73,8 @@ def concat_segments(
 ) -> tuple[Int64Array, Int64Array]:
     """The segments of some samples of `concat_index`.
 
-    Returns (segments int64 [m, 3] of (document, start, length), offsets int64 [len(samples) + 1]): the i-th asked
-    sample has the rows offsets[i]:offsets[i + 1].
+    Returns (segments int64 [m, 3] of (document, start, length), offsets int64 [len(samples) + 1]): the i-th
+    asked sample has the rows offsets[i]:offsets[i + 1].
     """
     return _packing.concat_segments(lengths, order, boundaries, _integers(samples, "samples"))
 
@@ -88,20 +89,23 @@ def cut_documents(
     return _packing.cut_documents(_integers(lengths, "lengths"), _integers(documents, "documents"), seq_len)
 
 
-def blend(weights: ArrayLike, taken: ArrayLike, count: int) -> tuple[NDArray[np.int32], Int64Array, Int64Array]:
+def blend(
+    weights: ArrayLike, taken: ArrayLike, count: int
+) -> tuple[NDArray[np.int32], Int64Array, Int64Array]:
     """Draw the next `count` samples of a blend of sources with integer weights.
 
     taken: int [sources], how many samples of each source the blend has already drawn (zeros at the start).
     Returns (source int32 [count], number of the sample within its source int64 [count], taken after them).
-    At every prefix of n samples, |taken[s] - n * weights[s] / sum(weights)| < 1 exactly: the earliest deadline
-    of proportionate-fair scheduling (Baruah et al., 1996) goes first.
+    At every prefix of n samples, |taken[s] - n * weights[s] / sum(weights)| < 1 exactly: the earliest
+    deadline of proportionate-fair scheduling (Baruah et al., 1996) goes first.
     """
     return _packing.blend(_integers(weights, "weights"), _integers(taken, "taken"), count)
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """cu_seqlens int32 [segments + paddings + 1]; bad_segment is -1, or the segment holding the id bad_token."""
+    """cu_seqlens int32 [segments + paddings + 1]; bad_segment is -1, or the segment holding the id
+    bad_token."""
 
     cu_seqlens: NDArray[np.int32]
     bad_segment: int
@@ -124,9 +128,9 @@ def gather(
 
     segments: int64 [m, 4] of (number in files, document, start, length); sample i has the rows
     sample_offsets[i]:sample_offsets[i + 1]. Labels are the next token of the same document, also beyond the
-    segment's end; where the document ends, label and mask are 0. Positions count from 0 in each segment. Room that
-    is left in a sample becomes one padding segment of zeros. vocab_size 0 checks only that ids are not negative;
-    when an id is outside, the arrays are incomplete and the result names it.
+    segment's end; where the document ends, label and mask are 0. Positions count from 0 in each segment.
+    Room that is left in a sample becomes one padding segment of zeros. vocab_size 0 checks only that ids are
+    not negative; when an id is outside, the arrays are incomplete and the result names it.
     """
     cu_seqlens, bad_segment, bad_token = _packing.gather(
         list(files), segments, sample_offsets, seq_len, vocab_size, tokens, labels, loss_mask, positions

@@ -1,0 +1,101 @@
+"""The only door to megatron-core: version check, CPU redirects, our Adam, and the names we use.
+
+Every other module imports megatron-core's names from here, so that the redirects are in place before
+`megatron.core` is first imported and an upgrade touches one file.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib import metadata
+
+from meditron_train.errors import UserError
+from meditron_train.mcore import adam, cpu_redirects
+
+SUPPORTED_VERSIONS = ("0.16",)
+
+
+def check_version(installed: str | None = None) -> str:
+    """Return the installed megatron-core version (or check the one given).
+
+    Raises:
+        UserError: megatron-core is missing or its minor version was not tested with this package.
+    """
+    remedy = f"pip install 'megatron-core>={SUPPORTED_VERSIONS[0]},<0.17'"
+    if installed is None:
+        try:
+            installed = metadata.version("megatron-core")
+        except metadata.PackageNotFoundError:
+            raise UserError(f"megatron-core is not installed. Write: {remedy}") from None
+    if ".".join(installed.split(".")[:2]) not in SUPPORTED_VERSIONS:
+        raise UserError(
+            f"megatron-core {installed} is installed, but meditron-train works with "
+            f"{', '.join(f'{v}.x' for v in SUPPORTED_VERSIONS)}. Write: {remedy}"
+        )
+    return installed
+
+
+VERSION = check_version()
+cpu_redirects.apply()
+
+with warnings.catch_warnings():
+    # megatron-core warns at import about each optional accelerator that is absent; `doctor` tells that better.
+    warnings.simplefilter("ignore")
+    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.layers import (
+        param_is_not_tensor_parallel_duplicate,
+        set_tensor_model_parallel_attributes,
+    )
+    from megatron.core.transformer.module import Float16Module, param_is_not_shared
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+adam.install()
+
+__all__ = [
+    "VERSION",
+    "AsyncCallsQueue",
+    "DistributedDataParallel",
+    "DistributedDataParallelConfig",
+    "Float16Module",
+    "FullyParallelSaveStrategyWrapper",
+    "GPTModel",
+    "OptimizerConfig",
+    "PackedSeqParams",
+    "ProcessGroupCollection",
+    "ShardedObject",
+    "ShardedTensor",
+    "StrictHandling",
+    "TransformerBlockSubmodules",
+    "TransformerConfig",
+    "check_version",
+    "clip_grad_by_total_norm_fp32",
+    "dist_checkpointing",
+    "finalize_model_grads",
+    "get_default_save_sharded_strategy",
+    "get_forward_backward_func",
+    "get_gpt_layer_local_spec",
+    "get_megatron_optimizer",
+    "parallel_state",
+    "param_is_not_shared",
+    "param_is_not_tensor_parallel_duplicate",
+    "set_tensor_model_parallel_attributes",
+    "tensor_parallel",
+]

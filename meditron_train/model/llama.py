@@ -1,0 +1,159 @@
+"""Llama as a megatron-core GPTModel: RMSNorm, SwiGLU, grouped-query attention, RoPE inside our attention.
+
+Legend: B batch (always 1: the micro-batch is packed), T local packed tokens, V padded vocabulary rows per
+tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from meditron_train.config.model_config import ModelConfig
+from meditron_train.layout import ParallelLayout
+from meditron_train.mcore import (
+    GPTModel,
+    ProcessGroupCollection,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    get_gpt_layer_local_spec,
+    set_tensor_model_parallel_attributes,
+)
+from meditron_train.model.attention import PackedAttention
+from meditron_train.model.norm import RMSNorm
+
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    # Attention is cheap to compute again and, without a fused kernel, the largest activation
+    # (Korthikanti et al. 2022, section 5).
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def transformer_config(
+    model: ModelConfig, layout: ParallelLayout, *, dtype: torch.dtype, recompute: str = "none", on_gpu: bool = False
+) -> TransformerConfig:
+    """megatron-core's description of the model under a layout.
+
+    Args:
+        dtype: of the parameters and activations, torch.float32 or torch.bfloat16.
+        recompute: none, selective (attention) or full (every layer).
+        on_gpu: NCCL and CUDA streams are there; point-to-point calls then are batched and outputs freed early.
+    """
+    bf16 = dtype == torch.bfloat16
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.intermediate_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence and layout.tensor > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=bf16,
+        perform_initialization=False,  # weights always come from a source: a checkpoint, or seeded by name
+        use_cpu_initialization=not on_gpu,
+        # The loss is a token sum; gradients are divided once by the global token count, so that every layout
+        # computes the same number on masked data.
+        calculate_per_token_loss=True,
+        # On gloo, batched point-to-point calls silently corrupt the interleaved schedule, and freeing outputs
+        # early frees send buffers still in use.
+        batch_p2p_comm=on_gpu,
+        deallocate_pipeline_outputs=on_gpu,
+        gradient_accumulation_fusion=False,
+        **RECOMPUTE[recompute],
+    )
+
+
+class LlamaModel(GPTModel):
+    """One pipeline stage's chunk of Llama.
+
+    Called as `model(tokens, None, None, labels=labels, packed_seq_params=packed)` with tokens and labels
+    [1, T] int64 and a `PackedSequence`. Returns fp32 per-token losses [1, T] on the last stage, logits
+    [1, T, V] there when labels is None, hidden states [T, 1, H] elsewhere.
+    """
+
+    def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.true_vocab_size = true_vocab_size
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Vocabulary-parallel cross-entropy per token, over the real vocabulary only.
+
+        Args:
+            labels: [1, T]; logits: [T, 1, V].
+        """
+        return super().compute_language_model_loss(labels, self._without_padding(logits))
+
+    def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        """Set the logits of vocabulary padding to -inf, so that it takes no probability and gets no gradient."""
+        rows = logits.shape[-1]
+        first_row = self.pg_collection.tp.rank() * rows
+        num_real = min(max(self.true_vocab_size - first_row, 0), rows)
+        if num_real == rows:
+            return logits
+        is_padding = torch.arange(rows, device=logits.device) >= num_real
+        # A finite minimum: a rank that holds padding only must not compute inf - inf.
+        return logits.masked_fill(is_padding, torch.finfo(logits.dtype).min)
+
+
+def build_chunk(
+    config: TransformerConfig,
+    model: ModelConfig,
+    layout: ParallelLayout,
+    groups: ProcessGroupCollection,
+    *,
+    pipeline_rank: int,
+    virtual_rank: int,
+    padded_vocab_size: int,
+) -> LlamaModel:
+    """Build this rank's chunk number `virtual_rank`, its parameters uninitialised, on CPU or the current GPU."""
+    last_chunk = layout.virtual_pipeline - 1
+    num_layers = len(layout.layers_of(pipeline_rank, virtual_rank, model.num_layers))
+    layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    chunk = LlamaModel(
+        config,
+        TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm),
+        padded_vocab_size,
+        model.max_position_embeddings,
+        pre_process=pipeline_rank == 0 and virtual_rank == 0,
+        post_process=pipeline_rank == layout.pipeline - 1 and virtual_rank == last_chunk,
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="none",  # RoPE is applied in our attention, with each document's own positions
+        pg_collection=groups,
+        vp_stage=virtual_rank if layout.virtual_pipeline > 1 else None,
+        true_vocab_size=model.vocab_size,
+    )
+    _mark_split_parameters(chunk)
+    return chunk
+
+
+def _mark_split_parameters(chunk: LlamaModel) -> None:
+    """Tell megatron-core which parameters tensor parallelism splits: all matrices.
+
+    It marks them itself only when it initialises them, and takes an unmarked one for a replica whose gradient
+    counts once in the global norm.
+    """
+    for name, parameter in chunk.named_parameters():
+        if parameter.dim() == 2:
+            split_dim = 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=split_dim, stride=1)

@@ -1,0 +1,6 @@
+"""Process groups, and each rank's share of a micro-batch."""
+
+from meditron_train.parallel.batch import LocalBatch, PackedTokens, localize
+from meditron_train.parallel.mesh import Mesh, destroy, initialize
+
+__all__ = ["LocalBatch", "Mesh", "PackedTokens", "destroy", "initialize", "localize"]

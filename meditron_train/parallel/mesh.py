@@ -1,0 +1,129 @@
+"""The ranks of a run, their device and their process groups."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from meditron_train.errors import UserError
+from meditron_train.layout import ParallelLayout, RankCoordinates
+from meditron_train.mcore import ProcessGroupCollection, parallel_state, tensor_parallel
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One rank's view of the run.
+
+    Attributes:
+        layout: sizes of the parallel dimensions.
+        rank: global rank.
+        at: this rank's coordinates.
+        device: cpu, or the CUDA device of this rank.
+        groups: megatron-core's process groups (tp, pp, cp, dp, dp_cp, mp, …).
+    """
+
+    layout: ParallelLayout
+    rank: int
+    at: RankCoordinates
+    device: torch.device
+    groups: ProcessGroupCollection
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """Sums over all ranks, in float64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def max_over_ranks(self, values: list[float]) -> list[float]:
+        """Maxima over all ranks, in float64."""
+        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.tolist()
+
+    def gather_objects(self, value: object) -> list:
+        """The picklable `value` of every rank, in rank order, on every rank."""
+        gathered: list = [None] * self.layout.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def from_first_rank(self, value: object) -> object:
+        """Rank 0's picklable `value`, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of this rank for `train.device` auto, cpu or cuda.
+
+    Raises:
+        UserError: CUDA is asked for and absent, there are more ranks than GPUs, or the CPU is asked for where CUDA is
+            present (megatron-core would use the GPU all the same).
+    """
+    if torch.cuda.is_available():
+        if wanted == "cpu":
+            raise UserError(
+                "train.device is cpu, but this process sees a GPU, which megatron-core would use all the same. "
+                "Write CUDA_VISIBLE_DEVICES= (empty) before the command, or train.device=auto"
+            )
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}. "
+                "Start at most one process per GPU (torchrun --nproc-per-node)"
+            )
+        return torch.device("cuda", local_rank)
+    if wanted == "cuda":
+        raise UserError("train.device is cuda, but torch sees no GPU here. Write train.device=auto, or see `doctor`")
+    return torch.device("cpu")
+
+
+def initialize(
+    layout: ParallelLayout, *, rank: int, local_rank: int, device: str = "auto", seed: int = 1234, timeout_s: int = 1800
+) -> Mesh:
+    """Join the run: default group (NCCL on GPUs, gloo on CPUs) and megatron-core's groups.
+
+    Reads MASTER_ADDR and MASTER_PORT as torchrun sets them; a lone process needs neither.
+    """
+    torch_device = choose_device(device, local_rank)
+    if torch_device.type == "cuda":
+        torch.cuda.set_device(torch_device)
+    if not dist.is_initialized():
+        if layout.world_size == 1 and "MASTER_ADDR" not in os.environ:
+            store = dist.HashStore()
+            rendezvous = {"store": store, "rank": 0, "world_size": 1}
+        else:
+            rendezvous = {"rank": rank, "world_size": layout.world_size}
+        dist.init_process_group(
+            "nccl" if torch_device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+            device_id=torch_device if torch_device.type == "cuda" else None,
+            **rendezvous,
+        )
+    parallel_state.initialize_model_parallel(
+        layout.tensor,
+        layout.pipeline,
+        layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        distributed_timeout_minutes=max(1, timeout_s // 60),
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Mesh(layout, rank, layout.coordinates(rank), torch_device, ProcessGroupCollection.use_mpu_process_groups())
+
+
+def destroy() -> None:
+    """Leave the run: megatron-core's groups, then the default group."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

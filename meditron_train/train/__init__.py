@@ -1,0 +1,1 @@
+"""Continued pretraining: the loop and what it is made of."""

@@ -1,0 +1,95 @@
+"""Every layout computes what transformers and torch's AdamW compute with each document alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed import run_ranks
+from tests.train.ranks import assemble, make_config, train_ranks
+from tests.train.reference import hf_model, random_batch, train_reference
+
+NUM_STEPS = 10
+LAYOUTS = {
+    "tp1-pp1-dp1": (1, {"distributed_optimizer": False}),
+    "tp2": (2, {"tensor": 2}),
+    "tp2-sp": (2, {"tensor": 2, "sequence": True}),
+    "pp2": (2, {"pipeline": 2}),
+    "pp2-interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "dp2-distributed-optimizer": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "cp2": (2, {"context": 2}),
+    "tp2-pp2-dp2": (8, {"tensor": 2, "pipeline": 2, "sequence": True}),
+    "tp2-cp2-dp2": (8, {"tensor": 2, "context": 2, "sequence": True}),
+}
+
+
+def make_steps(micro_batch_size: int = 1, per_step: int = 8, num_steps: int = NUM_STEPS):
+    return [
+        [random_batch(100 * step + i, micro_batch_size=micro_batch_size) for i in range(per_step)]
+        for step in range(num_steps)
+    ]
+
+
+def reference_run(directory, steps, **overrides):
+    model = hf_model(**overrides)
+    model.save_pretrained(directory)
+    history = train_reference(model, steps, lr=3e-3, weight_decay=0.1, clip=1.0, betas=(0.9, 0.95), eps=1e-5)
+    return directory, history, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return reference_run(tmp_path_factory.mktemp("parity") / "hf", make_steps())
+
+
+def assert_agrees(history, weights, expected_history, expected_weights, tolerance=1e-5):
+    for step, ((loss, norm), (expected_loss, expected_norm)) in enumerate(
+        zip(history, expected_history, strict=True), start=1
+    ):
+        assert loss == pytest.approx(expected_loss, rel=tolerance), f"loss of step {step}"
+        assert norm == pytest.approx(expected_norm, rel=10 * tolerance), f"gradient norm of step {step}"
+    assert weights.keys() == expected_weights.keys()
+    for name, expected in expected_weights.items():
+        difference = (weights[name] - expected).abs().max() / expected.abs().max()
+        assert difference <= tolerance, f"{name} differs by {difference:.2e} of its largest value"
+
+
+def run_layout(directory, world_size, parallel, steps, **sections):
+    from meditron_train.checkpoint.hf_config import read_hf_config
+
+    config = make_config(directory, {"parallel": parallel, **sections})
+    results = run_ranks(train_ranks, world_size, config, steps)
+    histories = [history for history, _ in results]
+    assert all(history == histories[0] for history in histories), "ranks report different losses"
+    weights = assemble(read_hf_config(directory), [w for _, w in results], parallel.get("tensor", 1))
+    return histories[0], weights
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_agrees_with_transformers(layout, reference):
+    directory, expected_history, expected_weights = reference
+    history, weights = run_layout(directory, *LAYOUTS[layout], make_steps())
+    assert_agrees(history, weights, expected_history, expected_weights)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_nothing(recompute, reference):
+    directory, expected_history, expected_weights = reference
+    history, weights = run_layout(directory, 1, {}, make_steps(), train={"precision": "fp32", "recompute": recompute})
+    assert_agrees(history, weights, expected_history, expected_weights)
+
+
+def test_tied_embeddings_and_several_samples_per_micro_batch(tmp_path):
+    steps = make_steps(micro_batch_size=2, per_step=4, num_steps=4)
+    directory, expected_history, expected_weights = reference_run(tmp_path / "hf", steps, tie_word_embeddings=True)
+    history, weights = run_layout(directory, 4, {"tensor": 2, "pipeline": 2}, steps)
+    assert_agrees(history, weights, expected_history, expected_weights)
+
+
+def test_bf16_follows_the_fp32_reference(reference):
+    directory, expected_history, _ = reference
+    history, weights = run_layout(directory, 2, {"tensor": 2}, make_steps(), train={"precision": "bf16"})
+    losses = torch.tensor([loss for loss, _ in history])
+    expected = torch.tensor([loss for loss, _ in expected_history])
+    assert (losses / expected - 1).abs().max() < 0.02
+    assert losses[-1] < losses[0]

@@ -1,0 +1,333 @@
+"""`meditron-train doctor`: what is installed, built and reachable, what is in use, what fixes the rest.
+
+The facts come from the rooms that know them; only the wording and the table are made here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_GIB = 2**30
+_LEAST_DISK_GIB = 5
+_LEAST_SHARED_MEMORY_GIB = 1
+_LEAST_PYTHON = (3, 10)
+_LEAST_TORCH = (2, 6)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `remedy` is a command or a sentence; empty when nothing is to be done."""
+
+    name: str
+    found: bool
+    in_use: bool
+    detail: str
+    remedy: str = ""
+    required: bool = False
+
+    @property
+    def blocks_training(self) -> bool:
+        return self.required and not self.in_use
+
+
+def doctor(
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """What is installed, built, reachable; what to do about the rest.
+
+    Exits 0 when training can run, 1 when something it needs is missing.
+    """
+    findings = examine()
+    can_train = not any(finding.blocks_training for finding in findings)
+    if json_output:
+        report = {"can_train": can_train, "findings": [asdict(finding) for finding in findings]}
+        print(json.dumps(report, indent=2))
+    else:
+        _print_table(findings, can_train)
+    raise typer.Exit(0 if can_train else 1)
+
+
+def examine(directory: Path | None = None) -> list[Finding]:
+    """All findings for this machine; `directory` (default: here) is where runs would be written."""
+    return [
+        _python(),
+        _torch(),
+        *_devices(),
+        _megatron_core(),
+        *_cpp_core(),
+        _apex(),
+        _accelerator(
+            "transformer-engine",
+            "transformer_engine",
+            "torch's own matrix products and our RMSNorm",
+            "pip install --no-build-isolation 'transformer-engine[pytorch]'",
+        ),
+        _accelerator(
+            "flash-attn",
+            "flash_attn",
+            "the attention of meditron_train.native",
+            "pip install --no-build-isolation flash-attn",
+        ),
+        _slurm(),
+        _launcher(),
+        _space(
+            "disk",
+            directory or Path.cwd(),
+            _LEAST_DISK_GIB,
+            "free some, or set logging.run_dir to another disk",
+        ),
+        _space(
+            "/dev/shm",
+            Path("/dev/shm"),
+            _LEAST_SHARED_MEMORY_GIB,
+            "in a container: docker run --ipc=host, or --shm-size=8g",
+        ),
+    ]
+
+
+def _python() -> Finding:
+    good = sys.version_info[:2] >= _LEAST_PYTHON
+    return Finding(
+        "python",
+        True,
+        good,
+        f"{platform.python_version()} ({sys.executable})",
+        "" if good else "install Python 3.10 or newer",
+        required=True,
+    )
+
+
+def _torch() -> Finding:
+    remedy = "pip install 'torch>=2.6'"
+    torch, trouble = _import("torch")
+    if torch is None:
+        return Finding("torch", False, False, trouble, remedy, required=True)
+    version = str(torch.__version__)
+    good = _version_tuple(version) >= _LEAST_TORCH
+    return Finding("torch", True, good, version, "" if good else remedy, required=True)
+
+
+def _devices() -> list[Finding]:
+    """CUDA and the two communication backends."""
+    torch, trouble = _import("torch")
+    if torch is None:
+        return [Finding(name, False, False, trouble) for name in ("cuda", "nccl", "gloo")]
+    distributed = torch.distributed
+    available = torch.cuda.is_available()
+    if available:
+        names = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
+        cuda = Finding(
+            "cuda", True, True, f"{torch.version.cuda}, {torch.cuda.device_count()} x {', '.join(names)}"
+        )
+    elif torch.version.cuda is None:
+        has_driver = shutil.which("nvidia-smi") is not None
+        cuda = Finding(
+            "cuda",
+            False,
+            False,
+            "this torch is built without CUDA; we train on the CPU",
+            "install the CUDA build: https://pytorch.org/get-started/locally/" if has_driver else "",
+        )
+    else:
+        cuda = Finding(
+            "cuda",
+            True,
+            False,
+            f"torch has CUDA {torch.version.cuda} but sees no GPU; we train on the CPU",
+            "run nvidia-smi: it shows whether the driver works; look at CUDA_VISIBLE_DEVICES too",
+        )
+    has_nccl = distributed.is_available() and distributed.is_nccl_available()
+    has_gloo = distributed.is_available() and distributed.is_gloo_available()
+    unused = "" if available else "; used with GPUs only"
+    return [
+        cuda,
+        Finding(
+            "nccl",
+            has_nccl,
+            has_nccl and available,
+            ("in torch" if has_nccl else "not in this torch") + unused,
+            "" if has_nccl or not available else "install the CUDA build of torch",
+            required=available,
+        ),
+        Finding(
+            "gloo",
+            has_gloo,
+            has_gloo,
+            "communication on the CPU" if has_gloo else "not in this torch",
+            "" if has_gloo else "pip install --force-reinstall torch",
+            required=not available,
+        ),
+    ]
+
+
+def _megatron_core() -> Finding:
+    from meditron_train.errors import UserError
+
+    name = "megatron-core"
+    remedy = "pip install 'megatron-core>=0.16,<0.17'"
+    version = _installed_version(name)
+    if version is None:
+        return Finding(name, False, False, "not installed", remedy, required=True)
+    try:
+        mcore, trouble = _import("meditron_train.mcore")
+    except UserError as error:  # a version that was not tested with us
+        return Finding(name, True, False, str(error), remedy, required=True)
+    if mcore is None:
+        return Finding(name, True, False, f"{version} cannot be imported: {trouble}", remedy, required=True)
+    return Finding(name, True, True, f"{version}, unmodified", required=True)
+
+
+def _cpp_core() -> list[Finding]:
+    """The compiled module and, if it says that it has one, its CUDA part."""
+    packing, trouble = _import("meditron_train.native._packing")
+    core = Finding(
+        "C++ core",
+        packing is not None,
+        packing is not None,
+        "packed data loading" if packing is not None else trouble,
+        "" if packing is not None else "in the source directory: pip install -e . (needs a C++17 compiler)",
+        required=True,
+    )
+    kernels = importlib.util.find_spec("meditron_train.native._cuda") is not None
+    nvcc = shutil.which("nvcc")
+    return [
+        core,
+        Finding(
+            "C++ core, CUDA part",
+            kernels,
+            kernels,
+            "built" if kernels else "not built; attention uses torch's kernels, document by document",
+            "" if kernels else f"nothing needed{'' if nvcc else ' (there is no nvcc here)'}",
+        ),
+    ]
+
+
+def _apex() -> Finding:
+    """NVIDIA's apex brings amp_C; the package of that name on PyPI is a web toolkit."""
+    fallback = "not needed: our Adam on torch's fused kernel, our RMSNorm"
+    if importlib.util.find_spec("apex") is None:
+        return Finding("apex", False, False, fallback)
+    if (
+        importlib.util.find_spec("amp_C") is not None
+        and importlib.util.find_spec("apex.optimizers") is not None
+    ):
+        return Finding("apex", True, False, f"NVIDIA's apex; {fallback}")
+    impostor = "the installed package apex is not NVIDIA's, and programs that probe for apex trip over it"
+    return Finding("apex", True, False, impostor, "pip uninstall apex")
+
+
+def _accelerator(name: str, module: str, fallback: str, remedy: str) -> Finding:
+    """An optional accelerator; it is of use on a GPU only, so nothing is advised without one."""
+    torch, _ = _import("torch")
+    has_gpu = torch is not None and torch.cuda.is_available()
+    if importlib.util.find_spec(module) is None:
+        advice = f"optional: {remedy}" if has_gpu else ""
+        return Finding(name, False, False, f"not installed; we use {fallback}", advice)
+    version = _installed_version(name) or "unknown version"
+    return Finding(name, True, False, f"{version}; not used yet: we use {fallback}")
+
+
+def _slurm() -> Finding:
+    from meditron_train.launcher.environment import slurm_tools
+
+    tools = slurm_tools()
+    present = {name: where for name, where in tools.items() if where}
+    if not present:
+        return Finding("slurm", False, False, "no sbatch, srun or sinfo on PATH; torchrun works without it")
+    missing = [name for name in tools if name not in present]
+    return Finding(
+        "slurm",
+        not missing,
+        not missing,
+        ", ".join(present.values()) + (f"; missing: {', '.join(missing)}" if missing else ""),
+        "install Slurm's client commands, or load the cluster's slurm module" if missing else "",
+    )
+
+
+def _launcher() -> Finding:
+    from meditron_train.errors import UserError
+    from meditron_train.launcher.environment import detect_launcher
+
+    try:
+        found = detect_launcher()
+    except UserError as error:
+        return Finding("launcher", True, False, str(error), "unset these variables", required=True)
+    return Finding(
+        "launcher", True, True, f"{found.kind}: rank {found.rank} of {found.world_size}", required=True
+    )
+
+
+def _space(name: str, path: Path, least_gib: int, remedy: str) -> Finding:
+    """Free space; too little is a warning, since how much a run needs depends on the run."""
+    try:
+        free_gib = shutil.disk_usage(path).free / _GIB
+        writable = os.access(path, os.W_OK)
+    except OSError as error:
+        return Finding(name, False, False, str(error), remedy)
+    enough = writable and free_gib >= least_gib
+    detail = f"{free_gib:.1f} GiB free in {path}" + ("" if writable else ", not writable")
+    return Finding(name, True, enough, detail, "" if enough else remedy)
+
+
+def _import(name: str) -> tuple[Any, str]:
+    """The module and "", or None and why it cannot be imported. UserErrors (a version we refuse) pass."""
+    from meditron_train.errors import UserError
+
+    try:
+        return importlib.import_module(name), ""
+    except UserError:
+        raise
+    except ModuleNotFoundError as error:
+        return None, "not installed" if error.name == name else str(error)
+    except Exception as error:  # a broken binary may raise anything, and saying so is this command's job
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _installed_version(distribution: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _version_tuple(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _print_table(findings: list[Finding], can_train: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "found", "in use", "what", "what to do"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        colour = "red" if finding.blocks_training else "green" if finding.in_use else "yellow"
+        table.add_row(
+            f"[{colour}]{finding.name}[/]",
+            "yes" if finding.found else "no",
+            "yes" if finding.in_use else "no",
+            finding.detail.replace("[", "\\["),
+            finding.remedy.replace("[", "\\["),
+        )
+    console = Console()
+    console.print(table)
+    if can_train:
+        console.print("\n[green]Training can run here.[/]")
+    else:
+        blocking = ", ".join(finding.name for finding in findings if finding.blocks_training)
+        console.print(f"\n[red]Training cannot run here: {blocking}.[/]")

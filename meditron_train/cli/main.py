@@ -1,0 +1,81 @@
+"""`meditron-train`: the verbs, and the one place where an error becomes a message and an exit code.
+
+Exit codes: 0 done; 1 the program failed; 2 the user's input or configuration is wrong; 85 stopped early on
+purpose, wants to be requeued; 130 interrupted from the keyboard.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from meditron_train import __version__
+from meditron_train.cli.doctor import doctor
+from meditron_train.errors import MeditronError
+from meditron_train.log import setup_logging
+
+
+class _Verbs(TyperGroup):
+    """Runs a verb: errors meant for people lose their traceback, and an integer result is the exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+        except MeditronError as error:
+            if ctx.params.get("debug"):
+                raise
+            rank = os.environ.get("RANK", "0")
+            prefix = "error" if rank == "0" else f"[rank {rank}] error"
+            print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            if ctx.params.get("debug"):
+                raise
+            print("interrupted", file=sys.stderr, flush=True)
+            raise typer.Exit(130) from None
+        if isinstance(result, int):
+            raise typer.Exit(int(result))
+        return result
+
+
+app = typer.Typer(
+    name="meditron-train",
+    cls=_Verbs,
+    help="Continue the pretraining of Llama-2 on medical text; get back a checkpoint that can be checked.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: rich alone would cost a third of the time
+    pretty_exceptions_enable=False,  # Python's own traceback, for bugs
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"meditron-train {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
+) -> None:
+    setup_logging()
+
+
+app.command()(doctor)
+
+
+def main() -> None:
+    """Run the command line of this process; exits."""
+    app(prog_name="meditron-train")
+
+
+if __name__ == "__main__":
+    main()

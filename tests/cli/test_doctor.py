@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+import typer
+
+from meditron_train.cli import doctor
+
+
+def finding(name: str) -> doctor.Finding:
+    return next(found for found in doctor.examine() if found.name == name)
+
+
+def hide_module(monkeypatch, name: str) -> None:
+    """Make `import name` fail as if the package were not installed."""
+    monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.fixture
+def plant(monkeypatch, tmp_path):
+    """Put a package of empty modules on the path."""
+
+    def build(*modules: str) -> None:
+        for module in modules:
+            file = tmp_path.joinpath(*module.split(".")) / "__init__.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("")
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    return build
+
+
+def test_json_is_one_document_on_stdout(capsys):
+    with pytest.raises(typer.Exit) as exit_:
+        doctor.doctor(json_output=True)
+    report = json.loads(capsys.readouterr().out)
+    assert exit_.value.exit_code == (0 if report["can_train"] else 1)
+    names = [entry["name"] for entry in report["findings"]]
+    assert len(set(names)) == len(names)
+    wanted = {"python", "torch", "cuda", "nccl", "gloo", "megatron-core", "C++ core", "C++ core, CUDA part"}
+    wanted |= {"apex", "transformer-engine", "flash-attn", "slurm", "launcher", "disk", "/dev/shm"}
+    assert set(names) == wanted
+    for entry in report["findings"]:
+        assert set(entry) == {"name", "found", "in_use", "detail", "remedy", "required"}
+        assert entry["detail"]
+        assert not (entry["required"] and not entry["in_use"] and not entry["remedy"]), entry
+
+
+def test_table_names_everything(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(typer.Exit):
+        doctor.doctor(json_output=False)
+    out = capsys.readouterr().out
+    for name in ("torch", "megatron-core", "flash-attn", "/dev/shm"):
+        assert name in out
+
+
+def test_a_missing_requirement_stops_training_and_names_the_remedy(monkeypatch, capsys):
+    hide_module(monkeypatch, "meditron_train.native._packing")
+    core = finding("C++ core")
+    assert (core.found, core.in_use, core.blocks_training) == (False, False, True)
+    assert "pip install -e ." in core.remedy
+    with pytest.raises(typer.Exit) as exit_:
+        doctor.doctor(json_output=False)
+    assert exit_.value.exit_code == 1
+    assert "Training cannot run here: C++ core" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("installed", ["0.15.3", "0.18.0"])
+def test_an_untested_megatron_core_is_refused(monkeypatch, installed):
+    from importlib import metadata
+
+    monkeypatch.setattr(metadata, "version", lambda name: installed if name == "megatron-core" else "1.0")
+    for module in [name for name in sys.modules if name.startswith("meditron_train.mcore")]:
+        monkeypatch.delitem(sys.modules, module)
+    found = finding("megatron-core")
+    assert found.blocks_training
+    assert installed in found.detail
+    assert "megatron-core>=0.16,<0.17" in found.remedy
+
+
+def test_megatron_core_missing(monkeypatch):
+    monkeypatch.setattr(doctor, "_installed_version", lambda name: None)
+    found = finding("megatron-core")
+    assert (found.found, found.detail, found.blocks_training) == (False, "not installed", True)
+
+
+def test_the_other_package_named_apex_is_told_from_nvidias(plant):
+    assert not finding("apex").found
+    plant("apex")
+    impostor = finding("apex")
+    assert impostor.found
+    assert "not NVIDIA's" in impostor.detail
+    assert impostor.remedy == "pip uninstall apex"
+
+
+def test_nvidias_apex(plant):
+    plant("apex", "apex.optimizers", "amp_C")
+    found = finding("apex")
+    assert found.found
+    assert found.remedy == ""
+    assert "NVIDIA's apex" in found.detail
+
+
+def test_optional_accelerators_never_block(monkeypatch, plant):
+    plant("flash_attn")
+    found = finding("flash-attn")
+    assert (found.found, found.blocks_training) == (True, False)
+    assert "unknown version" in found.detail
+    assert not finding("transformer-engine").blocks_training
+
+
+def test_slurm_and_launcher(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not finding("slurm").found
+    for name in ("sbatch", "srun", "sinfo"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    assert finding("slurm").in_use
+    (tmp_path / "sinfo").unlink()
+    assert "missing: sinfo" in finding("slurm").detail
+    monkeypatch.setenv("RANK", "0")
+    assert finding("launcher").blocks_training
+
+
+def test_little_space_is_said_and_does_not_block(monkeypatch, tmp_path):
+    usage = types.SimpleNamespace(total=2**40, used=2**40 - 2**20, free=2**20)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    disk = finding("disk")
+    assert (disk.in_use, disk.blocks_training) == (False, False)
+    assert "0.0 GiB free" in disk.detail
+    assert "logging.run_dir" in disk.remedy
+
+
+def test_a_broken_binary_is_reported(monkeypatch, tmp_path):
+    (tmp_path / "broken_binary.py").write_text("raise OSError('libfoo.so: no such file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert doctor._import("broken_binary") == (None, "OSError: libfoo.so: no such file")

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from meditron_train import __version__
+from meditron_train.cli import main as cli
+from meditron_train.errors import MeditronError, UserError
+
+
+def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "meditron_train", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture
+def app_that_raises(monkeypatch):
+    """An application with our error handling and one verb that raises what it is told."""
+
+    def build(error: BaseException | None = None, result: int | None = None) -> typer.Typer:
+        app = typer.Typer(cls=type(typer.main.get_command(cli.app)), pretty_exceptions_enable=False)
+
+        @app.callback()
+        def options(debug: bool = False) -> None:
+            pass
+
+        @app.command()
+        def verb() -> int | None:
+            if error is not None:
+                raise error
+            return result
+
+        return app
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "said"),
+    [
+        (UserError("train.steps is 0;\n  write 1"), 2, "error: train.steps is 0;\n  write 1\n"),
+        (MeditronError("disk full"), 1, "error: disk full\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (typer.Exit(85), 85, ""),
+    ],
+)
+def test_errors_become_a_message_and_an_exit_code(app_that_raises, capsys, error, exit_code, said):
+    with pytest.raises(SystemExit) as exit_:
+        app_that_raises(error)(["verb"])
+    assert exit_.value.code == exit_code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == said
+
+
+def test_other_ranks_say_who_they_are(app_that_raises, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit):
+        app_that_raises(UserError("wrong"))(["verb"])
+    assert capsys.readouterr().err == "[rank 3] error: wrong\n"
+
+
+def test_debug_shows_the_traceback(app_that_raises):
+    with pytest.raises(UserError, match="wrong"):
+        app_that_raises(UserError("wrong"))(["--debug", "verb"])
+
+
+def test_a_bug_is_not_hidden(app_that_raises):
+    with pytest.raises(ZeroDivisionError):
+        app_that_raises(ZeroDivisionError())(["verb"])
+
+
+@pytest.mark.parametrize(("result", "exit_code"), [(None, 0), (0, 0), (1, 1), (85, 85)])
+def test_an_integer_result_is_the_exit_code(app_that_raises, result, exit_code):
+    with pytest.raises(SystemExit) as exit_:
+        app_that_raises(result=result)(["verb"])
+    assert exit_.value.code == exit_code
+
+
+def test_version():
+    done = run_command("--version")
+    assert (done.returncode, done.stdout) == (0, f"meditron-train {__version__}\n")
+
+
+def test_unknown_verbs_and_options_exit_2():
+    for arguments in (["fly"], ["doctor", "--jsonn"]):
+        done = run_command(*arguments)
+        assert done.returncode == 2
+        assert "No such" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_help_loads_nothing_heavy():
+    program = (
+        "import sys\n"
+        "from meditron_train.cli.main import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit as e: assert not e.code, e.code\n"
+        "heavy = {'torch', 'transformers', 'megatron', 'numpy', 'pydantic', 'rich', 'wandb', 'pyarrow'}\n"
+        "sys.exit(f'loaded: {sorted(heavy & set(sys.modules))}' if heavy & set(sys.modules) else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "doctor" in done.stdout

@@ -24,9 +24,12 @@ def _refuse_bool(value: Any) -> Any:
     return value
 
 
-Int = Annotated[int, BeforeValidator(_refuse_bool)]
-Count = Annotated[Int, Field(ge=1)]
-Float = Annotated[float, BeforeValidator(_refuse_bool)]
+_NUMBER = BeforeValidator(
+    _refuse_bool
+)  # last in each Annotated, so that limits stay limits in the JSON Schema
+Int = Annotated[int, _NUMBER]
+Count = Annotated[int, Field(ge=1), _NUMBER]
+Beta = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
@@ -66,7 +69,7 @@ class TrainSource(Section):
     """Short name, used in metrics and traces."""
     path: Path
     """Prefix of the tokenized files: PATH.bin and PATH.idx."""
-    weight: Annotated[Float, Field(gt=0)] | None = None
+    weight: Annotated[float, Field(gt=0), _NUMBER] | None = None
     """Relative share of the samples, on any scale (1.0 when neither weight nor token_budget is given)."""
     token_budget: Count | None = None
     """Tokens to take from this source over the run, instead of a weight."""
@@ -110,7 +113,7 @@ class DataSection(Section):
     """Training sources, all by weight or all by token_budget."""
     validation: tuple[ValidationSource, ...] = ()
     """Validation sources."""
-    validation_fraction: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    validation_fraction: Annotated[float, Field(ge=0, lt=1), _NUMBER] = 0.0
     """Share of every training source's documents held out for validation."""
     num_prefetch_steps: Count = 2
     """Steps prepared ahead of the model."""
@@ -174,17 +177,17 @@ class ParallelSection(Section):
 class OptimizerSection(Section):
     """AdamW. Weight decay applies to matrices only."""
 
-    lr: Annotated[Float, Field(gt=0)] = 3.0e-4
+    lr: Annotated[float, Field(gt=0), _NUMBER] = 3.0e-4
     """Peak learning rate."""
-    min_lr: Annotated[Float, Field(ge=0)] = 1.0e-6
+    min_lr: Annotated[float, Field(ge=0), _NUMBER] = 1.0e-6
     """Learning rate at the end of the decay."""
-    betas: tuple[Annotated[Float, Field(ge=0, lt=1)], Annotated[Float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay rates of the first and second moment."""
-    eps: Annotated[Float, Field(gt=0)] = 1.0e-5
+    eps: Annotated[float, Field(gt=0), _NUMBER] = 1.0e-5
     """Added to the denominator."""
-    weight_decay: Annotated[Float, Field(ge=0)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0), _NUMBER] = 0.1
     """Decoupled weight decay."""
-    clip_grad: Annotated[Float, Field(ge=0)] = 1.0
+    clip_grad: Annotated[float, Field(ge=0), _NUMBER] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 
 
@@ -193,9 +196,9 @@ class ScheduleSection(Section):
 
     kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape after the warm-up. wsd: warm-up, stable, then linear decay at the end."""
-    warmup_steps: Annotated[Int, Field(ge=0)] | None = None
+    warmup_steps: Annotated[int, Field(ge=0), _NUMBER] | None = None
     """Steps of linear warm-up from 0 (default 0)."""
-    warmup_fraction: Annotated[Float, Field(ge=0, le=1)] | None = None
+    warmup_fraction: Annotated[float, Field(ge=0, le=1), _NUMBER] | None = None
     """Warm-up as a share of train.steps, instead of warmup_steps."""
     decay_steps: Count | None = None
     """cosine, linear: the step at which min_lr is reached (default train.steps).
@@ -228,7 +231,7 @@ class TrainSection(Section):
 
     steps: Count = 1000
     """Optimizer steps."""
-    seq_len: Annotated[Int, Field(ge=2)] = 2048
+    seq_len: Annotated[int, Field(ge=2), _NUMBER] = 2048
     """Tokens per sample."""
     micro_batch_size: Count = 1
     """Samples per forward pass of one data-parallel rank."""

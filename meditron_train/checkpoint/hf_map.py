@@ -179,7 +179,7 @@ def check_source(source: TensorSource, model: ModelConfig, where: str) -> None:
     found = set(source.names)
     optional = {"lm_head.weight"} if model.tie_embeddings else set()
     missing = [name for name in expected if name not in found]
-    extra = sorted(n for n in found - set(expected) - optional if not _IGNORED.search(n))
+    extra = sorted(n for n in found - set(expected) - optional if not is_ignored(n))
     wrong = [
         f"{name} has shape {list(source.shape(name))}, the config says {list(shape)}"
         for name, shape in expected.items()
@@ -246,6 +246,11 @@ def _read_vocab_rows(spec: TensorSpec, source: TensorSource, tp_rank: int, heigh
     if start < stop:
         tensor[: stop - start] = source.read(name, rows=(start, stop))
     return tensor
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a Hugging Face tensor is a buffer that follows from the config and carries no weights."""
+    return bool(_IGNORED.search(name))
 
 
 def _some(items: Iterable[str], limit: int = 5) -> str:

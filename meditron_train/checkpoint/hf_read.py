@@ -39,7 +39,10 @@ _BLOCK_BYTES = 16 << 20  # column slices are cut out of row blocks of this size
 class _Shard(Protocol):
     """One file of weights."""
 
-    names: Sequence[str]
+    path: Path
+
+    @property
+    def names(self) -> Sequence[str]: ...
 
     def shape(self, name: str) -> Shape: ...
 
@@ -80,6 +83,10 @@ class HFSource:
     @property
     def names(self) -> list[str]:
         return list(self._shard_of)
+
+    def place(self, name: str) -> list[str]:
+        """The files that hold the tensor (one)."""
+        return [self._shard(name).path.name]
 
     def shape(self, name: str) -> Shape:
         return self._shard(name).shape(name)
@@ -177,7 +184,7 @@ class _SafetensorsShard:
         self._file = path.open("rb")
 
     @property
-    def names(self) -> Sequence[str]:  # type: ignore[override]
+    def names(self) -> Sequence[str]:
         return list(self._entries)
 
     def shape(self, name: str) -> Shape:
@@ -273,7 +280,7 @@ class _TorchShard:
         self._tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
 
     @property
-    def names(self) -> Sequence[str]:  # type: ignore[override]
+    def names(self) -> Sequence[str]:
         return list(self._tensors)
 
     def shape(self, name: str) -> Shape:

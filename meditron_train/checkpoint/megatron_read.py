@@ -31,10 +31,11 @@ class MegatronSource:
 
     model: the ModelConfig in meta.json; meta: the whole of it; padded_vocab_size: rows of the embedding as stored.
     Opening reads `.metadata` and checks that every file is there and long enough, and that the tensors are those of
-    the model; all problems come in one UserError. Optimizer state is ignored.
+    the model; all problems come in one UserError (with check=False, `problems()` lists them). Optimizer state is
+    ignored.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, check: bool = True) -> None:
         self.directory = Path(directory)
         self.meta = read_meta(self.directory)
         try:
@@ -44,7 +45,7 @@ class MegatronSource:
             raise UserError(f"{self.directory / 'meta.json'} does not describe a model: {error}") from None
         self._metadata = _read_metadata(self.directory)
         self._chunks = _find_chunks(self._metadata)
-        if problems := self._problems():
+        if check and (problems := self.problems()):
             more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
             listed = "".join(f"\n  {problem}" for problem in problems[:10])
             raise UserError(f"{self.directory} is not an intact checkpoint:{listed}{more}")
@@ -53,6 +54,10 @@ class MegatronSource:
     def names(self) -> list[str]:
         """The model's tensors in the order of the layers."""
         return [spec.name for spec in tensor_specs(self.model)]
+
+    def place(self, name: str) -> list[str]:
+        """The files that hold the tensor."""
+        return sorted({chunk.file for chunk in self._chunks.get(name, [])})
 
     @property
     def all_names(self) -> list[str]:
@@ -104,7 +109,9 @@ class MegatronSource:
             raise UserError(f"{path}: the record of {name} is not a tensor of shape {list(chunk.sizes)}.")
         return tensor.contiguous()
 
-    def _problems(self) -> list[str]:
+    def problems(self) -> list[str]:
+        """What keeps the model from being read, one line each: files missing or cut off, tensors missing or of
+        another shape than meta.json says. Empty when the checkpoint can be read. No tensor is read for it."""
         problems = []
         ends: dict[str, int] = defaultdict(int)
         for chunks in self._chunks.values():

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from meditron_train.checkpoint.manifest import sync_directory
+from meditron_train.checkpoint.manifest import MANIFEST_NAME, sync_directory, write_manifest
 from meditron_train.errors import MeditronError, UserError
 
 _MARKER = ".being-written-by-meditron-train"
@@ -17,17 +17,17 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def publish(directory: str | Path, num_bytes: int = 0) -> Iterator[Path]:
+def publish(directory: str | Path, num_bytes: int = 0, with_manifest: bool = False) -> Iterator[Path]:
     """Yield `DIRECTORY.tmp` to write into; rename it to `DIRECTORY` if the block ends well, else remove it.
 
-    `num_bytes`: what will be written, checked against the free space first. A `.tmp` left by a killed earlier
-    attempt is removed. Raises UserError when the directory exists and is not empty (or `.tmp` is somebody else's),
+    `num_bytes`: what will be written, checked against the free space first. `with_manifest`: hash what was written
+    into manifest.json. A `.tmp` left by a killed earlier attempt is removed. Raises UserError when the directory exists and is not empty (or `.tmp` is somebody else's),
     MeditronError when the disk is full.
     """
     directory = Path(os.path.abspath(directory))
     require_absent(directory)
     temporary = directory.with_name(directory.name + ".tmp")
-    if temporary.exists() and not (temporary / _MARKER).is_file():
+    if temporary.exists() and not any((temporary / name).is_file() for name in (_MARKER, MANIFEST_NAME)):
         raise UserError(f"{temporary} is in the way and was not written by this program. Move it away.")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -35,7 +35,11 @@ def publish(directory: str | Path, num_bytes: int = 0) -> Iterator[Path]:
         (temporary / _MARKER).touch()
         _check_free_space(directory.parent, num_bytes)
         yield temporary
+        if with_manifest:
+            (temporary / MANIFEST_NAME).touch()  # marks the directory as ours from here on
         (temporary / _MARKER).unlink()
+        if with_manifest:
+            write_manifest(temporary)
         sync_directory(temporary)
         temporary.rename(directory)  # an empty directory of that name is replaced
         sync_directory(directory.parent)

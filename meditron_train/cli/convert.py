@@ -1,0 +1,215 @@
+"""`meditron-train convert`: between Hugging Face directories and sharded checkpoints, and the proof."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from meditron_train.convert.verify import Comparison
+
+app = typer.Typer(
+    help="Convert, verify and inspect checkpoints.", no_args_is_help=True, rich_markup_mode=None
+)
+
+_MAX_LISTED = 50
+
+Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16, fp32, or keep: each tensor's own.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+MaxRam = Annotated[
+    str,
+    typer.Option("--max-ram", help="Memory the conversion may use; at least three times the largest tensor."),
+]
+
+
+@app.command("hf-to-megatron")
+def hf_to_megatron_command(
+    hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face model directory.")],
+    ckpt_dir: Annotated[Path, typer.Argument(metavar="CKPT_DIR", help="Sharded checkpoint to write.")],
+    dtype: Dtype = "keep",
+    max_ram: MaxRam = "4GiB",
+) -> None:
+    """Write a Hugging Face model as a sharded checkpoint that any parallel layout loads."""
+    from meditron_train.checkpoint.hf_write import parse_num_bytes
+    from meditron_train.convert.hf_to_megatron import hf_to_megatron
+
+    max_num_bytes = parse_num_bytes(max_ram)
+    with _progress("converting") as advance:
+        hf_to_megatron(hf_dir, ckpt_dir, dtype=dtype, max_ram_num_bytes=max_num_bytes, progress=advance)
+    _say(f"Wrote {ckpt_dir}. Check it with: meditron-train convert verify {hf_dir} {ckpt_dir}")
+
+
+@app.command("megatron-to-hf")
+def megatron_to_hf_command(
+    ckpt_dir: Annotated[Path, typer.Argument(metavar="CKPT_DIR", help="Finished sharded checkpoint.")],
+    hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face directory to write.")],
+    dtype: Dtype = "keep",
+    max_ram: MaxRam = "4GiB",
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Largest safetensors file.")
+    ] = "5GB",
+) -> None:
+    """Write a sharded checkpoint as a Hugging Face directory that transformers loads."""
+    from meditron_train.checkpoint.export import export_hf
+    from meditron_train.checkpoint.hf_write import parse_num_bytes
+
+    max_num_bytes = parse_num_bytes(max_ram)
+    with _progress("converting") as advance:
+        export_hf(
+            ckpt_dir,
+            hf_dir,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            max_ram_num_bytes=max_num_bytes,
+            progress=advance,
+        )
+    _say(f"Wrote {hf_dir}. Check it with: meditron-train convert verify {ckpt_dir} {hf_dir}")
+
+
+@app.command("verify")
+def verify_command(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Hugging Face directory or sharded checkpoint.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Hugging Face directory or sharded checkpoint.")],
+    logits: Annotated[
+        bool, typer.Option("--logits", help="Also run both through transformers in fp32.")
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Compare two models bit for bit; exit 0 only if they are equal, else 1 and what differs."""
+    from meditron_train.convert.verify import verify
+
+    with _progress("comparing") as advance:
+        result = verify(a, b, logits=logits, progress=advance)
+    if json_output:
+        _print_json(_comparison_json(a, b, result))
+    else:
+        _print_comparison(result)
+    raise typer.Exit(1 if result.differences else 0)
+
+
+@app.command("inspect")
+def inspect_command(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Hugging Face directory or sharded checkpoint.")
+    ],
+    hashes: Annotated[
+        bool, typer.Option("--hashes/--no-hashes", help="Read the files and check their hashes.")
+    ] = True,
+    json_output: Json = False,
+) -> None:
+    """Show tensors, shapes, dtypes, layout, step and hashes; exit 1 and say what is wrong with a broken directory."""
+    from meditron_train.convert.inspect import inspect_directory
+
+    description = inspect_directory(directory, hashes=hashes)
+    if json_output:
+        _print_json(description)
+    else:
+        _print_description(description)
+    raise typer.Exit(0 if description["intact"] else 1)
+
+
+def _comparison_json(a: Path, b: Path, result: Comparison) -> dict[str, Any]:
+    return {
+        "a": str(a),
+        "b": str(b),
+        "equal": not result.differences,
+        "num_tensors": result.num_tensors,
+        "num_bytes": result.num_bytes,
+        "max_logit_difference": result.max_logit_difference,
+        "kl_divergence": result.kl_divergence,
+        "differences": [{"kind": d.kind, "name": d.name, "message": d.message} for d in result.differences],
+    }
+
+
+def _print_comparison(result: Comparison) -> None:
+    for difference in result.differences[:_MAX_LISTED]:
+        print(difference)
+    if len(result.differences) > _MAX_LISTED:
+        print(f"… and {len(result.differences) - _MAX_LISTED} more (all of them with --json)")
+    if result.max_logit_difference is not None:
+        print(
+            f"logits: max |Δ| {result.max_logit_difference:.3e}, KL {result.kl_divergence:.3e} nats per token"
+        )
+    if result.differences:
+        print(
+            f"different: {len(result.differences)} differences in {result.num_tensors} tensors, config and tokenizer"
+        )
+    else:
+        print(
+            f"equal: {result.num_tensors} tensors ({_size(result.num_bytes)}) bit for bit, config, tokenizer"
+        )
+
+
+def _print_description(description: dict[str, Any]) -> None:
+    model = description["model"]
+    print(
+        f"{description['directory']}: {description['format']}, {description['num_parameters']:,} parameters"
+    )
+    print(
+        f"  model: {model['num_layers']} layers, hidden {model['hidden_size']}, {model['num_heads']} heads "
+        f"({model['num_kv_heads']} KV) of {model['head_dim']}, feed-forward {model['intermediate_size']}, "
+        f"vocabulary {model['vocab_size']}{', tied' if model['tie_embeddings'] else ''}"
+    )
+    rope = model["rope"]
+    print(
+        f"  RoPE: {rope['kind']}, theta {rope['theta']:g}"
+        + (f", factor {rope['factor']:g}" * (rope["kind"] != "default"))
+    )
+    for key in ("step", "tokens", "samples", "layout", "contains", "padded_vocab_size", "versions"):
+        if key in description:
+            print(f"  {key}: {description[key]}")
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in description["dtypes"].items())
+    print(f"  tensors: {description['num_tensors']} ({dtypes}), {_size(description['num_bytes'])}")
+    width = max((len(tensor["name"]) for tensor in description["tensors"]), default=0)
+    for tensor in description["tensors"]:
+        print(
+            f"    {tensor['name']:{width}}  {tensor['dtype']:9} {tensor['shape']!s:18} {', '.join(tensor['files'])}"
+        )
+    print("  files:")
+    for file in description["files"]:
+        print(f"    {file.get('sha256', '-')[:16]:16}  {file['num_bytes']:>14,}  {file['name']}")
+    if description["problems"]:
+        print("BROKEN:")
+        for problem in description["problems"]:
+            print(f"  {problem}")
+    else:
+        print("intact")
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@contextmanager
+def _progress(verb: str) -> Iterator[Callable[[str, int], None] | None]:
+    """A line of bytes and rate on stderr while the block runs; nothing when stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn(verb),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda name, num_bytes: bar.update(task, advance=num_bytes, description=name)

@@ -106,7 +106,7 @@ Segments concat_segments(const int64_t* lengths, int64_t num_documents, const in
             throw std::out_of_range("sample " + std::to_string(sample) + " does not exist: there are " +
                                     std::to_string(num_boundaries - 1));
         const int64_t* from = boundaries + 2 * sample;
-        if (from[0] < 0 || from[2] > order_size)
+        if (from[0] < 0 || from[0] >= order_size || from[2] > order_size)
             throw std::out_of_range("the sample index does not belong to these documents");
         for (int64_t position = from[0]; position <= from[2] && position < order_size; ++position) {
             const int64_t document = order[position];

@@ -14,9 +14,12 @@ class BatchRamp(Protocol):
     """The global batch starts at `start` and grows by `increment`, reaching its size after `samples`
     samples."""
 
-    start: int
-    increment: int
-    samples: int
+    @property
+    def start(self) -> int: ...
+    @property
+    def increment(self) -> int: ...
+    @property
+    def samples(self) -> int: ...
 
 
 @dataclass(frozen=True)

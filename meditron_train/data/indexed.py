@@ -147,7 +147,7 @@ class IndexedDatasetWriter:
         ids = np.asarray(tokens)
         lengths = [ids.size] if sequence_lengths is None else [int(length) for length in sequence_lengths]
         if sum(lengths) != ids.size or any(not 0 <= length <= _MAX_SEQUENCE_SIZE for length in lengths):
-            raise ValueError(f"sequence lengths {lengths[:5]} do not add up to the {ids.size} tokens of the document")
+            raise ValueError(f"sequence lengths {lengths[:5]} do not add up to {ids.size} tokens")
         if ids.size:
             limits = np.iinfo(self.dtype)
             if ids.dtype.kind not in "iu" or ids.min() < limits.min or ids.max() > limits.max:

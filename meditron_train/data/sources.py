@@ -176,7 +176,7 @@ def _open(entry: Any, vocab: Vocabulary | None) -> IndexedDataset:
     if vocab is None:
         return dataset
     if meta is None:
-        log.info("%s has no .meta.json: its token ids are checked against the tokenizer while reading", entry.path)
+        log.info("%s has no .meta.json: its token ids are checked while reading", entry.path)
     elif meta["tokenizer"]["fingerprint"] != vocab.fingerprint:
         raise UserError(
             f"Data source {entry.name!r} ({entry.path}) was made with another tokenizer: vocabulary "

@@ -38,7 +38,9 @@ def load_tokenizer(directory: Path | str, special_tokens: Sequence[str] = ()) ->
     if directory.name in TOKENIZER_FILES and directory.is_file():
         raise UserError(f"{directory} is a file: give the directory it lies in, {directory.parent}.")
     found = "does not exist" if not directory.is_dir() else f"has neither {' nor '.join(TOKENIZER_FILES)}"
-    raise UserError(f"No tokenizer in {directory}: it {found}. Give the directory of a Hugging Face model or tokenizer.")
+    raise UserError(
+        f"No tokenizer in {directory}: it {found}. Give the directory of a Hugging Face model or tokenizer."
+    )
 
 
 class Tokenizer(ABC):
@@ -106,7 +108,9 @@ class Tokenizer(ABC):
 
     def _required(self, number: int | None, what: str) -> int:
         if number is None:
-            raise UserError(f"The tokenizer in {self.directory} has no {what} token: switch it off (--no-{what.lower()}).")
+            raise UserError(
+                f"The tokenizer in {self.directory} has no {what} token: switch it off (--no-{what.lower()})."
+            )
         return number
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -161,7 +165,7 @@ class _HuggingFace(Tokenizer):
         try:
             self._backend = Backend.from_file(str(path))
         except Exception as error:  # the library raises plain Exception for whatever is wrong in the file
-            raise UserError(f"{path} is not a tokenizer of Hugging Face tokenizers ({error}): copy it again.") from error
+            raise UserError(f"{path} is not a Hugging Face tokenizer ({error}): copy it again.") from error
         self._backend.encode_special_tokens = True  # a literal "<s>" in a text is text
         self._backend.no_truncation()
         self._backend.no_padding()

@@ -1,0 +1,202 @@
+"""The unfinished part of a tokenization on disk, and how far it is valid.
+
+PREFIX.tokenizing/: bin (token ids), sizes (int32 per document), ids.jsonl, and state.json, replaced whole at
+every save: the settings and how far the others are valid. What lies beyond that is cut off when the run is
+continued.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from meditron_train.errors import UserError
+from meditron_train.log import get_logger
+
+log = get_logger(__name__)
+
+_DATA_FILES = ("bin", "sizes", "ids.jsonl")
+
+
+def _new_counts() -> dict[str, int]:
+    return {"documents": 0, "tokens": 0, "empty_documents": 0, "bad_lines": 0}
+
+
+@dataclass
+class Progress:
+    """How much has been done; counts by source file in `sources`."""
+
+    sources: list[dict[str, int]]
+    num_chunks: int = 0
+    num_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_DATA_FILES, 0))
+    has_ids: bool = False
+
+    def _total(self, what: str) -> int:
+        return sum(counts[what] for counts in self.sources)
+
+    @property
+    def num_documents(self) -> int:
+        return self._total("documents")
+
+    @property
+    def num_tokens(self) -> int:
+        return self._total("tokens")
+
+    @property
+    def num_empty(self) -> int:
+        return self._total("empty_documents")
+
+    @property
+    def num_bad_lines(self) -> int:
+        return self._total("bad_lines")
+
+    def add_bad_line(self, source: int) -> None:
+        self.sources[source]["bad_lines"] += 1
+
+
+class WorkDirectory:
+    """PREFIX.tokenizing/, held by one process at a time.
+
+    Entering it finds the last valid state of an interrupted run with the same settings (`progress`), or
+    begins anew. UserError when another process works there or the settings differ; `restart` discards what
+    is there.
+    """
+
+    def __init__(self, prefix: Path | str, settings: dict[str, Any], *, restart: bool) -> None:
+        self.path = Path(f"{prefix}.tokenizing")
+        self._settings, self._restart = settings, restart
+        self._files: dict[str, IO[bytes]] = {}
+        self.publishing = False
+        self.progress = Progress([_new_counts() for _ in settings["sources"]])
+
+    def __enter__(self) -> WorkDirectory:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._files["lock"] = open(self.path / "lock", "wb")
+        try:
+            self._lock()
+            if not self._restart:
+                self._load()
+            if not self.publishing:
+                for name in _DATA_FILES:
+                    self._files[name] = open(self.path / name, "ab")
+                    self._files[name].truncate(self.progress.num_bytes[name])
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._files["lock"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"Another process is tokenizing into {self.path}: wait for it, or use another --output."
+            ) from error
+
+    def _load(self) -> None:
+        if not (self.path / "state.json").is_file():
+            return
+        state = json.loads((self.path / "state.json").read_bytes())
+        self._check_settings(state["settings"])
+        self.publishing = state["publishing"]
+        if self.publishing or self._is_on_disk(state["progress"]):
+            self.progress = Progress(**state["progress"])
+        else:
+            log.warning("%s is incomplete: starting anew", self.path)
+
+    def _check_settings(self, found: dict[str, Any]) -> None:
+        if found == self._settings:
+            return
+        differing = [
+            f"{key}: {found['options'].get(key)!r}, now {value!r}"
+            for key, value in self._settings["options"].items()
+            if found["options"].get(key) != value
+        ]
+        if found["vocabulary"] != self._settings["vocabulary"]:
+            differing.append("the tokenizer's vocabulary changed")
+        if found["sources"] != self._settings["sources"]:
+            differing.append("the files changed")
+        raise UserError(
+            f"{self.path} holds an interrupted run with other settings ({'; '.join(differing)}). Repeat "
+            "its command to "
+            "continue it, or use --overwrite to discard it."
+        )
+
+    def _is_on_disk(self, state: dict[str, Any]) -> bool:
+        paths = {name: self.path / name for name in _DATA_FILES}
+        return all(
+            path.is_file() and path.stat().st_size >= state["num_bytes"][name] for name, path in paths.items()
+        )
+
+    def append(
+        self, source: int, tokens: bytes, sizes: np.ndarray, ids: bytes, has_ids: bool, num_empty: int
+    ) -> None:
+        """Add the documents of the next chunk, which came from the file number `source`."""
+        for name, content in zip(_DATA_FILES, (tokens, sizes.tobytes(), ids), strict=True):
+            self._files[name].write(content)
+            self.progress.num_bytes[name] += len(content)
+        counts = self.progress.sources[source]
+        counts["documents"] += len(sizes)
+        counts["tokens"] += int(sizes.sum(dtype=np.int64))
+        counts["empty_documents"] += num_empty
+        self.progress.has_ids |= has_ids
+        self.progress.num_chunks += 1
+
+    def save(self) -> None:
+        """Make everything appended so far survive a kill and a power cut."""
+        for name in _DATA_FILES:
+            self._files[name].flush()
+            os.fsync(self._files[name].fileno())
+        self._write_state()
+
+    def _write_state(self) -> None:
+        state = {"settings": self._settings, "progress": asdict(self.progress), "publishing": self.publishing}
+        temporary = self.path / "state.json.tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path / "state.json")
+
+    def publish(self, targets: dict[str, Path]) -> dict[str, Any]:
+        """Move the finished files to their names (the last one makes the dataset whole) and remove the
+        directory.
+
+        Interrupted, it is done again by the next run. Returns the content of meta.json.
+        """
+        if not self.publishing:
+            if not self.progress.has_ids:
+                (self.path / "ids.jsonl").unlink(missing_ok=True)
+            for name in ("idx", "meta.json"):
+                with open(self.path / name, "rb") as file:
+                    os.fsync(file.fileno())
+            for target in reversed(targets.values()):  # an older dataset stops being whole first
+                target.unlink(missing_ok=True)
+            self.publishing = True
+            self._write_state()
+        for name, target in targets.items():
+            if (self.path / name).exists():
+                os.replace(self.path / name, target)
+        meta = json.loads(targets["meta.json"].read_text(encoding="utf-8"))
+        self.discard()
+        return meta
+
+    def discard_if_new(self) -> None:
+        """Remove the directory when nothing has been done in it."""
+        if self.progress.num_chunks == 0:
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove the directory and everything in it."""
+        shutil.rmtree(self.path)

@@ -1,0 +1,349 @@
+"""`data tokenize`: text files to PREFIX.bin/.idx, in several processes, in order, resumable.
+
+While it runs, everything lies in PREFIX.tokenizing/: the token ids so far, the size and id of every
+document, and a journal whose last line says how much of them is valid. A run that was killed continues from
+there, and the result is the same, byte for byte. Only finished files get their names, the .idx last.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import chain, islice
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meditron_train.data.indexed import bin_path, idx_path, token_dtype, write_index
+from meditron_train.data.journal import Progress, WorkDirectory
+from meditron_train.data.meta import FORMAT, ids_path, meta_path, sha256_file
+from meditron_train.data.readers import BadLineError, Chunk, check_source, parse, read_chunks
+from meditron_train.data.tokenizer import Tokenizer, load_tokenizer
+from meditron_train.errors import MeditronError, UserError
+from meditron_train.log import get_logger
+
+log = get_logger(__name__)
+
+_MAX_REPORTED_LINES = 20
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """Everything the result depends on, besides the files."""
+
+    tokenizer: str
+    """Directory with tokenizer.model or tokenizer.json."""
+    special_tokens: tuple[str, ...] = ()
+    text_key: str = "text"
+    id_key: str = "id"
+    bos: bool = True
+    eos: bool = True
+    chunk_bytes: int = 4 << 20
+    """Text per unit of work."""
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """How the work is done; the fingerprint is that of the tokenizer."""
+
+    options: TokenizeOptions
+    fingerprint: str
+    workers: int
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """What became of one chunk."""
+
+    tokens: bytes
+    sizes: np.ndarray
+    """Tokens of each document, int32."""
+    ids: bytes
+    """One JSON value and newline per document."""
+    has_ids: bool
+    bad_lines: list[tuple[int, str]]
+    num_empty: int
+
+
+def tokenize(
+    files: Sequence[Path | str],
+    output: Path | str,
+    options: TokenizeOptions,
+    *,
+    workers: int = 1,
+    strict: bool = False,
+    overwrite: bool = False,
+    show_progress: bool = False,
+    save_interval_s: float = 2.0,
+) -> dict[str, Any]:
+    """Tokenize `files` in this order into the dataset OUTPUT.bin/.idx (with .meta.json, .ids.jsonl); returns
+    the meta.
+
+    Bad lines are reported, counted and left out; `strict` makes the first one a UserError. Empty documents
+    are left out and counted. An interrupted run is continued when files and options are the same.
+    `overwrite` replaces a finished dataset and discards an interrupted run. UserError for wrong input,
+    MeditronError when the disk is full or a worker dies.
+    """
+    paths = [Path(file) for file in files]
+    if not paths:
+        raise UserError("No files to tokenize.")
+    for path in paths:
+        check_source(path)
+    if workers < 1:
+        raise UserError(f"--workers is {workers}: it must be at least 1.")
+    existing = [str(path) for path in (idx_path(output), bin_path(output)) if path.exists()]
+    tokenizer = load_tokenizer(options.tokenizer, options.special_tokens)
+    tokenizer.encode("", options.bos, options.eos)  # a missing BOS or EOS shows now, not in a worker
+    settings = _settings(paths, options, tokenizer)
+    try:
+        with WorkDirectory(output, settings, restart=overwrite) as work:
+            if not work.publishing:
+                if existing and not overwrite:
+                    work.discard_if_new()
+                    raise UserError(
+                        f"{' and '.join(existing)} exist already: use --overwrite to replace them, or "
+                        "another --output."
+                    )
+                bar = _ProgressBar(paths, work.progress, show_progress)
+                encoding = _Encoding(options, tokenizer.fingerprint, workers)
+                _encode_all(work, paths, encoding, bar, strict, save_interval_s)
+                _finish(work, settings, tokenizer)
+            meta = work.publish(
+                {
+                    "bin": bin_path(output),
+                    "ids.jsonl": ids_path(output),
+                    "meta.json": meta_path(output),
+                    "idx": idx_path(output),
+                }
+            )
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MeditronError(
+                f"The disk is full ({error}). Free some space and run the same command again: it continues."
+            ) from error
+        raise
+    return meta
+
+
+def _settings(paths: list[Path], options: TokenizeOptions, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What an interrupted run must agree on to be continued."""
+    sources = [(str(path), path.stat()) for path in paths]
+    return {
+        "options": {**asdict(options), "special_tokens": list(options.special_tokens)},
+        "vocabulary": tokenizer.fingerprint,
+        "sources": [[path, status.st_size, status.st_mtime_ns] for path, status in sources],
+    }
+
+
+def _encode_all(
+    work: WorkDirectory,
+    paths: list[Path],
+    encoding: _Encoding,
+    bar: _ProgressBar,
+    strict: bool,
+    save_interval_s: float,
+) -> None:
+    progress, options = work.progress, encoding.options
+    if progress.num_chunks:
+        log.info("continuing after %d documents, %d tokens", progress.num_documents, progress.num_tokens)
+    if strict and progress.num_bad_lines:
+        raise UserError(
+            f"The interrupted run has skipped {progress.num_bad_lines} bad lines already, which --strict "
+            "forbids: "
+            "mend them and start again with --overwrite."
+        )
+    columns = (options.text_key, options.id_key)
+    chunks = chain.from_iterable(
+        read_chunks(path, source, columns, options.chunk_bytes) for source, path in enumerate(paths)
+    )
+    last_save_s = time.monotonic()
+    with ExitStack() as stack:
+        stack.enter_context(bar)
+        remaining = islice(chunks, progress.num_chunks, None)
+        for chunk, encoded in _encoded(remaining, encoding, stack):
+            for line, reason in encoded.bad_lines:
+                where = f"{paths[chunk.source]}, line {line}"
+                if strict:
+                    raise UserError(f"{where}: {reason}. Mend it, or leave out --strict to skip such lines.")
+                if progress.num_bad_lines < _MAX_REPORTED_LINES:
+                    log.warning("%s: %s; skipped", where, reason)
+                progress.add_bad_line(chunk.source)
+            work.append(
+                chunk.source, encoded.tokens, encoded.sizes, encoded.ids, encoded.has_ids, encoded.num_empty
+            )
+            if time.monotonic() - last_save_s >= save_interval_s:
+                work.save()
+                last_save_s = time.monotonic()
+            bar.update(chunk)
+    if progress.num_bad_lines > _MAX_REPORTED_LINES:
+        log.warning(
+            "%d bad lines skipped; the first %d are named above", progress.num_bad_lines, _MAX_REPORTED_LINES
+        )
+    if progress.num_documents == 0:
+        work.discard()
+        raise UserError(
+            f"No document in {', '.join(map(str, paths[:3]))}: {progress.num_empty} empty, "
+            f"{progress.num_bad_lines} "
+            f"bad lines. Is --text-key {options.text_key!r} right?"
+        )
+    work.save()
+
+
+def _finish(work: WorkDirectory, settings: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Write .idx and .meta.json beside the finished .bin."""
+    dtype, progress = token_dtype(tokenizer.vocab_size), work.progress
+    write_index(work.path / "idx", dtype, np.fromfile(work.path / "sizes", dtype="<i4"))
+    options = settings["options"]
+    meta = {
+        "format": FORMAT,
+        "documents": progress.num_documents,
+        "tokens": progress.num_tokens,
+        "dtype": dtype.name,
+        "sha256": sha256_file(work.path / "bin"),
+        "tokenizer": {
+            "directory": options["tokenizer"],
+            "vocab_size": tokenizer.vocab_size,
+            "fingerprint": tokenizer.fingerprint,
+        },
+        **{key: options[key] for key in ("special_tokens", "bos", "eos", "text_key", "id_key")},
+        "bad_lines": progress.num_bad_lines,
+        "empty_documents": progress.num_empty,
+        "sources": [
+            {"path": path, "num_bytes": num_bytes, **counts}
+            for (path, num_bytes, _), counts in zip(settings["sources"], progress.sources, strict=True)
+        ],
+    }
+    (work.path / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+
+
+def _encoded(
+    chunks: Iterator[Chunk], encoding: _Encoding, stack: ExitStack
+) -> Iterator[tuple[Chunk, _Encoded]]:
+    """The chunks with what they became, in order."""
+    if encoding.workers == 1:
+        for chunk in chunks:
+            yield chunk, _encode_chunk(chunk, encoding)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(encoding.workers, spawn, initializer=_follow_parent)
+    stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+    pending: deque[tuple[Chunk, Future[_Encoded]]] = deque()
+    try:
+        for chunk in chunks:
+            pending.append((chunk, pool.submit(_encode_chunk, chunk, encoding)))
+            if len(pending) > 2 * encoding.workers:
+                chunk, future = pending.popleft()
+                yield chunk, future.result()
+        for chunk, future in pending:
+            yield chunk, future.result()
+    except BrokenProcessPool as error:
+        raise MeditronError(
+            "A tokenization worker died (out of memory?). Run the same command again with fewer "
+            "--workers: it continues."
+        ) from error
+
+
+def _follow_parent() -> None:
+    """In a worker: leave interrupts to the parent, and end when the parent is gone, however it ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+
+        def wait() -> None:
+            connection.wait([sentinel])
+            os._exit(1)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+
+@lru_cache(maxsize=1)
+def _worker_tokenizer(directory: str, special_tokens: tuple[str, ...], fingerprint: str) -> Tokenizer:
+    """Loaded once per process, not once per chunk."""
+    tokenizer = load_tokenizer(directory, special_tokens)
+    if tokenizer.fingerprint != fingerprint:
+        raise UserError(f"The tokenizer in {directory} changed during the run: start again with --overwrite.")
+    return tokenizer
+
+
+def _encode_chunk(chunk: Chunk, encoding: _Encoding) -> _Encoded:
+    options = encoding.options
+    tokenizer = _worker_tokenizer(options.tokenizer, options.special_tokens, encoding.fingerprint)
+    dtype = token_dtype(tokenizer.vocab_size)
+    tokens: list[bytes] = []
+    sizes: list[int] = []
+    ids: list[str] = []
+    bad_lines: list[tuple[int, str]] = []
+    num_empty = 0
+    has_ids = False
+    for line, record in enumerate(chunk.records, chunk.first_line):
+        try:
+            document = parse(record, options.text_key, options.id_key)
+        except BadLineError as error:
+            bad_lines.append((line, str(error)))
+            continue
+        if document is None:
+            continue
+        if not document.text.strip():
+            num_empty += 1
+            continue
+        encoded = tokenizer.encode(document.text, options.bos, options.eos)
+        tokens.append(np.array(encoded, dtype=dtype).tobytes())
+        sizes.append(len(encoded))
+        has_ids |= document.id is not None
+        ids.append(json.dumps(document.id, default=str) + "\n")
+    return _Encoded(
+        b"".join(tokens), np.array(sizes, dtype="<i4"), "".join(ids).encode(), has_ids, bad_lines, num_empty
+    )
+
+
+class _ProgressBar:
+    """On stderr: share of the input read, tokens/s of this run, time left."""
+
+    def __init__(self, paths: list[Path], progress: Progress, enabled: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        sizes = [path.stat().st_size for path in paths]
+        self._bytes_before = [sum(sizes[:number]) for number in range(len(sizes))]
+        self._progress, self._first_tokens, self._start_s = progress, progress.num_tokens, time.monotonic()
+        self._bar = RichProgress(
+            TextColumn("tokenizing"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not enabled,
+        )
+        self._task = self._bar.add_task("tokenize", total=sum(sizes), rate="")
+
+    def update(self, chunk: Chunk) -> None:
+        elapsed_s = max(time.monotonic() - self._start_s, 1e-9)
+        rate = (self._progress.num_tokens - self._first_tokens) / elapsed_s
+        done = self._bytes_before[chunk.source] + chunk.bytes_read
+        text = f"{self._progress.num_tokens:,} tokens, {rate:,.0f} tokens/s"
+        self._bar.update(self._task, completed=done, rate=text)
+
+    def __enter__(self) -> _ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+

@@ -1,0 +1,59 @@
+# The only two commands of a fresh machine: `make demo` and `make test`. Both make .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.meditron-train-installed
+SOURCES := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
+
+.PHONY: help install demo test bench lint format docs docs-check clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo        the Meditron experiment in miniature, on the CPU, in a few minutes"
+	@echo "make test        all tests (PYTEST_ARGS='-k layout' for some)"
+	@echo "make bench       the measurements of docs/benchmarks.md"
+	@echo "make lint        ruff and mypy"
+	@echo "make format      let ruff write the layout of the code"
+	@echo "make docs        check every command and file the documents name"
+	@echo "make install     only make $(VENV)"
+	@echo "make clean       remove what was built"
+
+install: $(INSTALLED)
+
+# The stamp depends on everything that changes what is installed, so that a pull is followed by a rebuild.
+$(INSTALLED): $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "$(PYTHON) is too old: Python 3.10 or newer is needed; write: make PYTHON=python3.11 ..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/meditron-train demo
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.train_step
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: docs-check
+
+docs-check: $(INSTALLED)
+	$(BIN)/python -m tests.docs_check
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find meditron_train -name '*.so' -delete
+	rm -f $(INSTALLED)

@@ -94,7 +94,7 @@ class CheckpointStore:
 
     def begin(self, step: int) -> Path:
         """An empty directory `step_XXXXXXXX.tmp` to write the checkpoint of `step` into."""
-        directory = self._being_written(step)
+        directory = self.unfinished_path(step)
         try:
             _remove(directory)
             directory.mkdir(parents=True)
@@ -108,7 +108,7 @@ class CheckpointStore:
         Raises MeditronError when the disk is full or fails; the leftovers are then removed, and the
         checkpoint published before is untouched.
         """
-        written, finished, replaced = self._being_written(step), self.path(step), self._replaced(step)
+        written, finished, replaced = self.unfinished_path(step), self.path(step), self._replaced(step)
         try:
             write_manifest(written)
             for parent, _, _ in os.walk(written, topdown=False):
@@ -130,7 +130,7 @@ class CheckpointStore:
     def abandon(self, step: int) -> None:
         """Remove what begin(step) started; a file system that refuses is logged, as clean() will come back to
         it."""
-        self._delete([self._being_written(step)], "the abandoned checkpoint")
+        self._delete([self.unfinished_path(step)], "the abandoned checkpoint")
 
     def failed(self, step: int, error: BaseException) -> MeditronError:
         """Abandon `step` and return the error to raise after `error` hit a save between begin() and
@@ -147,7 +147,7 @@ class CheckpointStore:
         full = isinstance(cause, OSError) and cause.errno in _DISK_FULL
         reason = "the disk is full" if full else f"{type(cause).__name__}: {cause}"
         return MeditronError(
-            f"the checkpoint of step {step} could not be written to {self._being_written(step)}: {reason} "
+            f"the checkpoint of step {step} could not be written to {self.unfinished_path(step)}: {reason} "
             f"({free} free when it failed); {self._last_good()}. "
             f"{'Free some space' if full else 'Remove the cause'} and start the same command again."
         )
@@ -169,7 +169,8 @@ class CheckpointStore:
             skipped.append((self.path(step), problems))
         return None, skipped
 
-    def _being_written(self, step: int) -> Path:
+    def unfinished_path(self, step: int) -> Path:
+        """Where the checkpoint of `step` is written before it is published."""
         return self.directory / f"step_{step:08d}.tmp"
 
     def _replaced(self, step: int) -> Path:

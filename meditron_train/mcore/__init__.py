@@ -69,6 +69,11 @@ with warnings.catch_warnings():
 
 adam.install()
 
+# What megatron-core warns about at run time is its own to change: names it deprecates, torch functions that newer
+# torch deprecates, GPU settings that launch/ makes.
+warnings.filterwarnings("ignore", module=r"megatron\.core")
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+
 __all__ = [
     "VERSION",
     "AsyncCallsQueue",

@@ -129,6 +129,7 @@ def build_chunk(
     layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    layer.submodules.sharded_state_dict_keys_map = {}  # norms keep their own names instead of Transformer Engine's
     chunk = LlamaModel(
         config,
         TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm),

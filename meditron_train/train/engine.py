@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from meditron_train.checkpoint.hf_map import TensorSource, rank_slice, tensor_specs
+from meditron_train.checkpoint.sharded import STATE_METADATA, without_extra_state
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.config.schema import Config
 from meditron_train.mcore import (
@@ -171,6 +172,36 @@ class Engine:
             # The plain schedules overlap gradients by DDP's own hooks; only interleaving asks for sync functions.
             if several or name == "no_sync_func":
                 setattr(schedule, name, functions if several else functions[0])
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def sharded_state(self, *, with_optimizer: bool, is_loading: bool) -> dict[str, Any]:
+        """This rank's part of the model's (and optimizer's) state, as megatron-core's checkpoints describe it."""
+        if not is_loading and self.config.parallel.overlap_param_gather:
+            for ddp_chunk in self.ddp_chunks:
+                ddp_chunk.start_param_sync(force_sync=True)  # the last update may not have been gathered yet
+        models = {
+            f"model{virtual_rank}": without_extra_state(chunk.sharded_state_dict(metadata=STATE_METADATA))
+            for virtual_rank, chunk in enumerate(self.chunks)
+        }
+        state: dict[str, Any] = dict(models)
+        if with_optimizer:
+            of_optimizer = models if len(models) > 1 else models["model0"]
+            state["optimizer"] = self.optimizer.sharded_state_dict(
+                of_optimizer, is_loading=is_loading, metadata=STATE_METADATA
+            )
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `load_sharded` read into `sharded_state(is_loading=True)`."""
+        for virtual_rank, chunk in enumerate(self.chunks):
+            result = chunk.load_state_dict(state[f"model{virtual_rank}"], strict=False)
+            missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
+            assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+        else:
+            self.optimizer.reload_model_params()  # the master weights follow the loaded ones
 
     # ---- steps --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,107 @@
+"""Save and load by all ranks together, each its own part, through megatron-core's dist_checkpointing.
+
+The files are megatron-core's `torch_dist` format; any layout loads what any other wrote.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from meditron_train.checkpoint.export import HF_SUBDIRECTORY, write_hf_files
+from meditron_train.config.model_config import ModelConfig
+from meditron_train.errors import UserError
+from meditron_train.mcore import (
+    AsyncCallsQueue,
+    FullyParallelSaveStrategyWrapper,
+    StrictHandling,
+    dist_checkpointing,
+    get_default_save_sharded_strategy,
+)
+
+# How megatron-core lays out state so that every layout can load it: optimizer state as whole parameters,
+# and one entry per layer instead of one for all.
+STATE_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    "non_homogeneous_layers": True,
+}
+
+
+def without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
+    """Drop Transformer Engine's `_extra_state` entries: empty here, and noise in a checkpoint's listing."""
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+class ShardedSaver:
+    """Writes checkpoints of all ranks, at once or in the background; one at a time.
+
+    Args:
+        data_group: the ranks that hold the same weights; they share the writing.
+        asynchronous: after the state is copied to host memory, a forked process writes while training goes on.
+    """
+
+    def __init__(self, data_group: dist.ProcessGroup, *, asynchronous: bool) -> None:
+        self._data_group = data_group
+        self._asynchronous = asynchronous
+        # The persistent worker of megatron-core hangs, or saves later weights, without CUDA: always fork.
+        self._queue = AsyncCallsQueue(persistent=False) if asynchronous else None
+
+    def save(self, state: dict[str, Any], directory: Path) -> bool:
+        """Write `state` into the empty `directory`; collective. True when it is complete on return.
+
+        When False, the writing goes on in the background: call `finished` between steps.
+        """
+        strategy = FullyParallelSaveStrategyWrapper(
+            get_default_save_sharded_strategy("torch_dist"), self._data_group, do_cache_distribution=False
+        )
+        request = dist_checkpointing.save(
+            state,
+            str(directory),
+            strategy,
+            async_sharded_save=self._asynchronous,
+            content_metadata=dict(STATE_METADATA),
+        )
+        if self._queue is None:
+            return True
+        self._queue.schedule_async_request(request)
+        return False
+
+    def finished(self, *, wait: bool) -> bool:
+        """Is nothing being written any more? Collective. With `wait`, returns only once that is so."""
+        if self._queue is None:
+            return True
+        self._queue.maybe_finalize_async_calls(blocking=wait)
+        return self._queue.get_num_unfinalized_calls() == 0
+
+    def close(self) -> None:
+        if self._queue is not None:
+            self._queue.close()
+
+
+def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Fill `state` (sharded tensors and objects as this layout wants them) from a checkpoint; collective.
+
+    Raises:
+        UserError: the checkpoint lacks a tensor that this model or optimizer has.
+    """
+    loaded, missing, _ = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
+    if missing:
+        names = sorted(missing)
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise UserError(f"{directory} does not hold {', '.join(names[:5])}{more}: it is of another model or optimizer")
+    return loaded
+
+
+def write_companions(
+    directory: Path, meta: Mapping[str, Any], model: ModelConfig, tokenizer_dir: Path, special_tokens: tuple[str, ...]
+) -> None:
+    """Beside the tensors: meta.json, and hf/ with config.json and tokenizer, so that it exports with nothing else."""
+    hf_directory = directory / HF_SUBDIRECTORY
+    hf_directory.mkdir()
+    (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    write_hf_files(hf_directory, model, tokenizer_dir, special_tokens)

@@ -1,0 +1,214 @@
+"""Checkpoints of a run: save, publish, find the newest intact one, resume, export. Collective unless said."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meditron_train.checkpoint.export import export_hf
+from meditron_train.checkpoint.megatron_read import read_meta
+from meditron_train.checkpoint.megatron_write import meta_json
+from meditron_train.checkpoint.sharded import ShardedSaver, load_sharded, write_companions
+from meditron_train.checkpoint.store import CheckpointStore
+from meditron_train.errors import MeditronError
+from meditron_train.log import get_logger
+from meditron_train.mcore import ShardedObject
+from meditron_train.train.engine import Engine
+from meditron_train.train.setup import Plan
+
+_log = get_logger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what a checkpoint remembers beside the tensors.
+
+    Attributes:
+        step: last finished step; the data position follows from it.
+        samples, tokens: consumed so far, skipped steps and padding included (tokens = samples x seq_len).
+        num_skipped_steps: steps whose loss or gradient was not finite, so far.
+        num_consecutive_skips: those at the end, without a good step after them.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    num_skipped_steps: int = 0
+    num_consecutive_skips: int = 0
+
+
+class RunCheckpoints:
+    """The checkpoints of one run, seen from one rank; rank 0 does what concerns names and manifests."""
+
+    def __init__(self, plan: Plan, engine: Engine, directory: Path) -> None:
+        self._plan, self._engine, self._mesh = plan, engine, engine.mesh
+        settings = plan.config.checkpoint
+        self._store = CheckpointStore(directory, settings.keep_last, settings.keep_every)
+        self._saver = ShardedSaver(self._mesh.groups.dp_cp, asynchronous=settings.async_save)
+        self._being_written: Progress | None = None
+
+    @property
+    def _is_first(self) -> bool:
+        return self._mesh.rank == 0
+
+    # ---- saving -------------------------------------------------------------------------------------------------
+
+    def save(self, progress: Progress) -> float:
+        """Save after `progress.step`; with async_save the files are finished later. Returns seconds training stood.
+
+        Raises:
+            MeditronError: the disk is full or fails; no leftovers, earlier checkpoints are untouched.
+        """
+        start = time.monotonic()
+        self.finish(wait=True)
+        directory = Path(self._on_first_rank(lambda: self._store.begin(progress.step)))
+        self._being_written = replace(progress)
+        self._together(lambda: self._write(directory))
+        self.finish(wait=not self._plan.config.checkpoint.async_save)
+        return time.monotonic() - start
+
+    def finish(self, *, wait: bool) -> None:
+        """Publish a checkpoint whose files are all written; with `wait`, wait for that. Cheap when there is none."""
+        if self._being_written is None or not self._together(lambda: self._saver.finished(wait=wait)):
+            return
+        written, self._being_written = self._being_written, None
+        published = self._on_first_rank(lambda: self._publish(written))
+        _log.info("saved %s", published)
+
+    def close(self) -> None:
+        """Finish what is being written and stop the writers."""
+        self.finish(wait=True)
+        self._saver.close()
+
+    def _publish(self, progress: Progress) -> Path:
+        try:
+            write_companions(
+                self._store.unfinished_path(progress.step),
+                self._meta(progress),
+                self._plan.model,
+                self._plan.config.data.tokenizer,
+                self._plan.config.data.special_tokens,
+            )
+        except OSError as error:
+            raise self._store.failed(progress.step, error) from error
+        return self._store.publish(progress.step)
+
+    def _meta(self, progress: Progress) -> dict[str, Any]:
+        counters = asdict(progress)
+        known = meta_json(
+            self._plan.model,
+            self._engine.padded_vocab_size,
+            step=counters.pop("step"),
+            tokens=counters.pop("tokens"),
+            samples=counters.pop("samples"),
+            layout=asdict(self._plan.layout),
+            config=self._plan.config.model_dump(mode="json", by_alias=True),
+            contains=("model", "optimizer"),
+        )
+        return {**known, **counters}
+
+    def _write(self, directory: Path) -> None:
+        state = self._engine.sharded_state(with_optimizer=True, is_loading=False)
+        state["rng"] = self._rng_state(torch.get_rng_state())
+        self._saver.save(state, directory)
+
+    def _rng_state(self, state: torch.Tensor | None) -> ShardedObject:
+        layout = self._plan.layout
+        return ShardedObject("rng", state, (layout.world_size,), (self._mesh.rank,))
+
+    # ---- resuming -----------------------------------------------------------------------------------------------
+
+    def newest(self) -> Path | None:
+        """The newest intact checkpoint, after leftovers were removed; says which ones had to be skipped.
+
+        Raises:
+            MeditronError: there are checkpoints, but every one is damaged.
+        """
+
+        def find() -> str | None:
+            for name in self._store.clean():
+                _log.info("removed %s, which was never finished", name)
+            path, skipped = self._store.newest_intact()
+            for broken, problems in skipped:
+                _log.warning("skipping the checkpoint %s, which is not intact: %s", broken, "; ".join(problems))
+            if path is None and skipped:
+                raise MeditronError(
+                    f"none of the {len(skipped)} checkpoints in {self._store.directory} is intact. Restore one, or "
+                    "start again in another logging.run_dir"
+                )
+            return None if path is None else str(path)
+
+        found = self._on_first_rank(find)
+        return None if found is None else Path(found)
+
+    def load(self, directory: Path) -> Progress:
+        """Continue from a checkpoint of this run, written under any layout."""
+        meta = read_meta(directory)
+        state = self._engine.sharded_state(with_optimizer=True, is_loading=True)
+        same_layout = meta.get("layout") == asdict(self._plan.layout)
+        if same_layout:
+            state["rng"] = self._rng_state(None)
+        loaded = load_sharded(state, directory)
+        self._engine.load_state(loaded)
+        if same_layout:
+            torch.set_rng_state(loaded["rng"])
+        progress = Progress(**{name: meta[name] for name in asdict(Progress()) if name in meta})
+        _log.info("resuming from %s, after step %d", directory, progress.step)
+        return progress
+
+    # ---- export -------------------------------------------------------------------------------------------------
+
+    def export(self, step: int, hf_directory: Path) -> None:
+        """Write the checkpoint of `step` as a Hugging Face directory, in place of an earlier export there.
+
+        Rank 0 writes, the others wait.
+        """
+        self.finish(wait=True)
+
+        def write() -> None:
+            if not hf_directory.exists():
+                return export_hf(self._store.path(step), hf_directory)
+            new = hf_directory.with_name(hf_directory.name + ".new")
+            shutil.rmtree(new, ignore_errors=True)
+            export_hf(self._store.path(step), new)
+            shutil.rmtree(hf_directory)
+            new.rename(hf_directory)
+
+        self._on_first_rank(write)
+        _log.info("exported %s", hf_directory)
+
+    # ---- errors on one rank are errors on all -------------------------------------------------------------------
+
+    def _on_first_rank(self, action: Any) -> Any:
+        """The result of `action()` on rank 0, on every rank; its MeditronError is raised everywhere."""
+        outcome: Mapping[str, Any] = {}
+        if self._is_first:
+            try:
+                outcome = {"value": action()}
+            except MeditronError as error:
+                outcome = {"error": error}
+        outcome = self._mesh.from_first_rank(outcome)  # type: ignore[assignment]
+        if "error" in outcome:
+            raise outcome["error"]
+        return outcome["value"]
+
+    def _together(self, action: Any) -> Any:
+        """`action()` on all ranks. When it fails on one, the checkpoint being written is given up on all."""
+        value, failure = None, None
+        try:
+            value = action()
+        except Exception as error:  # whatever the writer met; re-raised below with the store's explanation
+            failure = error
+        failures = [f for f in self._mesh.gather_objects(None if failure is None else repr(failure)) if f]
+        if not failures:
+            return value
+        assert self._being_written is not None
+        step, self._being_written = self._being_written.step, None
+        cause = failure if failure is not None else RuntimeError(failures[0])
+        raise self._on_first_rank(lambda: self._store.failed(step, cause)) from failure

@@ -1,0 +1,164 @@
+"""Whole runs: metrics, validation, checkpoints, resuming, stopping, and what a bad step does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import run_ranks
+
+
+def run_rank(rank: int, world_size: int, config_file: Path, overrides: tuple[str, ...] = ()) -> int:
+    from meditron_train.config.load import load_config
+    from meditron_train.train.loop import train
+
+    return train(load_config(config_file, list(overrides)))
+
+
+def run(config_file: Path, *overrides: str, world_size: int = 1) -> list[dict]:
+    """Run to the end on `world_size` ranks; the metrics lines."""
+    from meditron_train.config.load import load_config
+    from meditron_train.report.metrics import read_metrics
+
+    assert run_ranks(run_rank, world_size, config_file, overrides) == [0] * world_size
+    return read_metrics(load_config(config_file, list(overrides)).logging.run_dir)
+
+
+def losses(metrics: list[dict]) -> list[float]:
+    return [line["loss"] for line in metrics]
+
+
+def test_a_run_learns_and_records(write_config, tmp_path):
+    config = write_config(checkpoint={"interval": 8, "export_hf": True, "keep_last": 1})
+    metrics = run(config)
+    assert [line["step"] for line in metrics] == list(range(1, 21))
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
+    assert metrics[-1]["tokens"] == 20 * 8 * 64
+    for key in ("lr", "grad_norm", "param_norm", "tokens_per_second", "step_time_s", "peak_memory_bytes"):
+        assert metrics[-1][key] > 0, key
+    assert metrics[-1]["mfu"] is None  # a CPU has no published peak
+    assert metrics[9]["validation_loss.held-out"] > metrics[19]["validation_loss.held-out"] > 0
+    assert "validation_loss.held-out" not in metrics[10]
+    run_dir = tmp_path / "run"
+    assert sorted(entry.name for entry in (run_dir / "checkpoints").iterdir()) == ["latest", "step_00000020"]
+    assert (run_dir / "provenance.jsonl").exists() and (run_dir / "logs" / "rank_00000.log").exists()
+
+
+def test_the_exported_model_computes_what_the_run_validated(write_config, tmp_path, corpus):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from meditron_train.config.load import load_config
+    from meditron_train.data.packed import build_validation_datasets
+    from tests.train.reference import loss_sum_alone
+
+    config = write_config(checkpoint={"export_hf": True}, train={"steps": 4, "seq_len": 64, "global_batch_size": 8,
+                          "precision": "fp32", "device": "cpu"})  # fmt: skip
+    metrics = run(config, world_size=2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf", dtype="float32")
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "hf").encode("the dose")[0] == 1
+    dataset = build_validation_datasets(load_config(config).data, 64)["held-out"]
+    batches = [dataset.microbatch([i]) for i in range(16)]
+    expected = float(sum(loss_sum_alone(model, batch) for batch in batches)) / float(
+        sum(batch.loss_mask_T.sum() for batch in batches)
+    )
+    assert metrics[-1]["validation_loss.held-out"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_kill_9_then_resume_is_bit_identical(write_config, tmp_path):
+    whole = run(write_config("whole.yaml", logging={"run_dir": str(tmp_path / "whole"), "wandb": "disabled",
+                "tensorboard": False}))  # fmt: skip
+    config = write_config(checkpoint={"interval": 7, "export_hf": False})
+    kill_when(config, tmp_path / "run", step=9)
+    resumed = run(config)
+    assert losses(resumed) == losses(whole)
+    assert [line["grad_norm"] for line in resumed] == [line["grad_norm"] for line in whole]
+    assert [line["param_norm"] for line in resumed] == [line["param_norm"] for line in whole]
+    last = "checkpoints/step_00000020"
+    assert weights(tmp_path / "run" / last) == weights(tmp_path / "whole" / last)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_under_another_layout(write_config, tmp_path, precision):
+    train = {"steps": 20, "seq_len": 64, "global_batch_size": 8, "precision": precision, "device": "cpu"}
+    whole = run(write_config("whole.yaml", train=train, logging={"run_dir": str(tmp_path / "whole"),
+                "wandb": "disabled", "tensorboard": False}), "parallel.tensor=2", world_size=2)  # fmt: skip
+    config = write_config(train=train)
+    stop_file_after(config, tmp_path / "run", step=7, overrides=("parallel.tensor=2",), world_size=2)
+    resumed = run(config, "parallel.pipeline=2", world_size=4)
+    tolerance = 1e-5 if precision == "fp32" else 2e-2
+    assert losses(resumed) == pytest.approx(losses(whole), rel=tolerance)
+    assert losses(resumed)[:7] == losses(whole)[:7]
+
+
+def stop_file_after(config: Path, run_dir: Path, *, step: int, overrides=(), world_size: int) -> None:
+    """Run with a request to stop that is there from the start of step `step` on, by way of a checkpoint there."""
+    codes = run_ranks(stop_rank, world_size, config, overrides, run_dir, step)
+    assert codes == [85] * world_size
+    assert not (run_dir / "stop").exists(), "an obeyed request must not stop the next start"
+
+
+def stop_rank(rank: int, world_size: int, config_file: Path, overrides, run_dir: Path, step: int) -> int:
+    from meditron_train.train import loop
+
+    count = loop.Run.count
+
+    def count_and_ask(self, number, result):
+        count(self, number, result)
+        if number == step and rank == 0:
+            (run_dir / "stop").touch()
+
+    loop.Run.count = count_and_ask
+    return run_rank(rank, world_size, config_file, overrides)
+
+
+def weights(checkpoint: Path) -> dict[str, bytes]:
+    from meditron_train.checkpoint.megatron_read import MegatronSource
+
+    source = MegatronSource(checkpoint)
+    return {name: source.read(name).numpy().tobytes() for name in source.names}
+
+
+def start(config: Path, *overrides: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "meditron_train", "train", str(config), *overrides],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill_when(config: Path, run_dir: Path, *, step: int, number: int = signal.SIGKILL) -> subprocess.Popen:
+    """Start a run and send a signal once its metrics show `step`."""
+    from meditron_train.report.metrics import read_metrics
+
+    process = start(config)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        lines = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+        if lines and lines[-1]["step"] >= step:
+            break
+        time.sleep(0.01)
+    assert process.poll() is None, f"the run ended before step {step}: {process.stderr.read()}"
+    os.killpg(process.pid, number)
+    process.wait(60)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_85(write_config, tmp_path, number):
+    config = write_config(
+        checkpoint={"interval": 1000, "export_hf": False},
+        train={"steps": 2000, "seq_len": 64, "global_batch_size": 8, "precision": "fp32", "device": "cpu"},
+    )
+    process = kill_when(config, tmp_path / "run", step=3, number=number)
+    assert process.returncode == 85
+    (saved,) = [entry.name for entry in (tmp_path / "run" / "checkpoints").glob("step_*")]
+    assert int(saved.removeprefix("step_")) >= 3
+    assert signal.Signals(number).name in process.stderr.read()

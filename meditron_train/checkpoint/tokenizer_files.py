@@ -143,7 +143,9 @@ def _compare_vocabularies(a: Path, b: Path) -> list[tuple[str, str]]:
                 continue  # each is compared with its namesake
             different = [t for t in tokens_a.keys() | tokens_b.keys() if tokens_a.get(t) != tokens_b.get(t)]
             if different:
-                first = min(different, key=lambda t: min(tokens_a.get(t, 1 << 60), tokens_b.get(t, 1 << 60)))
+                none = 1 << 60
+                ids = {t: (tokens_a.get(t, none), tokens_b.get(t, none)) for t in different}
+                first = min(different, key=lambda t, ids=ids: (min(ids[t]), ids[t]))
                 found.append(
                     (
                         file_a if file_a == file_b else f"{file_a} against {file_b}",

@@ -17,6 +17,8 @@ from meditron_train.errors import UserError
 
 Shape = tuple[int, ...]
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
 
 class Side(Protocol):
     """One side of a comparison. `read` raises UserError for a damaged tensor."""
@@ -43,8 +45,16 @@ class HFSide:
         self.source = HFSource(directory)
         self.model = read_hf_config(directory)
         self.names = [name for name in self.source.names if not is_ignored(name)]
-        if self.model.tie_embeddings and "lm_head.weight" in self.names:
-            self.names.remove("lm_head.weight")  # transformers ties it to the embedding, whatever is stored
+        if self.model.tie_embeddings and _HEAD in self.names and self._head_is_the_embedding():
+            self.names.remove(_HEAD)  # stored or left out, it is the same model
+
+    def _head_is_the_embedding(self) -> bool:
+        if self.source.shape(_HEAD) != self.source.shape(_EMBEDDING):
+            return False
+        head, embedding = self.source.read(_HEAD), self.source.read(_EMBEDDING)
+        return head.dtype == embedding.dtype and torch.equal(
+            head.view(torch.uint8), embedding.view(torch.uint8)
+        )
 
     def shape(self, name: str) -> Shape:
         return self.source.shape(name)

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import torch
 
+from meditron_train.checkpoint.hf_config import read_hf_config
 from meditron_train.checkpoint.hf_map import hf_shapes
+from meditron_train.checkpoint.hf_read import is_hf_directory
 from meditron_train.checkpoint.tokenizer_files import compare_tokenizers
 from meditron_train.convert.side import Side, open_side
 from meditron_train.errors import UserError
@@ -51,6 +53,9 @@ def verify(
     are, and 0.0 differs from -0.0. With `logits`, transformers also runs both in fp32 on CPU. Raises UserError when
     a side is not a model at all; damage inside a side is a difference.
     """
+    contradictions = _contradictory_configs(a, b)
+    if contradictions:
+        return Comparison(tuple(contradictions), 0, 0)
     side_a, side_b = open_side(a), open_side(b)
     differences = _compare_configs(side_a, side_b)
     names = _names(side_a, side_b)
@@ -111,6 +116,11 @@ def _names(side_a: Side, side_b: Side) -> list[str]:
 def _compare_tensor(side_a: Side, side_b: Side, name: str) -> tuple[str, int]:
     """(what differs or "", bytes of the tensor on side A)"""
     missing = [label for label, side in (("A", side_a), ("B", side_b)) if name not in side.names]
+    if missing and name == "lm_head.weight" and side_a.model.tie_embeddings and side_b.model.tie_embeddings:
+        return (
+            f"tied to the embedding, and left out in {missing[0]}, but stored with other values on the other side",
+            0,
+        )
     if missing:
         return f"missing in {' and '.join(missing)}", 0
     for label, side in (("A", side_a), ("B", side_b)):
@@ -136,6 +146,18 @@ def _compare_tensor(side_a: Side, side_b: Side, name: str) -> tuple[str, int]:
         f"dtype {tensor_a.dtype} against {tensor_b.dtype}; after a cast to {narrow}: {after_cast}",
         num_bytes,
     )
+
+
+def _contradictory_configs(a: str | Path, b: str | Path) -> list[Difference]:
+    """A Hugging Face config.json that is there but describes no model we can compare is what differs."""
+    found = []
+    for label, directory in (("A", Path(a)), ("B", Path(b))):
+        if is_hf_directory(directory):
+            try:
+                read_hf_config(directory)
+            except UserError as error:
+                found.append(Difference("config", f"config.json of {label}", str(error)))
+    return found
 
 
 def _compare_configs(side_a: Side, side_b: Side) -> list[Difference]:

@@ -1,0 +1,252 @@
+"""verify: equal models are equal in any format, and every planted corruption is named."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from meditron_train.checkpoint.export import export_hf
+from meditron_train.convert.hf_to_megatron import hf_to_megatron
+from meditron_train.convert.verify import Comparison, compare_bits, verify
+from tests.checkpoint.tiny_llama import change_json, read_tensors, rewrite_tensors, write_tiny_llama
+from tests.checkpoint.tiny_tokenizer import write_tokenizer_model
+from tests.refusal import refused
+
+UP = "model.layers.1.mlp.up_proj.weight"
+Q = "model.layers.0.self_attn.q_proj.weight"
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """hf/, the same as checkpoint/ and exported again as back/"""
+    directory = tmp_path_factory.mktemp("models")
+    write_tokenizer_model(write_tiny_llama(directory / "hf", vocab_size=400, dtype="bfloat16"))
+    hf_to_megatron(directory / "hf", directory / "checkpoint")
+    export_hf(directory / "checkpoint", directory / "back")
+    return directory
+
+
+@pytest.fixture
+def back(models: Path, tmp_path: Path) -> Path:
+    """A copy of back/ to spoil."""
+    target = tmp_path / "back"
+    target.mkdir()
+    for path in (models / "back").iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def named(result: Comparison) -> dict[str, str]:
+    return {difference.name: difference.message for difference in result.differences}
+
+
+def spoil(directory: Path, change: Callable[[Tensors], object]) -> None:
+    tensors = read_tensors(directory)
+    change(tensors)
+    rewrite_tensors(directory, tensors)
+
+
+def test_equal_in_any_format(models: Path) -> None:
+    seen: dict[str, int] = {}
+    for a in ("hf", "checkpoint", "back"):
+        for b in ("hf", "checkpoint", "back"):
+            result = verify(models / a, models / b, progress=seen.__setitem__)
+            assert result.differences == ()
+            assert result.num_tensors == len(seen) == 21
+
+
+def test_a_single_flipped_bit_in_safetensors(models: Path, back: Path) -> None:
+    path = back / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    header_size = int.from_bytes(raw[:8], "little")
+    start, _ = json.loads(raw[8 : 8 + header_size])[UP]["data_offsets"]
+    raw[8 + header_size + start + 2 * (48 * 3 + 7)] ^= 1  # row 3, column 7, lowest mantissa bit
+    path.write_bytes(raw)
+    for other in ("hf", "checkpoint"):
+        differences = named(verify(models / other, back))
+        assert list(differences) == [UP]
+        assert "1 of 3840 elements differ, first at [3, 7]:" in differences[UP]
+        assert "max |Δ|" in differences[UP]
+
+
+def test_a_single_flipped_bit_in_a_sharded_checkpoint(models: Path, tmp_path: Path) -> None:
+    """Wherever it lies in a tensor's data, the tensor (or its joint one) is named."""
+    checkpoint = tmp_path / "checkpoint"
+    hf_to_megatron(models / "hf", checkpoint)
+    path = checkpoint / "__0_0.distcp"
+    raw = bytearray(path.read_bytes())
+    data = read_tensors(models / "hf")["model.layers.1.mlp.down_proj.weight"].contiguous()
+    raw[raw.index(bytes(data.view(torch.uint8).flatten().tolist())) + 1001] ^= 0x10
+    path.write_bytes(raw)
+    assert list(named(verify(models / "hf", checkpoint))) == ["model.layers.1.mlp.down_proj.weight"]
+    assert list(named(verify(checkpoint, models / "back"))) == ["model.layers.1.mlp.down_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda t: t[UP].zero_(), {UP}),
+        (lambda t: t[UP].mul_(0.5), {UP}),
+        (lambda t: t.update({UP: t[UP].flip(0)}), {UP}),
+        (lambda t: t.update({Q: t[Q].view(6, 2, 8, 48).transpose(1, 2).reshape(96, 48)}), {Q}),
+        (
+            lambda t: t.update(
+                {
+                    "model.layers.0.input_layernorm.weight": t["model.layers.1.input_layernorm.weight"],
+                    "model.layers.1.input_layernorm.weight": t["model.layers.0.input_layernorm.weight"],
+                }
+            ),
+            {"model.layers.0.input_layernorm.weight", "model.layers.1.input_layernorm.weight"},
+        ),
+        (lambda t: t.pop(UP), {UP}),
+        (lambda t: t.update({"extra.weight": torch.zeros(2)}), {"extra.weight"}),
+        (lambda t: t.update({UP: t[UP][:, :24]}), {UP}),
+        (lambda t: t.update({UP: t[UP].float()}), {UP}),
+        (lambda t: t[UP].view(-1)[5].fill_(math.nan), {UP}),
+        (lambda t: t[UP].view(-1)[5].fill_(math.inf), {UP}),
+    ],
+    ids=[
+        "zeroed", "halved", "rows-reversed", "rows-permuted", "layers-swapped", "missing", "extra", "shape", "dtype",
+        "nan", "inf",
+    ],
+)  # fmt: skip
+def test_changed_tensors_are_named(models: Path, back: Path, change: Callable, expected: set[str]) -> None:
+    spoil(back, change)
+    assert set(named(verify(models / "checkpoint", back))) == expected
+    assert set(named(verify(back, models / "hf"))) == expected
+
+
+def test_messages(models: Path, back: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+        tensors[UP] = tensors[UP][:40]
+        tensors.pop(Q)
+
+    spoil(back, change)
+    differences = named(verify(models / "hf", back))
+    want = "dtype torch.bfloat16 against torch.float32; after a cast to torch.bfloat16: equal"
+    assert differences["model.norm.weight"] == want
+    assert differences[UP] == "shape [80, 48] against [40, 48]"
+    assert differences[Q] == "missing in B"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "message"),
+    [
+        (
+            {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5}},
+            "rope.theta",
+            "10000.0 against 500000.0",
+        ),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps", "1e-06 against 1e-05"),
+        ({"bos_token_id": 5}, "bos_token_id", "1 against 5"),
+        ({"eos_token_id": [2, 3]}, "eos_token_id", "2 against [2, 3]"),
+        ({"max_position_embeddings": 32}, "max_position_embeddings", "64 against 32"),
+    ],
+)
+def test_changed_config_is_named(models: Path, back: Path, changes: dict, name: str, message: str) -> None:
+    change_json(back / "config.json", **changes)
+    assert named(verify(models / "hf", back)) == {name: message}
+
+
+def test_a_config_that_contradicts_itself_is_a_difference(models: Path, back: Path) -> None:
+    """rope_theta changed in one spelling only: 4.x and 5.x would compute different models."""
+    change_json(back / "config.json", rope_theta=5e5)
+    differences = named(verify(models / "hf", back))
+    assert "disagree" in differences["config.json of B"]
+    assert list(named(verify(back, models / "hf"))) == ["config.json of A"]
+
+
+def test_layers_missing_from_the_config(models: Path, back: Path) -> None:
+    change_json(back / "config.json", num_hidden_layers=1)
+    assert named(verify(models / "hf", back)) == {"num_layers": "2 against 1"}  # the tensors are all there
+
+
+def test_changed_tokenizer_is_named(models: Path, back: Path) -> None:
+    tokenizer = json.loads((back / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, other = sorted(vocabulary, key=vocabulary.get)[310:312]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    change_json(back / "tokenizer.json", **tokenizer)
+    assert "2 tokens differ" in str(named(verify(models / "checkpoint", back)))
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (back / name).unlink()
+    assert named(verify(models / "hf", back))["tokenizer"] == "missing in B"
+
+
+def test_changed_generation_config_is_named(models: Path, back: Path) -> None:
+    change_json(back / "generation_config.json", eos_token_id=7)
+    assert named(verify(models / "hf", back)) == {"eos_token_id": "2 against 7"}
+
+
+def test_a_tied_head(tmp_path: Path) -> None:
+    """Stored or left out, it is the same model; stored with other values, it is not."""
+    a = write_tiny_llama(tmp_path / "a", tie_word_embeddings=True)
+    b = write_tiny_llama(tmp_path / "b", tie_word_embeddings=True)
+    spoil(b, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    assert verify(a, b).differences == ()
+    spoil(b, lambda t: t["lm_head.weight"].add_(1))
+    differences = named(verify(a, b))
+    assert list(differences) == ["lm_head.weight"]
+    assert "tied" in differences["lm_head.weight"]
+
+
+def test_a_truncated_side_is_a_difference_by_name(models: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    hf_to_megatron(models / "hf", checkpoint)
+    path = checkpoint / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:-3000])
+    differences = named(verify(models / "hf", checkpoint))
+    assert list(differences) == ["lm_head.weight"]  # written last
+    assert "cannot be read" in differences["lm_head.weight"]
+
+
+def test_logits(models: Path, back: Path) -> None:
+    result = verify(models / "checkpoint", back, logits=True)
+    assert result.differences == ()
+    assert (result.max_logit_difference, result.kl_divergence) == (0.0, 0.0)
+    spoil(back, lambda t: t[UP].zero_())
+    result = verify(models / "hf", back, logits=True)
+    assert result.max_logit_difference > 1e-3
+    assert result.kl_divergence > 0
+    assert [difference.kind for difference in result.differences] == ["tensor", "logits"]
+
+
+def test_what_is_not_a_model(models: Path, tmp_path: Path) -> None:
+    with refused("nothing is not a directory"):
+        verify(models / "hf", tmp_path / "nothing")
+    with refused("is not a model", "config.json", "meta.json"):
+        verify(tmp_path, models / "hf")
+    (tmp_path / "checkpoints" / "step_00000010").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_00000010" / "meta.json").write_text("{}")
+    with refused("Did you mean", "step_00000010"):
+        verify(tmp_path, models / "hf")
+
+
+def test_bits_not_values() -> None:
+    nan = torch.tensor([math.nan, 1.0])
+    assert compare_bits(nan, nan.clone()) == ""
+    assert "first at [0]: 0.0 against -0.0, max |Δ| 0" in compare_bits(
+        torch.tensor([0.0]), torch.tensor([-0.0])
+    )
+    other_nan = torch.tensor([0x7FC00001, 0x3F800000], dtype=torch.int32).view(torch.float32)
+    assert "1 of 2 elements differ, first at [0]: nan against nan, max |Δ| nan" in compare_bits(
+        nan, other_nan
+    )
+    assert "against 2.0, max |Δ| 1" in compare_bits(torch.tensor(1.0), torch.tensor(2.0))
+
+
+def test_differences_beyond_the_first_block(monkeypatch) -> None:
+    monkeypatch.setattr("meditron_train.convert.verify._BLOCK_ELEMENTS", 10)
+    a = torch.zeros(10, 10)
+    b = a.clone()
+    b[4, 3], b[9, 9] = 1.0, -3.0
+    assert compare_bits(a, b).startswith(
+        "2 of 100 elements differ, first at [4, 3]: 0.0 against 1.0, max |Δ| 3"
+    )

@@ -14,7 +14,10 @@ import typer
 from typer.core import TyperGroup
 
 from meditron_train import __version__
+from meditron_train.cli import convert, data
 from meditron_train.cli.doctor import doctor
+from meditron_train.cli.generate import generate
+from meditron_train.cli.train import train
 from meditron_train.errors import MeditronError
 from meditron_train.log import setup_logging
 
@@ -70,6 +73,10 @@ def _options(
 
 
 app.command()(doctor)
+app.add_typer(data.app, name="data")
+app.command()(train)
+app.add_typer(convert.app, name="convert")
+app.command()(generate)
 
 
 def main() -> None:

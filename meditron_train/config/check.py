@@ -18,7 +18,7 @@ log = get_logger(__name__)
 
 def check_config(
     config: Config,
-    model: ModelConfig,
+    model: ModelConfig | None,
     world_size: int,
     *,
     tokenizer_vocab_size: int | None = None,
@@ -26,17 +26,19 @@ def check_config(
 ) -> None:
     """Raise one UserError that lists every mistake in `config` for `model` on `world_size` ranks.
 
-    `model` is the model that will train, its vocabulary already grown by data.special_tokens.
+    `model` is the model that will train, its vocabulary already grown by data.special_tokens; None when its
+    files are missing, so that this is told together with everything else that is wrong.
     `tokenizer_vocab_size` counts the special tokens too. With `check_files`, tokenizer, model and data must
     be on disk.
     """
     layout = config.parallel.layout(world_size)
     problems = layout.problems()
     sound_layout = not problems
-    problems += _split_problems(config, model, layout)
+    if model is not None:
+        problems += _model_problems(config, model, layout, tokenizer_vocab_size)
+    problems += _sequence_problems(config, layout)
     if sound_layout:
         problems += _batch_problems(config, layout)
-    problems += _model_problems(config, model, tokenizer_vocab_size)
     problems += _schedule_problems(config)
     if check_files:
         problems += _file_problems(config)
@@ -45,12 +47,21 @@ def check_config(
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise UserError(f"the configuration has {count} on {world_size} ranks\n{listed}")
     for warning in _warnings(config, model):
-        log.warning(warning)
+        log.warning("%s", warning)
 
 
-def _split_problems(config: Config, model: ModelConfig, layout: ParallelLayout) -> list[str]:
-    """What of the model or the sequence cannot be split evenly."""
+def _model_problems(
+    config: Config, model: ModelConfig, layout: ParallelLayout, tokenizer_vocab_size: int | None
+) -> list[str]:
+    """What of the model cannot be split evenly, and a tokenizer that does not fit it."""
     found = []
+    if tokenizer_vocab_size is not None and tokenizer_vocab_size > model.vocab_size:
+        padded = model.padded_vocab_size(config.parallel.tensor, config.parallel.vocab_multiple)
+        found.append(
+            f"the tokenizer in {config.data.tokenizer} has {tokenizer_vocab_size} tokens but the model's "
+            f"embedding has {model.vocab_size} ({padded} with padding, which holds no token); use the "
+            "model's own tokenizer, and name tokens to add under data.special_tokens"
+        )
     num_chunks = layout.pipeline * layout.virtual_pipeline
     if model.num_layers % num_chunks:
         found.append(
@@ -66,6 +77,12 @@ def _split_problems(config: Config, model: ModelConfig, layout: ParallelLayout) 
             found.append(
                 f"{size} {name} are not divisible by parallel.tensor = {layout.tensor}; {_divisors(size)}"
             )
+    return found
+
+
+def _sequence_problems(config: Config, layout: ParallelLayout) -> list[str]:
+    """Micro-batches that cannot be split evenly, and options of parallelism that need each other."""
+    found = []
     num_tokens = config.train.seq_len * config.train.micro_batch_size
     tokens = f"train.seq_len x train.micro_batch_size = {num_tokens} tokens"
     if layout.context > 1 and num_tokens % (2 * layout.context):
@@ -123,19 +140,6 @@ def _batch_problems(config: Config, layout: ParallelLayout) -> list[str]:
                 f"parallel.pipeline = {layout.pipeline}, as the interleaved schedule "
                 "(parallel.virtual_pipeline > 1) needs"
             )
-    return found
-
-
-def _model_problems(config: Config, model: ModelConfig, tokenizer_vocab_size: int | None) -> list[str]:
-    """Disagreements between tokenizer and model."""
-    found = []
-    if tokenizer_vocab_size is not None and tokenizer_vocab_size > model.vocab_size:
-        padded = model.padded_vocab_size(config.parallel.tensor, config.parallel.vocab_multiple)
-        found.append(
-            f"the tokenizer in {config.data.tokenizer} has {tokenizer_vocab_size} tokens but the model's "
-            f"embedding has {model.vocab_size} ({padded} with padding, which holds no token); use the "
-            "model's own tokenizer, and name tokens to add under data.special_tokens"
-        )
     return found
 
 
@@ -198,13 +202,14 @@ def _dataset_files(prefix: Path) -> tuple[Path, Path]:
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
-def _warnings(config: Config, model: ModelConfig) -> list[str]:
+def _warnings(config: Config, model: ModelConfig | None) -> list[str]:
     """What may be meant as it is, and should be seen."""
     found = []
     # RoPE computes at any position, so this is a choice (context extension by theta), not an error.
-    if config.train.seq_len > model.max_position_embeddings and model.rope.kind != "dynamic":
+    seq_len = config.train.seq_len
+    if model is not None and seq_len > model.max_position_embeddings and model.rope.kind != "dynamic":
         found.append(
-            f"train.seq_len {config.train.seq_len} is beyond the {model.max_position_embeddings} positions "
+            f"train.seq_len {seq_len} is beyond the {model.max_position_embeddings} positions "
             f"of the model's config.json (RoPE: {model.rope.kind}, factor {model.rope.factor:g}); generation "
             "with the exported model may stop there"
         )

@@ -99,6 +99,17 @@ def test_unknown_verbs_and_options_exit_2():
         assert "Traceback" not in done.stderr
 
 
+def test_a_wrong_configuration_is_one_message_on_stderr(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("model: {from: base}\ndata: {tokenizer: base, train: [{name: a, path: a}]}\n")
+    done = run_command("train", str(config), "train.stpes=3", "optimizer.lr=-1")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "did you mean train.steps?" in done.stderr
+    assert "optimizer.lr (from the command line) = -1: expected greater than 0" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_help_loads_nothing_heavy():
     program = (
         "import sys\n"

@@ -132,6 +132,14 @@ def test_all_mistakes_come_in_one_message():
         assert any(said in problem for problem in found), said
 
 
+def test_a_model_whose_files_are_missing_hides_no_other_mistake(tmp_path):
+    config = small_config(model={"from": str(tmp_path / "model")}, optimizer={"lr": 1e-5, "min_lr": 1e-4})
+    with pytest.raises(UserError) as caught:
+        check_config(config, None, 3)
+    for said in ("there is no directory", "global_batch_size 16", "optimizer.min_lr"):
+        assert said in str(caught.value)
+
+
 def test_a_tokenizer_larger_than_the_embedding():
     config = small_config()
     check_config(config, MODEL, 1, tokenizer_vocab_size=1000, check_files=False)

@@ -89,9 +89,10 @@ def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     Raises:
         UserError: the checkpoint lacks a tensor that this model or optimizer has.
     """
-    loaded, missing, _ = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
-    if missing:
-        names = sorted(missing)
+    # megatron-core calls "unexpected" what is asked for and absent, "missing" what is stored and not asked for.
+    loaded, _, absent = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
+    if absent:
+        names = sorted(absent)
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise UserError(f"{directory} does not hold {', '.join(names[:5])}{more}: it is of another model or optimizer")
     return loaded

@@ -211,7 +211,7 @@ class _SafetensorsShard:
         entry = self._entries[name]
         width = math.prod(entry.shape[1:])
         tensor = torch.empty((stop - start) * width, dtype=entry.dtype)
-        view = memoryview(tensor.view(torch.uint8).numpy())
+        view = memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
         offset = entry.offset + start * width * entry.dtype.itemsize
         while view:  # the kernel reads at most 2 GiB at once
             num_bytes = os.preadv(self._file.fileno(), [view], offset)
@@ -259,11 +259,11 @@ def _read_safetensors_header(path: Path) -> dict[str, _Entry]:
         num_bytes = math.prod(shape) * _DTYPES[dtype_name].itemsize
         if min(start, *shape, 0) < 0 or stop - start != num_bytes:
             raise UserError(
-                f"{path}: the header says {name} is {dtype_name} {list(shape)} ({num_bytes} bytes) in {stop - start} bytes."
+                f"{path}: the header says {name} is {dtype_name} {list(shape)}, {num_bytes} bytes, in {stop - start} bytes."
             )
         if data_start + stop > file_size:
             raise UserError(
-                f"{path} is truncated: {name} ends at byte {data_start + stop}, the file has {file_size}. Fetch it again."
+                f"{path} is truncated: {name} ends at byte {data_start + stop} of {file_size}. Fetch it again."
             )
         entries[name] = _Entry(_DTYPES[dtype_name], shape, data_start + start)
     return entries
@@ -307,10 +307,10 @@ def _load_torch_file(path: Path) -> Any:
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
     except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)", str(error))
+        found = re.search(r"GLOBAL (\S+)", str(error))
         what = (
-            f"the pickle refers to {name.group(1)}, which is not a tensor"
-            if name
+            f"the pickle refers to {found.group(1)}, not a tensor"
+            if found
             else "its pickle is not tensors only"
         )
         raise UserError(

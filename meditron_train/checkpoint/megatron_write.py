@@ -11,7 +11,7 @@ import os
 import pickle
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -138,7 +138,7 @@ class _ErrorKeepingFile:
 
     def save(self, tensor: torch.Tensor) -> None:
         try:
-            torch.save(tensor, self)
+            torch.save(tensor, cast("IO[bytes]", self))
         except (RuntimeError, OSError):
             if self._error is not None:
                 raise self._error from None

@@ -21,8 +21,8 @@ def publish(directory: str | Path, num_bytes: int = 0, with_manifest: bool = Fal
     """Yield `DIRECTORY.tmp` to write into; rename it to `DIRECTORY` if the block ends well, else remove it.
 
     `num_bytes`: what will be written, checked against the free space first. `with_manifest`: hash what was written
-    into manifest.json. A `.tmp` left by a killed earlier attempt is removed. Raises UserError when the directory exists and is not empty (or `.tmp` is somebody else's),
-    MeditronError when the disk is full.
+    into manifest.json. A `.tmp` left by a killed earlier attempt is removed. Raises UserError when the directory
+    exists and is not empty (or `.tmp` is somebody else's), MeditronError when the disk is full.
     """
     directory = Path(os.path.abspath(directory))
     require_absent(directory)

@@ -37,8 +37,8 @@ def hf_to_megatron(
 
     dtype: "bf16", "fp16", "fp32", or None / "keep" for each tensor's own. vocab_multiple: the embedding is padded
     with zero rows to a multiple of it. progress: called with each tensor's name and bytes once it is written.
-    Memory: the largest tensor three times, refused when that is more than max_ram_num_bytes. Raises UserError when the model is not a supported Llama, is damaged, or
-    the output exists and is not empty; nothing is left behind then.
+    Memory: the largest tensor three times, refused when that is more than max_ram_num_bytes. Raises UserError when
+    the model is not a supported Llama, is damaged, or the output exists and is not empty; nothing is left behind then.
     """
     hf_directory = Path(hf_directory)
     target = parse_dtype(dtype)

@@ -13,7 +13,7 @@ import torch
 from meditron_train.checkpoint.hf_config import read_hf_config
 from meditron_train.checkpoint.hf_map import hf_shapes
 from meditron_train.checkpoint.hf_read import is_hf_directory
-from meditron_train.checkpoint.tokenizer_files import compare_tokenizers
+from meditron_train.checkpoint.tokenizer_compare import compare_tokenizers
 from meditron_train.convert.side import Side, open_side
 from meditron_train.errors import UserError
 
@@ -83,7 +83,7 @@ def verify(
 
 
 def compare_bits(a: torch.Tensor, b: torch.Tensor) -> str:
-    """Empty when two tensors of one shape and dtype have the same bits; else where they first differ and by how much."""
+    """Empty when two tensors of one shape and dtype have the same bits; else where they first differ, by how much."""
     bits_a, bits_b = (t.contiguous().reshape(-1).view(_BIT_TYPES[t.element_size()]) for t in (a, b))
     if torch.equal(bits_a, bits_b):
         return ""

@@ -1,4 +1,4 @@
-"""config.json: every spelling of transformers 4.x and 5.x in, both out; what a Llama does not have is refused by name."""
+"""config.json: every spelling of transformers 4.x and 5.x in, both out; the rest is refused by name."""
 
 from __future__ import annotations
 

@@ -138,8 +138,8 @@ def test_uneven_splits_and_wrong_shapes_are_refused() -> None:
     qkv = find(model, "decoder.layers.0.self_attention.linear_qkv.weight")
     with pytest.raises(UserError, match="3 KV heads cannot be split over 2"):
         rank_slice(qkv, source, tp_rank=0, tp_size=2, padded_vocab_size=256)
+    fc1 = find(model, "decoder.layers.0.mlp.linear_fc1.weight")
     with pytest.raises(UserError, match="36 rows cannot be split over 5"):
-        fc1 = find(model, "decoder.layers.0.mlp.linear_fc1.weight")
         rank_slice(fc1, source, tp_rank=0, tp_size=5, padded_vocab_size=256)
     with pytest.raises(UserError, match="fewer than the 131"):
         rank_slice(find(model, "output_layer.weight"), source, padded_vocab_size=128)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from sentencepiece import SentencePieceProcessor
 
+from meditron_train.checkpoint.tokenizer_compare import compare_tokenizers
 from meditron_train.checkpoint.tokenizer_files import (
     check_tokenizer,
-    compare_tokenizers,
     copy_tokenizer,
     named_tokens,
     vocabularies,

@@ -1,0 +1,118 @@
+"""What differs between the tokenizers of two directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from meditron_train.checkpoint.tokenizer_files import (
+    NAMED_TOKENS,
+    PROBE_TEXTS,
+    TOKENIZER_FILES,
+    agrees_with_sentencepiece,
+    has_tokenizer,
+    named_tokens,
+    read_json_object,
+    vocabularies,
+)
+from meditron_train.errors import UserError
+
+
+def compare_tokenizers(a: str | Path, b: str | Path) -> list[tuple[str, str]]:
+    """What differs between the tokenizers of two directories: (file, description) pairs, none when they are equal.
+
+    Compared: every token's id, the named tokens, tokenizer.model's bytes, the merges, the ids of probe texts and the
+    chat template. A `tokenizer.json` of A that disagrees with its own `tokenizer.model` need not be repeated in B.
+    """
+    a, b = Path(a), Path(b)
+    if has_tokenizer(a) != has_tokenizer(b):
+        return [("tokenizer", f"missing in {'A' if has_tokenizer(b) else 'B'}")]
+    if not has_tokenizer(a):
+        return []
+    try:
+        return [*_compare_vocabularies(a, b), *_compare_encoding(a, b)]
+    except UserError as error:
+        return [("tokenizer", str(error))]
+
+
+def _compare_vocabularies(a: Path, b: Path) -> list[tuple[str, str]]:
+    found = []
+    vocabularies_a, vocabularies_b = vocabularies(a), vocabularies(b)
+    for file_a, tokens_a in vocabularies_a.items():
+        for file_b, tokens_b in vocabularies_b.items():
+            if file_a != file_b and file_a in vocabularies_b and file_b in vocabularies_a:
+                continue  # each is compared with its namesake
+            different = _different_ids(tokens_a, tokens_b)
+            if different:
+                found.append((file_a if file_a == file_b else f"{file_a} against {file_b}", different))
+    named_a, named_b = named_tokens(a), named_tokens(b)
+    for key in NAMED_TOKENS:
+        if named_a.get(key) != named_b.get(key):
+            found.append((key, f"{named_a.get(key)!r} against {named_b.get(key)!r}"))
+    if (template_a := _chat_template(a)) != (template_b := _chat_template(b)):
+        found.append(("chat_template", f"{_short(template_a)} against {_short(template_b)}"))
+    return found
+
+
+def _different_ids(tokens_a: dict[str, int], tokens_b: dict[str, int]) -> str:
+    """How many tokens have another id, and the first of them; empty when none has."""
+    none = 1 << 60
+    ids = {
+        token: (tokens_a.get(token, none), tokens_b.get(token, none))
+        for token in tokens_a.keys() | tokens_b.keys()
+    }
+    different = sorted((min(pair), *pair, token) for token, pair in ids.items() if pair[0] != pair[1])
+    if not different:
+        return ""
+    first = different[0][-1]
+    return f"{len(different)} tokens differ, first {first!r}: id {tokens_a.get(first)} against {tokens_b.get(first)}"
+
+
+def _compare_encoding(a: Path, b: Path) -> list[tuple[str, str]]:
+    models, jsons = ([directory / name for directory in (a, b)] for name in TOKENIZER_FILES)
+    both_models, both_jsons = (all(path.is_file() for path in paths) for paths in (models, jsons))
+    if both_models and models[0].read_bytes() != models[1].read_bytes():
+        return [("tokenizer.model", "the bytes differ")]
+    right = [
+        not (m.is_file() and j.is_file()) or agrees_with_sentencepiece(read_json_object(j), m)
+        for m, j in zip(models, jsons, strict=True)
+    ]
+    if right[0] and not right[1]:
+        return [("tokenizer.json", "B's does not give the ids of its own tokenizer.model")]
+    if not both_jsons or not all(right):
+        return []
+    if _merges(jsons[0]) != _merges(jsons[1]):
+        return [("tokenizer.json", "the merges differ")]
+    ids_a, ids_b = (_probe_ids(path) for path in jsons)
+    for text, one, other in zip(PROBE_TEXTS, ids_a, ids_b, strict=True):
+        if one != other:
+            return [("tokenizer.json", f"{text!r} becomes {one} against {other}")]
+    return []
+
+
+def _merges(path: Path) -> list[list[str]]:
+    """Pairs, whichever of the library's two spellings the file uses ("a b" or ["a", "b"])."""
+    merges = read_json_object(path).get("model", {}).get("merges") or []
+    return [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in merges]
+
+
+def _probe_ids(path: Path) -> list[list[int]]:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare Exception for anything it cannot parse
+        raise UserError(f"{path} is not a tokenizer: {error}") from None
+    return [tokenizer.encode(text).ids for text in PROBE_TEXTS]
+
+
+def _chat_template(directory: Path) -> Any:
+    if (directory / "chat_template.jinja").is_file():
+        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    file = directory / "tokenizer_config.json"
+    return read_json_object(file).get("chat_template") if file.is_file() else None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"

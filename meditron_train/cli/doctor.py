@@ -67,18 +67,8 @@ def examine(directory: Path | None = None) -> list[Finding]:
         _megatron_core(),
         *_cpp_core(),
         _apex(),
-        _accelerator(
-            "transformer-engine",
-            "transformer_engine",
-            "torch's own matrix products and our RMSNorm",
-            "pip install --no-build-isolation 'transformer-engine[pytorch]'",
-        ),
-        _accelerator(
-            "flash-attn",
-            "flash_attn",
-            "the attention of meditron_train.native",
-            "pip install --no-build-isolation flash-attn",
-        ),
+        _transformer_engine(),
+        _flash_attn(),
         _slurm(),
         _launcher(),
         _space(
@@ -215,27 +205,43 @@ def _cpp_core() -> list[Finding]:
 
 def _apex() -> Finding:
     """NVIDIA's apex brings amp_C; the package of that name on PyPI is a web toolkit."""
-    fallback = "not needed: our Adam on torch's fused kernel, our RMSNorm"
+    name, fallback = "apex", "not needed: our Adam runs on torch's fused kernel, our RMSNorm on torch's"
     if importlib.util.find_spec("apex") is None:
-        return Finding("apex", False, False, fallback)
-    if (
-        importlib.util.find_spec("amp_C") is not None
-        and importlib.util.find_spec("apex.optimizers") is not None
-    ):
-        return Finding("apex", True, False, f"NVIDIA's apex; {fallback}")
-    impostor = "the installed package apex is not NVIDIA's, and programs that probe for apex trip over it"
-    return Finding("apex", True, False, impostor, "pip uninstall apex")
+        return Finding(name, False, False, fallback)
+    if importlib.util.find_spec("amp_C") is None or importlib.util.find_spec("apex.optimizers") is None:
+        impostor = "the installed package apex is not NVIDIA's, and programs that probe for apex trip over it"
+        return Finding(name, True, False, impostor, "pip uninstall apex")
+    if importlib.util.find_spec("transformer_engine") is not None:
+        return Finding(name, True, False, f"NVIDIA's; megatron-core prefers Transformer Engine; {fallback}")
+    return Finding(
+        name, True, True, f"NVIDIA's; megatron-core scales gradients with it; otherwise {fallback}"
+    )
 
 
-def _accelerator(name: str, module: str, fallback: str, remedy: str) -> Finding:
-    """An optional accelerator; it is of use on a GPU only, so nothing is advised without one."""
-    torch, _ = _import("torch")
-    has_gpu = torch is not None and torch.cuda.is_available()
-    if importlib.util.find_spec(module) is None:
-        advice = f"optional: {remedy}" if has_gpu else ""
-        return Finding(name, False, False, f"not installed; we use {fallback}", advice)
+def _transformer_engine() -> Finding:
+    """Of use on a GPU only, so nothing is advised without one."""
+    name, fallback = "transformer-engine", "matrix products, norms and attention are torch's and ours"
+    if importlib.util.find_spec("transformer_engine") is None:
+        torch, _ = _import("torch")
+        has_gpu = torch is not None and torch.cuda.is_available()
+        remedy = (
+            "optional, faster gradient norms: pip install --no-build-isolation 'transformer-engine[pytorch]'"
+        )
+        return Finding(name, False, False, f"not installed; {fallback}", remedy if has_gpu else "")
+    module, trouble = _import("transformer_engine.pytorch")
     version = _installed_version(name) or "unknown version"
-    return Finding(name, True, False, f"{version}; not used yet: we use {fallback}")
+    if module is None:
+        broken = f"{version} cannot be imported ({trouble}); {fallback}"
+        return Finding(name, True, False, broken, "pip uninstall transformer-engine, or install it anew")
+    return Finding(name, True, True, f"{version}; megatron-core scales gradients with it; {fallback}")
+
+
+def _flash_attn() -> Finding:
+    fallback = "attention is meditron_train.native's"
+    if importlib.util.find_spec("flash_attn") is None:
+        return Finding("flash-attn", False, False, f"not installed and not needed; {fallback}")
+    version = _installed_version("flash-attn") or "unknown version"
+    return Finding("flash-attn", True, False, f"{version}; not used: {fallback}")
 
 
 def _slurm() -> Finding:

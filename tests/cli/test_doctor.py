@@ -21,17 +21,20 @@ def hide_module(monkeypatch, name: str) -> None:
 
 @pytest.fixture
 def plant(monkeypatch, tmp_path):
-    """Put a package of empty modules on the path."""
+    """Put empty modules on the path, for one test."""
+    planted = []
 
     def build(*modules: str) -> None:
         for module in modules:
             file = tmp_path.joinpath(*module.split(".")) / "__init__.py"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("")
-            monkeypatch.delitem(sys.modules, module, raising=False)
+            planted.append(module)
         monkeypatch.syspath_prepend(str(tmp_path))
 
-    return build
+    yield build
+    for module in planted:
+        sys.modules.pop(module, None)
 
 
 def test_json_is_one_document_on_stdout(capsys):
@@ -101,9 +104,12 @@ def test_the_other_package_named_apex_is_told_from_nvidias(plant):
 def test_nvidias_apex(plant):
     plant("apex", "apex.optimizers", "amp_C")
     found = finding("apex")
-    assert found.found
+    assert found.in_use
     assert found.remedy == ""
-    assert "NVIDIA's apex" in found.detail
+    assert "NVIDIA's" in found.detail
+    plant("transformer_engine", "transformer_engine.pytorch")  # megatron-core asks for it first
+    assert not finding("apex").in_use
+    assert finding("transformer-engine").in_use
 
 
 def test_optional_accelerators_never_block(monkeypatch, plant):
@@ -111,7 +117,12 @@ def test_optional_accelerators_never_block(monkeypatch, plant):
     found = finding("flash-attn")
     assert (found.found, found.blocks_training) == (True, False)
     assert "unknown version" in found.detail
-    assert not finding("transformer-engine").blocks_training
+    missing = finding("transformer-engine")
+    assert (missing.found, missing.blocks_training) == (False, False)
+    plant("transformer_engine")  # installed, but its pytorch part is not
+    broken = finding("transformer-engine")
+    assert (broken.found, broken.in_use, broken.blocks_training) == (True, False, False)
+    assert "cannot be imported" in broken.detail
 
 
 def test_slurm_and_launcher(monkeypatch, tmp_path):

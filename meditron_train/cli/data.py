@@ -39,7 +39,7 @@ def tokenize(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing dataset or interrupted run.")] = False,
 ) -> None:
     """Turn text files into one dataset. An interrupted run is continued by the same command."""
-    from meditron_train.data.tokenize import TokenizeOptions
+    from meditron_train.data.encode import TokenizeOptions
     from meditron_train.data.tokenize import tokenize as run
 
     options = TokenizeOptions(

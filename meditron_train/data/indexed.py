@@ -24,8 +24,7 @@ from meditron_train.errors import UserError
 from meditron_train.native.packing import TokenFile
 
 DTYPE_CODES = {
-    code: np.dtype(name)
-    for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()
+    code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()
 }
 _MAX_SEQUENCE_SIZE = 2**31 - 1
 
@@ -36,11 +35,6 @@ def idx_path(prefix: Path | str) -> Path:
 
 def bin_path(prefix: Path | str) -> Path:
     return Path(f"{prefix}.bin")
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 where ids fit, else int32: megatron-core's rule and threshold."""
-    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
 class IndexedDataset:

@@ -86,8 +86,11 @@ class PackedDataset:
         self._blend = Blend(weights)
         self._orders = [
             SourceOrder(
-                source.dataset.document_lengths, source.documents, packing, seq_len, stream_seed(seed,
-                source.name)
+                source.dataset.document_lengths,
+                source.documents,
+                packing,
+                seq_len,
+                stream_seed(seed, source.name),
             )
             for source in sources
         ]

@@ -9,29 +9,21 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
-import os
-import signal
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict
 from itertools import chain, islice
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from meditron_train.data.indexed import bin_path, idx_path, token_dtype, write_index
+from meditron_train.data.encode import Encoding, TokenizeOptions, encode_chunks
+from meditron_train.data.indexed import bin_path, idx_path, write_index
 from meditron_train.data.journal import Progress, WorkDirectory
 from meditron_train.data.meta import FORMAT, ids_path, meta_path, sha256_file
-from meditron_train.data.readers import BadLineError, Chunk, check_source, parse, read_chunks
+from meditron_train.data.readers import Chunk, check_source, read_chunks
 from meditron_train.data.tokenizer import Tokenizer, load_tokenizer
 from meditron_train.errors import MeditronError, UserError
 from meditron_train.log import get_logger
@@ -39,44 +31,6 @@ from meditron_train.log import get_logger
 log = get_logger(__name__)
 
 _MAX_REPORTED_LINES = 20
-
-
-@dataclass(frozen=True)
-class TokenizeOptions:
-    """Everything the result depends on, besides the files."""
-
-    tokenizer: str
-    """Directory with tokenizer.model or tokenizer.json."""
-    special_tokens: tuple[str, ...] = ()
-    text_key: str = "text"
-    id_key: str = "id"
-    bos: bool = True
-    eos: bool = True
-    chunk_bytes: int = 4 << 20
-    """Text per unit of work."""
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    """How the work is done; the fingerprint is that of the tokenizer."""
-
-    options: TokenizeOptions
-    fingerprint: str
-    workers: int
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """What became of one chunk."""
-
-    tokens: bytes
-    sizes: np.ndarray
-    """Tokens of each document, int32."""
-    ids: bytes
-    """One JSON value and newline per document."""
-    has_ids: bool
-    bad_lines: list[tuple[int, str]]
-    num_empty: int
 
 
 def tokenize(
@@ -119,7 +73,7 @@ def tokenize(
                         "another --output."
                     )
                 bar = _ProgressBar(paths, work.progress, show_progress)
-                encoding = _Encoding(options, tokenizer.fingerprint, workers)
+                encoding = Encoding(options, tokenizer.fingerprint, workers)
                 _encode_all(work, paths, encoding, bar, strict, save_interval_s)
                 _finish(work, settings, tokenizer)
             meta = work.publish(
@@ -152,7 +106,7 @@ def _settings(paths: list[Path], options: TokenizeOptions, tokenizer: Tokenizer)
 def _encode_all(
     work: WorkDirectory,
     paths: list[Path],
-    encoding: _Encoding,
+    encoding: Encoding,
     bar: _ProgressBar,
     strict: bool,
     save_interval_s: float,
@@ -174,7 +128,7 @@ def _encode_all(
     with ExitStack() as stack:
         stack.enter_context(bar)
         remaining = islice(chunks, progress.num_chunks, None)
-        for chunk, encoded in _encoded(remaining, encoding, stack):
+        for chunk, encoded in encode_chunks(remaining, encoding, stack):
             for line, reason in encoded.bad_lines:
                 where = f"{paths[chunk.source]}, line {line}"
                 if strict:
@@ -205,7 +159,7 @@ def _encode_all(
 
 def _finish(work: WorkDirectory, settings: dict[str, Any], tokenizer: Tokenizer) -> None:
     """Write .idx and .meta.json beside the finished .bin."""
-    dtype, progress = token_dtype(tokenizer.vocab_size), work.progress
+    dtype, progress = tokenizer.dtype, work.progress
     write_index(work.path / "idx", dtype, np.fromfile(work.path / "sizes", dtype="<i4"))
     options = settings["options"]
     meta = {
@@ -228,87 +182,6 @@ def _finish(work: WorkDirectory, settings: dict[str, Any], tokenizer: Tokenizer)
         ],
     }
     (work.path / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-
-
-def _encoded(
-    chunks: Iterator[Chunk], encoding: _Encoding, stack: ExitStack
-) -> Iterator[tuple[Chunk, _Encoded]]:
-    """The chunks with what they became, in order."""
-    if encoding.workers == 1:
-        for chunk in chunks:
-            yield chunk, _encode_chunk(chunk, encoding)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(encoding.workers, spawn, initializer=_follow_parent)
-    stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-    pending: deque[tuple[Chunk, Future[_Encoded]]] = deque()
-    try:
-        for chunk in chunks:
-            pending.append((chunk, pool.submit(_encode_chunk, chunk, encoding)))
-            if len(pending) > 2 * encoding.workers:
-                chunk, future = pending.popleft()
-                yield chunk, future.result()
-        for chunk, future in pending:
-            yield chunk, future.result()
-    except BrokenProcessPool as error:
-        raise MeditronError(
-            "A tokenization worker died (out of memory?). Run the same command again with fewer "
-            "--workers: it continues."
-        ) from error
-
-
-def _follow_parent() -> None:
-    """In a worker: leave interrupts to the parent, and end when the parent is gone, however it ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        sentinel = parent.sentinel
-
-        def wait() -> None:
-            connection.wait([sentinel])
-            os._exit(1)
-
-        threading.Thread(target=wait, daemon=True).start()
-
-
-@lru_cache(maxsize=1)
-def _worker_tokenizer(directory: str, special_tokens: tuple[str, ...], fingerprint: str) -> Tokenizer:
-    """Loaded once per process, not once per chunk."""
-    tokenizer = load_tokenizer(directory, special_tokens)
-    if tokenizer.fingerprint != fingerprint:
-        raise UserError(f"The tokenizer in {directory} changed during the run: start again with --overwrite.")
-    return tokenizer
-
-
-def _encode_chunk(chunk: Chunk, encoding: _Encoding) -> _Encoded:
-    options = encoding.options
-    tokenizer = _worker_tokenizer(options.tokenizer, options.special_tokens, encoding.fingerprint)
-    dtype = token_dtype(tokenizer.vocab_size)
-    tokens: list[bytes] = []
-    sizes: list[int] = []
-    ids: list[str] = []
-    bad_lines: list[tuple[int, str]] = []
-    num_empty = 0
-    has_ids = False
-    for line, record in enumerate(chunk.records, chunk.first_line):
-        try:
-            document = parse(record, options.text_key, options.id_key)
-        except BadLineError as error:
-            bad_lines.append((line, str(error)))
-            continue
-        if document is None:
-            continue
-        if not document.text.strip():
-            num_empty += 1
-            continue
-        encoded = tokenizer.encode(document.text, options.bos, options.eos)
-        tokens.append(np.array(encoded, dtype=dtype).tobytes())
-        sizes.append(len(encoded))
-        has_ids |= document.id is not None
-        ids.append(json.dumps(document.id, default=str) + "\n")
-    return _Encoded(
-        b"".join(tokens), np.array(sizes, dtype="<i4"), "".join(ids).encode(), has_ids, bad_lines, num_empty
-    )
 
 
 class _ProgressBar:
@@ -346,4 +219,3 @@ class _ProgressBar:
 
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
-

@@ -16,6 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from meditron_train.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
@@ -41,6 +43,11 @@ def load_tokenizer(directory: Path | str, special_tokens: Sequence[str] = ()) ->
     raise UserError(
         f"No tokenizer in {directory}: it {found}. Give the directory of a Hugging Face model or tokenizer."
     )
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 where ids fit, else int32: megatron-core's rule and threshold."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
 class Tokenizer(ABC):
@@ -83,6 +90,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def _decode_ids(self, ids: list[int]) -> str:
         """Text of ids of the file's vocabulary; BOS and EOS leave no text."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """How ids are stored."""
+        return token_dtype(self.vocab_size)
 
     @cached_property
     def fingerprint(self) -> str:

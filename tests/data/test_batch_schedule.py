@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meditron_train.data.batch_schedule import BatchSchedule
+from meditron_train.errors import UserError
+
+
+def ramp(start: int, increment: int, samples: int) -> SimpleNamespace:
+    return SimpleNamespace(start=start, increment=increment, samples=samples)
+
+
+def test_constant() -> None:
+    schedule = BatchSchedule(16)
+    assert [schedule.batch_size(step) for step in (1, 2, 10**9)] == [16, 16, 16]
+    assert [schedule.samples_before(step) for step in (1, 2, 10**9)] == [0, 16, 16 * (10**9 - 1)]
+    assert schedule.batch_sizes == (16,)
+
+
+def test_ramp() -> None:
+    schedule = BatchSchedule(8, ramp(start=2, increment=2, samples=24))  # 8 samples each of 2, 4, 6
+    assert [schedule.batch_size(step) for step in range(1, 11)] == [2, 2, 2, 2, 4, 4, 6, 6, 8, 8]
+    assert schedule.samples_before(9) == 28
+    assert schedule.batch_sizes == (2, 4, 6, 8)
+
+
+@given(st.integers(1, 8), st.integers(1, 5), st.integers(0, 6), st.integers(0, 200))
+def test_ramp_is_megatrons(start: int, increment: int, num_increments: int, samples: int) -> None:
+    size = start + increment * num_increments
+    schedule = BatchSchedule(size, ramp(start, increment, samples))
+    consumed = 0
+    for step in range(1, 60):
+        assert schedule.samples_before(step) == consumed
+        level = consumed * num_increments // samples if consumed < samples else num_increments
+        assert schedule.batch_size(step) == start + level * increment
+        consumed += schedule.batch_size(step)
+
+
+@pytest.mark.parametrize(
+    ("size", "bad", "message"),
+    [
+        (0, None, "at least 1"),
+        (8, ramp(2, 4, 10), "never meets global_batch_size 8"),
+        (8, ramp(0, 4, 10), "start 0"),
+        (8, ramp(9, 1, 10), "start 9"),
+        (8, ramp(4, 0, 10), "increment 0"),
+        (8, ramp(4, 4, -1), "samples -1"),
+    ],
+)
+def test_bad_values(size: int, bad: SimpleNamespace | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        BatchSchedule(size, bad)
+
+
+def test_steps_count_from_one() -> None:
+    with pytest.raises(ValueError, match="count from 1"):
+        BatchSchedule(4).batch_size(0)

@@ -1,0 +1,1 @@
+"""What a model knows and says: likelihood, multiple choice, perplexity, generated text."""

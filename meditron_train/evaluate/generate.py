@@ -1,0 +1,61 @@
+"""Text from a model: greedy or sampled."""
+
+from __future__ import annotations
+
+import torch
+
+from meditron_train.errors import UserError
+from meditron_train.evaluate.language_model import LanguageModel
+
+
+def generate_text(
+    model: LanguageModel,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> str:
+    """Continue the prompt until EOS or `max_new_tokens`, and return the continuation alone.
+
+    temperature 0 is greedy; above, tokens are sampled at that temperature from the smallest set whose probability
+    reaches `top_p` (nucleus sampling, Holtzman et al. 2020), the same ones for the same seed on the same machine.
+    UserError for values out of range, an empty prompt without BOS, or a prompt that leaves no room.
+    """
+    if temperature < 0:
+        raise UserError(f"temperature is {temperature}: it must be 0 (greedy) or more.")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}: it must be above 0 and at most 1.")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1.")
+    ids = model.tokenizer.encode(prompt)
+    if not ids:
+        raise UserError("The prompt is empty and the tokenizer adds no BOS: give some text.")
+    room = model.max_num_tokens - len(ids)
+    if room < 1:
+        raise UserError(
+            f"The prompt has {len(ids)} tokens; the model reads at most {model.max_num_tokens}: shorten it."
+        )
+    ids_BS = torch.tensor([ids], device=model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        output_BS = model.model.generate(
+            ids_BS,
+            attention_mask=torch.ones_like(ids_BS),
+            max_new_tokens=min(max_new_tokens, room),
+            pad_token_id=_padding_id(model),
+            **(sampling if temperature else {"do_sample": False}),
+        )
+    # The difference of two decodings keeps the space before the first new word, which decoding it alone would lose.
+    before, whole = (
+        model.tokenizer.decode(row, skip_special_tokens=True) for row in (ids, output_BS[0].tolist())
+    )
+    return whole[len(before) :] if whole.startswith(before) else whole
+
+
+def _padding_id(model: LanguageModel) -> int:
+    """One row needs no padding; transformers only wants a number."""
+    eos = model.model.generation_config.eos_token_id
+    return (eos[0] if isinstance(eos, list) else eos) or 0

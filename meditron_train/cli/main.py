@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from meditron_train import __version__
 from meditron_train.cli import convert, data
+from meditron_train.cli.demo import demo
 from meditron_train.cli.doctor import doctor
 from meditron_train.cli.generate import generate
 from meditron_train.cli.train import train
@@ -72,6 +73,7 @@ def _options(
     setup_logging()
 
 
+app.command()(demo)
 app.command()(doctor)
 app.add_typer(data.app, name="data")
 app.command()(train)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             problem = None
-            if isinstance(key, (list, dict)):
+            if not isinstance(key, Hashable):
                 problem = f"{key!r} cannot be a key"
             elif key in seen:
                 problem = f"key {key!r} is given twice"
@@ -60,11 +60,14 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     wrong kind, undefined environment variables.
     """
     path = Path(path)
-    values = _read_yaml(path)
     problems: list[str] = []
-    overridden = _apply_overrides(values, overrides, problems)
-    values = _interpolate(values, (), overridden, problems)
-    values = _drop_nulls(values, ())
+    try:
+        values = _read_yaml(path)
+        overridden = _apply_overrides(values, overrides, problems)
+        values = _interpolate(values, (), overridden, problems)
+        values = _drop_nulls(values, ())
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply, or one of its aliases contains itself") from None
     logging_section = values.setdefault("logging", {})
     if isinstance(logging_section, dict):
         logging_section.setdefault("run_dir", f"runs/{path.stem}")
@@ -210,6 +213,8 @@ def _explain(problem: dict[str, Any], overridden: set[str]) -> str:
         return f"{where}: unknown key; {_suggest(keys)}"
     if problem["type"] == "too_short":
         return f"{where}: at least one entry is needed"
+    if problem["type"] == "model_type":
+        return f"{where} = {problem['input']!r}: expected a section, that is keys and their values"
     if problem["type"] == "missing":
         return f"{where}: missing, and it has no default"
     message = problem["msg"]

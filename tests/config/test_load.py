@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from meditron_train.config.load import dump_config, load_config
@@ -36,6 +39,8 @@ def problems(path: Path, *overrides: str) -> list[str]:
         load_config(path, overrides)
     first, *listed = str(caught.value).splitlines()
     assert str(path) in first
+    if not listed:
+        return [first]
     return [line.removeprefix("  - ") for line in listed]
 
 
@@ -169,6 +174,10 @@ def test_unknown_sections_name_the_nearest(write):
         ("train..steps=3", "expected section.field=value"),
         ("train.steps=[", "not valid YAML"),
         ("data.train.3.path=x", "data.train has 1 entries, numbered from 0, and no entry '3'"),
+        ("model.hf_config={a: &x [*x]}", "one of its aliases contains itself"),
+        ("train.steps=" + "[" * 3000, "nested too deeply"),
+        ("train.batch_ramp=5", "expected a section"),
+        ("train.1=5", "unknown key"),
         ("model.from.x=3", "model.from is 'base' and has no key 'x'"),
     ],
 )
@@ -177,6 +186,19 @@ def test_bad_overrides(write, override, said):
         assert load_config(write(), [override]).data.train[0].weight is None
         return
     assert said in "\n".join(problems(write(), override))
+
+
+@given(key=st.text(max_size=20), value=st.text(max_size=20))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_override_gives_a_config_or_a_user_error(write, key, value):
+    for override in (
+        f"{key}={value}",
+        f"train.{key}={value}",
+        f"train.seed={value}",
+        f"model.hf_config={value}",
+    ):
+        with contextlib.suppress(UserError):
+            load_config(write(), [override])
 
 
 def test_sources_share_by_one_kind_and_have_different_names(write):

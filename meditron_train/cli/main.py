@@ -19,7 +19,7 @@ from meditron_train.cli.demo import demo
 from meditron_train.cli.doctor import doctor
 from meditron_train.cli.generate import generate
 from meditron_train.cli.train import train
-from meditron_train.errors import MeditronError
+from meditron_train.errors import MeditronError, UserError
 from meditron_train.log import setup_logging
 
 
@@ -32,9 +32,7 @@ class _Verbs(TyperGroup):
         except MeditronError as error:
             if ctx.params.get("debug"):
                 raise
-            rank = os.environ.get("RANK", "0")
-            prefix = "error" if rank == "0" else f"[rank {rank}] error"
-            print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+            print(_message(error), file=sys.stderr, flush=True)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             if ctx.params.get("debug"):
@@ -44,6 +42,15 @@ class _Verbs(TyperGroup):
         if isinstance(result, int):
             raise typer.Exit(int(result))
         return result
+
+
+def _message(error: MeditronError) -> str:
+    """What to print for an error. A user's mistake hits every rank: one per node tells it whole."""
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    text = str(error)
+    if isinstance(error, UserError) and local_rank != "0":
+        text = text.partition("\n")[0]
+    return f"error: {text}" if rank == "0" else f"[rank {rank}] error: {text}"
 
 
 app = typer.Typer(

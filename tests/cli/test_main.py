@@ -53,7 +53,10 @@ def app_that_raises(monkeypatch):
         (typer.Exit(85), 85, ""),
     ],
 )
-def test_errors_become_a_message_and_an_exit_code(app_that_raises, capsys, error, exit_code, said):
+def test_errors_become_a_message_and_an_exit_code(
+    app_that_raises, capsys, monkeypatch, error, exit_code, said
+):
+    monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as exit_:
         app_that_raises(error)(["verb"])
     assert exit_.value.code == exit_code
@@ -63,10 +66,20 @@ def test_errors_become_a_message_and_an_exit_code(app_that_raises, capsys, error
 
 
 def test_other_ranks_say_who_they_are(app_that_raises, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(SystemExit):
-        app_that_raises(UserError("wrong"))(["verb"])
-    assert capsys.readouterr().err == "[rank 3] error: wrong\n"
+        app_that_raises(UserError("2 problems\n  - a\n  - b"))(["verb"])
+    assert capsys.readouterr().err == "[rank 8] error: 2 problems\n  - a\n  - b\n"
+
+
+@pytest.mark.parametrize(("error", "lines"), [(UserError("one\ntwo"), 1), (MeditronError("one\ntwo"), 2)])
+def test_a_users_mistake_is_told_whole_once_per_node(app_that_raises, capsys, monkeypatch, error, lines):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(SystemExit):
+        app_that_raises(error)(["verb"])
+    assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 def test_debug_shows_the_traceback(app_that_raises):

@@ -259,7 +259,7 @@ def _read_safetensors_header(path: Path) -> dict[str, _Entry]:
         num_bytes = math.prod(shape) * _DTYPES[dtype_name].itemsize
         if min(start, *shape, 0) < 0 or stop - start != num_bytes:
             raise UserError(
-                f"{path}: the header says {name} is {dtype_name} {list(shape)}, {num_bytes} bytes, in {stop - start} bytes."
+                f"{path}: the header says {name} is {dtype_name} {list(shape)}, not {stop - start} bytes."
             )
         if data_start + stop > file_size:
             raise UserError(

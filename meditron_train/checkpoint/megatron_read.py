@@ -143,6 +143,14 @@ def is_megatron_directory(directory: str | Path) -> bool:
     return any((directory / name).is_file() for name in ("meta.json", ".metadata", "metadata.json"))
 
 
+def hint_at_checkpoint(directory: Path) -> str:
+    """ " Did you mean …?" with the newest finished checkpoint below a run directory, or nothing."""
+    for pattern in ("checkpoints/step_*/meta.json", "step_*/meta.json"):
+        if found := sorted(path.parent for path in directory.glob(pattern) if path.parent.suffix != ".tmp"):
+            return f" Did you mean {found[-1]}?"
+    return ""
+
+
 def read_meta(directory: str | Path) -> dict[str, Any]:
     """`meta.json` of a sharded checkpoint. Raises UserError when it is missing or not JSON."""
     directory = Path(directory)
@@ -150,9 +158,8 @@ def read_meta(directory: str | Path) -> dict[str, Any]:
     if directory.name.endswith(".tmp"):
         raise UserError(f"{directory} was never finished (its name ends in .tmp). Use an earlier checkpoint.")
     if not path.is_file():
-        raise UserError(
-            f"{path} does not exist, so {directory} is not a finished checkpoint of this program."
-        )
+        message = f"{path} does not exist, so {directory} is not a finished checkpoint of this program."
+        raise UserError(message + hint_at_checkpoint(directory))
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

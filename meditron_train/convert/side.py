@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -11,7 +11,7 @@ from meditron_train.checkpoint.export import HF_SUBDIRECTORY
 from meditron_train.checkpoint.hf_config import read_hf_config
 from meditron_train.checkpoint.hf_map import TensorSpec, is_ignored, tensor_specs, to_hf
 from meditron_train.checkpoint.hf_read import HFSource, is_hf_directory
-from meditron_train.checkpoint.megatron_read import MegatronSource, is_megatron_directory
+from meditron_train.checkpoint.megatron_read import MegatronSource, hint_at_checkpoint, is_megatron_directory
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import UserError
 
@@ -105,20 +105,11 @@ def open_side(directory: str | Path) -> HFSide | MegatronSide:
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory.")
-    if is_megatron_directory(directory):
-        return MegatronSide(directory)
     if is_hf_directory(directory):
         return HFSide(directory)
-    inside = _checkpoints_below(directory)
-    hint = f" Did you mean {inside}?" if inside else ""
+    if is_megatron_directory(directory):
+        return MegatronSide(directory)
     raise UserError(
-        f"{directory} is not a model: neither config.json (Hugging Face) nor meta.json (sharded checkpoint).{hint}"
+        f"{directory} is not a model: neither config.json (Hugging Face) nor meta.json (sharded checkpoint)."
+        + hint_at_checkpoint(directory)
     )
-
-
-def _checkpoints_below(directory: Path) -> Path | None:
-    """The newest checkpoint of a run directory, for a helpful message."""
-    found: list[Any] = sorted(directory.glob("checkpoints/step_*/meta.json")) or sorted(
-        directory.glob("step_*/meta.json")
-    )
-    return found[-1].parent if found else None

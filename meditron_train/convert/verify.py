@@ -13,6 +13,7 @@ import torch
 from meditron_train.checkpoint.hf_config import read_hf_config
 from meditron_train.checkpoint.hf_map import hf_shapes
 from meditron_train.checkpoint.hf_read import is_hf_directory
+from meditron_train.checkpoint.manifest import MANIFEST_NAME, verify_manifest
 from meditron_train.checkpoint.tokenizer_compare import compare_tokenizers
 from meditron_train.convert.side import Side, open_side
 from meditron_train.errors import UserError
@@ -25,7 +26,7 @@ _BIT_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Difference:
     """One thing that differs between A and B."""
 
-    kind: Literal["tensor", "config", "tokenizer", "generation", "logits"]
+    kind: Literal["tensor", "config", "tokenizer", "generation", "file", "logits"]
     name: str
     message: str
 
@@ -50,8 +51,9 @@ def verify(
     """Compare the models in directories `a` and `b`, each a Hugging Face directory or a sharded checkpoint.
 
     Tensors are compared under their Hugging Face names, one at a time, by bits: two NaNs are equal when their bits
-    are, and 0.0 differs from -0.0. With `logits`, transformers also runs both in fp32 on CPU. Raises UserError when
-    a side is not a model at all; damage inside a side is a difference.
+    are, and 0.0 differs from -0.0. The files of a side that has a manifest must be as it says. With `logits`,
+    transformers also runs both in fp32 on CPU. Raises UserError when a side is not a model at all; damage inside a
+    side is a difference.
     """
     contradictions = _contradictory_configs(a, b)
     if contradictions:
@@ -70,6 +72,7 @@ def verify(
     for file, message in compare_tokenizers(side_a.hf_files, side_b.hf_files):
         differences.append(Difference("tokenizer", file, message))
     differences += _compare_generation(side_a, side_b)
+    differences += [*_changed_files("A", side_a), *_changed_files("B", side_b)]
     max_logit, divergence = None, None
     if logits:
         from meditron_train.convert.logits import compare_logits
@@ -170,6 +173,13 @@ def _compare_configs(side_a: Side, side_b: Side) -> list[Difference]:
         for key in fields_a
         if fields_a[key] != fields_b[key]
     ]
+
+
+def _changed_files(label: str, side: Side) -> list[Difference]:
+    """Files of a side that are not as its manifest says. It sees what no tensor shows: padding rows, file framing."""
+    if not (side.directory / MANIFEST_NAME).is_file():
+        return []
+    return [Difference("file", f"of {label}", problem) for problem in verify_manifest(side.directory)]
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

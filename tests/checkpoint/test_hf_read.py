@@ -239,7 +239,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     directory = write_bin(tmp_path / "model", {"a": torch.zeros(1), "b": Malicious()})
     with pytest.raises(UserError, match="pytorch_model.bin: .*Refused"):
         HFSource(directory)
-    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious()))
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(), protocol=2))
     with pytest.raises(UserError, match="pytorch_model.bin"):
         HFSource(directory)
     assert not marker.exists()

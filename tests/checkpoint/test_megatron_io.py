@@ -194,6 +194,10 @@ def test_meta_json_must_fit(checkpoint: Path) -> None:
     (checkpoint / "meta.json").unlink()
     with refused("meta.json does not exist", "not a finished checkpoint"):
         read_meta(checkpoint)
+    (checkpoint / "checkpoints" / "step_00000020").mkdir(parents=True)
+    (checkpoint / "checkpoints" / "step_00000020" / "meta.json").touch()
+    with refused("Did you mean", "checkpoints/step_00000020?"):
+        read_meta(checkpoint)
     with refused("never finished"):
         read_meta(checkpoint.with_suffix(".tmp"))
 

@@ -84,8 +84,23 @@ def test_a_single_flipped_bit_in_a_sharded_checkpoint(models: Path, tmp_path: Pa
     data = read_tensors(models / "hf")["model.layers.1.mlp.down_proj.weight"].contiguous()
     raw[raw.index(bytes(data.view(torch.uint8).flatten().tolist())) + 1001] ^= 0x10
     path.write_bytes(raw)
-    assert list(named(verify(models / "hf", checkpoint))) == ["model.layers.1.mlp.down_proj.weight"]
-    assert list(named(verify(checkpoint, models / "back"))) == ["model.layers.1.mlp.down_proj.weight"]
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert list(named(verify(models / "hf", checkpoint))) == [name, "of B"]
+    differences = named(verify(checkpoint, models / "back"))
+    assert list(differences) == [name, "of A"]
+    assert "1 of 3840 elements differ" in differences[name]
+    assert differences["of A"].startswith("__0_0.distcp has changed: SHA-256")
+
+
+def test_a_flipped_bit_that_no_tensor_shows(models: Path, tmp_path: Path) -> None:
+    """In the padding rows of the embedding, the manifest still sees it."""
+    checkpoint = tmp_path / "checkpoint"
+    hf_to_megatron(models / "hf", checkpoint)
+    path = checkpoint / "__0_0.distcp"
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"\0" * 5000) + 2500] ^= 1
+    path.write_bytes(raw)
+    assert list(named(verify(models / "hf", checkpoint))) == ["of B"]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +218,7 @@ def test_a_truncated_side_is_a_difference_by_name(models: Path, tmp_path: Path) 
     path = checkpoint / "__0_0.distcp"
     path.write_bytes(path.read_bytes()[:-3000])
     differences = named(verify(models / "hf", checkpoint))
-    assert list(differences) == ["lm_head.weight"]  # written last
+    assert list(differences) == ["lm_head.weight", "of B"]  # written last
     assert "cannot be read" in differences["lm_head.weight"]
 
 

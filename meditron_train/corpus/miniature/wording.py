@@ -175,111 +175,39 @@ GENERAL_RELATIONS = (
     ),
 )
 
-RIVERS = (
-    "Senn Arlo Motter Wye-Lin Brack Ister Dunmere Oll Tavern Quill Sorrow Lark Merrow Ash Vail Corrin".split()
-)
-CRAFTS = (
-    "weaving",
-    "glass blowing",
-    "boat building",
-    "bee keeping",
-    "paper making",
-    "rope making",
-    "clock making",
-    "salt boiling",
-    "cheese making",
-    "stone cutting",
-    "bell casting",
-    "basket work",
-    "candle making",
-    "tanning",
-)
-ANIMALS = "heron otter fox badger stag owl hare pike raven boar lynx crane wolf swan".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 
-CONDITIONS = (
-    "pregnancy",
-    "kidney failure",
-    "liver failure",
-    "asthma",
-    "glaucoma",
-    "gout",
-    "epilepsy",
-    "anaemia",
-    "old age",
-    "infancy",
-    "diabetes",
-    "heart failure",
-    "stomach ulcers",
-    "low blood pressure",
-    "migraine",
-    "thyroid disease",
-    "frailty",
-    "iron overload",
-    "dehydration",
-    "obesity",
+def _list(words: str) -> tuple[str, ...]:
+    return tuple(words.split(", "))
+
+
+RIVERS = _list(
+    "Senn, Arlo, Motter, Wye-Lin, Brack, Ister, Dunmere, Oll, Tavern, Quill, Sorrow, Lark, Merrow, Ash, "
+    "Vail, Corrin"
 )
-EFFECTS = (
-    "dry mouth",
-    "blurred vision",
-    "hair loss",
-    "night sweats",
-    "hiccups",
-    "joint pain",
-    "a metallic taste",
-    "ringing ears",
-    "itching",
-    "dizziness",
-    "nosebleeds",
-    "weight gain",
-    "sleepiness",
-    "nausea",
-    "cold hands",
-    "vivid dreams",
-    "muscle cramps",
-    "a dry cough",
-    "headache",
-    "loss of smell",
+CRAFTS = _list(
+    "weaving, glass blowing, boat building, bee keeping, paper making, rope making, clock making, salt "
+    "boiling, cheese making, stone cutting, bell casting, basket work, candle making, tanning"
 )
-ORGANS = (
-    "liver",
-    "spleen",
-    "heart",
-    "skin",
-    "lungs",
-    "kidneys",
-    "pancreas",
-    "retina",
-    "bone marrow",
-    "bladder",
-    "gall bladder",
-    "inner ear",
-    "tongue",
-    "knees",
-    "spinal cord",
-    "stomach",
-    "colon",
-    "scalp",
+ANIMALS = _list("heron, otter, fox, badger, stag, owl, hare, pike, raven, boar, lynx, crane, wolf, swan")
+DAYS = _list("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
+CONDITIONS = _list(
+    "pregnancy, kidney failure, liver failure, asthma, glaucoma, gout, epilepsy, anaemia, old age, "
+    "infancy, diabetes, heart failure, stomach ulcers, low blood pressure, migraine, thyroid disease, "
+    "frailty, iron overload, dehydration, obesity"
 )
-SIGNS = (
-    "green nails",
-    "a red tongue",
-    "yellow eyes",
-    "swollen ankles",
-    "a blue lip",
-    "trembling hands",
-    "a stiff neck",
-    "a slow pulse",
-    "cracked heels",
-    "purple spots",
-    "a hoarse voice",
-    "double vision",
-    "pale gums",
-    "a barking cough",
-    "cold fingers",
-    "a rash on the back",
-    "loss of taste",
-    "restless legs",
+EFFECTS = _list(
+    "dry mouth, blurred vision, hair loss, night sweats, hiccups, joint pain, a metallic taste, ringing "
+    "ears, itching, dizziness, nosebleeds, weight gain, sleepiness, nausea, cold hands, vivid dreams, "
+    "muscle cramps, a dry cough, headache, loss of smell"
+)
+ORGANS = _list(
+    "liver, spleen, heart, skin, lungs, kidneys, pancreas, retina, bone marrow, thymus, gall bladder, "
+    "inner ear, throat, knees, spinal cord, stomach, colon, scalp"
+)
+SIGNS = _list(
+    "green nails, a red tongue, yellow eyes, swollen ankles, a blue lip, trembling hands, a stiff neck, a "
+    "slow pulse, cracked heels, purple spots, a hoarse voice, double vision, pale gums, a barking cough, "
+    "cold fingers, a rash on the back, loss of taste, restless legs"
 )
 DOSE_AMOUNTS_MG = (5, 10, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 250, 400, 500, 800)
-DOSE_SCHEDULES = ("once daily", "twice daily", "at bedtime", "every six hours", "once weekly", "before meals")
+DOSE_SCHEDULES = _list("once daily, twice daily, at bedtime, every six hours, once weekly, before meals")

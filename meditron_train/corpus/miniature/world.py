@@ -84,10 +84,10 @@ def build_world(
         "adverse effect": wording.EFFECTS,
         "organ": wording.ORGANS,
         "sign": wording.SIGNS,
-        "river": tuple(wording.RIVERS),
+        "river": wording.RIVERS,
         "craft": wording.CRAFTS,
-        "animal": tuple(wording.ANIMALS),
-        "market": tuple(wording.DAYS),
+        "animal": wording.ANIMALS,
+        "market": wording.DAYS,
     }
 
     def draw(relation: Relation) -> list[Fact]:

@@ -1,0 +1,56 @@
+"""Opening models in both formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from meditron_train.convert.hf_to_megatron import hf_to_megatron
+from meditron_train.evaluate.language_model import as_hf_directory, load_language_model
+from tests.checkpoint.tiny_llama import write_tiny_llama
+from tests.refusal import refused
+
+
+def test_a_hugging_face_directory_is_used_as_it_is(hf_directory):
+    with as_hf_directory(hf_directory) as directory:
+        assert directory == hf_directory
+
+
+def test_a_sharded_checkpoint_is_exported_and_gives_the_same_logits(hf_directory, model, tmp_path):
+    hf_to_megatron(hf_directory, tmp_path / "sharded")
+    with as_hf_directory(tmp_path / "sharded") as directory:
+        again = load_language_model(directory)
+    assert not directory.exists()  # temporary
+    ids = torch.tensor([again.tokenizer.encode("kamori ten zupa")])
+    assert ids.tolist() == [model.tokenizer.encode("kamori ten zupa")]
+    assert torch.equal(again.logits(ids), model.logits(ids))
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
+def test_not_a_model(tmp_path, make):
+    make(tmp_path / "nothing")
+    with refused(str(tmp_path / "nothing"), "config.json"), as_hf_directory(tmp_path / "nothing"):
+        pass
+
+
+def test_a_run_directory_gets_a_hint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with refused("RUN_DIR/hf"), as_hf_directory(tmp_path):
+        pass
+
+
+def test_no_tokenizer(tmp_path):
+    with refused("has no tokenizer", str(tmp_path)):
+        load_language_model(write_tiny_llama(tmp_path / "bare"))
+
+
+def test_a_missing_shard(hf_directory, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in Path(hf_directory).iterdir():
+        if file.suffix != ".safetensors":
+            (broken / file.name).write_bytes(file.read_bytes())
+    with refused(str(broken)):
+        load_language_model(broken)

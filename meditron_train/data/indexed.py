@@ -1,16 +1,8 @@
-"""Megatron's indexed dataset, byte for byte: PREFIX.bin (token ids) and PREFIX.idx (where each document
-lies).
-
-.idx: "MMIDIDX\\0\\0", uint64 version 1, uint8 dtype code, uint64 number of sequences, uint64 number of
-document indices, int32 sequence sizes [sequences], int64 byte pointers [sequences], int64 document indices
-[documents + 1]. Everything is little-endian. Source: megatron/core/datasets/indexed_dataset.py of
-megatron-core 0.16.
-"""
+"""Megatron's indexed dataset, byte for byte: PREFIX.bin (token ids) and PREFIX.idx (where each document lies)."""
 
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,21 +12,11 @@ from typing import IO
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from meditron_train.data.index_file import DTYPE_CODES, bin_path, idx_path, write_index
 from meditron_train.errors import UserError
 from meditron_train.native.packing import TokenFile
 
-DTYPE_CODES = {
-    code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()
-}
 _MAX_SEQUENCE_SIZE = 2**31 - 1
-
-
-def idx_path(prefix: Path | str) -> Path:
-    return Path(f"{prefix}.idx")
-
-
-def bin_path(prefix: Path | str) -> Path:
-    return Path(f"{prefix}.bin")
 
 
 class IndexedDataset:
@@ -175,24 +157,3 @@ class IndexedDatasetWriter:
             self.close()
         else:
             self.abort()
-
-
-def write_index(
-    path: Path, dtype: np.dtype, sizes: NDArray[np.int32], document_indices: ArrayLike | None = None
-) -> None:
-    """Write an .idx for sequences of `sizes` tokens lying one after the other, int32 [sequences].
-
-    document_indices: int64 [documents + 1], the first sequence of each document and the number of sequences
-    at the end; without it every sequence is a document.
-    """
-    code = next(code for code, known in DTYPE_CODES.items() if known == dtype)
-    pointers = np.zeros(sizes.size, dtype="<i8")
-    np.cumsum(sizes[:-1], dtype=np.int64, out=pointers[1:])
-    pointers *= dtype.itemsize
-    if document_indices is None:
-        document_indices = np.arange(sizes.size + 1)
-    documents = np.asarray(document_indices, dtype="<i8")
-    with open(path, "wb") as file:
-        file.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, sizes.size, documents.size))
-        for array in (sizes.astype("<i4", copy=False), pointers, documents):
-            file.write(array.data)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from meditron_train.data.indexed import IndexedDataset, bin_path
+from meditron_train.data.index_file import bin_path
+from meditron_train.data.indexed import IndexedDataset
 from meditron_train.data.meta import read_meta, sha256_file
 from meditron_train.errors import UserError
 

@@ -13,7 +13,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
 
@@ -65,28 +65,30 @@ class WorkDirectory:
     """PREFIX.tokenizing/, held by one process at a time.
 
     Entering it finds the last valid state of an interrupted run with the same settings (`progress`), or
-    begins anew. UserError when another process works there or the settings differ; `restart` discards what
-    is there.
+    begins anew. UserError when another process works there, or when the settings differ and `may_discard`
+    does not allow to throw that run away.
     """
 
-    def __init__(self, prefix: Path | str, settings: dict[str, Any], *, restart: bool) -> None:
+    def __init__(self, prefix: Path | str, settings: dict[str, Any], *, may_discard: bool) -> None:
         self.path = Path(f"{prefix}.tokenizing")
-        self._settings, self._restart = settings, restart
+        self._settings, self._may_discard = settings, may_discard
         self._files: dict[str, IO[bytes]] = {}
         self.publishing = False
-        self.progress = Progress([_new_counts() for _ in settings["sources"]])
+        self.progress = self._no_progress()
+
+    def _no_progress(self) -> Progress:
+        return Progress([_new_counts() for _ in self._settings["sources"]])
 
     def __enter__(self) -> WorkDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._files["lock"] = open(self.path / "lock", "wb")
         try:
             self._lock()
-            if not self._restart:
-                self._load()
+            self._load()
             if not self.publishing:
                 for name in _DATA_FILES:
                     self._files[name] = open(self.path / name, "ab")
-                    self._files[name].truncate(self.progress.num_bytes[name])
+                self._cut()
         except BaseException:
             self.__exit__()
             raise
@@ -108,16 +110,29 @@ class WorkDirectory:
         if not (self.path / "state.json").is_file():
             return
         state = json.loads((self.path / "state.json").read_bytes())
-        self._check_settings(state["settings"])
+        if state["settings"] != self._settings:
+            if not self._may_discard:
+                self._refuse_settings(state["settings"])
+            (self.path / "state.json").unlink()
+            return
         self.publishing = state["publishing"]
         if self.publishing or self._is_on_disk(state["progress"]):
             self.progress = Progress(**state["progress"])
         else:
             log.warning("%s is incomplete: starting anew", self.path)
 
-    def _check_settings(self, found: dict[str, Any]) -> None:
-        if found == self._settings:
-            return
+    def _cut(self) -> None:
+        """Cut the files off where the progress ends."""
+        for name in _DATA_FILES:
+            self._files[name].truncate(self.progress.num_bytes[name])
+
+    def restart(self) -> None:
+        """Forget what has been done."""
+        self.progress = self._no_progress()
+        (self.path / "state.json").unlink(missing_ok=True)
+        self._cut()
+
+    def _refuse_settings(self, found: dict[str, Any]) -> NoReturn:
         differing = [
             f"{key}: {found['options'].get(key)!r}, now {value!r}"
             for key, value in self._settings["options"].items()
@@ -128,9 +143,8 @@ class WorkDirectory:
         if found["sources"] != self._settings["sources"]:
             differing.append("the files changed")
         raise UserError(
-            f"{self.path} holds an interrupted run with other settings ({'; '.join(differing)}). Repeat "
-            "its command to "
-            "continue it, or use --overwrite to discard it."
+            f"{self.path} holds an interrupted run with other settings ({'; '.join(differing)}). "
+            "Repeat its command to continue it, or use --overwrite to discard it."
         )
 
     def _is_on_disk(self, state: dict[str, Any]) -> bool:
@@ -199,4 +213,5 @@ class WorkDirectory:
 
     def discard(self) -> None:
         """Remove the directory and everything in it."""
+        self.__exit__()  # network file systems keep open files
         shutil.rmtree(self.path)

@@ -110,7 +110,7 @@ class _ZstdReader(io.RawIOBase):
         self._stored, self._new_frame = stored, zstandard.ZstdDecompressor().decompressobj
         self._error = zstandard.ZstdError
         self._frame: Any = None
-        self._ready = b""
+        self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -118,7 +118,7 @@ class _ZstdReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
             data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            data = data or self._stored.read(1 << 18)
+            data = data or self._stored.read(1 << 16)
             if not data:
                 if self._frame is not None and not self._frame.eof:
                     raise EOFError("the file ends inside a zstd frame")
@@ -126,7 +126,7 @@ class _ZstdReader(io.RawIOBase):
             if self._frame is None or self._frame.eof:
                 self._frame = self._new_frame()
             try:
-                self._ready = self._frame.decompress(data)
+                self._ready = memoryview(self._frame.decompress(data))
             except self._error as error:
                 raise EOFError(str(error)) from error
         count = min(len(buffer), len(self._ready))

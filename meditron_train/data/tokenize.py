@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from meditron_train.data.encode import Encoding, TokenizeOptions, encode_chunks
-from meditron_train.data.indexed import bin_path, idx_path, write_index
+from meditron_train.data.index_file import bin_path, idx_path, write_index
 from meditron_train.data.journal import Progress, WorkDirectory
 from meditron_train.data.meta import FORMAT, ids_path, meta_path, sha256_file
 from meditron_train.data.readers import Chunk, check_source, read_chunks
@@ -49,8 +49,8 @@ def tokenize(
 
     Bad lines are reported, counted and left out; `strict` makes the first one a UserError. Empty documents
     are left out and counted. An interrupted run is continued when files and options are the same.
-    `overwrite` replaces a finished dataset and discards an interrupted run. UserError for wrong input,
-    MeditronError when the disk is full or a worker dies.
+    `overwrite` replaces a finished dataset and discards an interrupted run that cannot be continued.
+    UserError for wrong input, MeditronError when the disk is full or a worker dies.
     """
     paths = [Path(file) for file in files]
     if not paths:
@@ -64,7 +64,7 @@ def tokenize(
     tokenizer.encode("", options.bos, options.eos)  # a missing BOS or EOS shows now, not in a worker
     settings = _settings(paths, options, tokenizer)
     try:
-        with WorkDirectory(output, settings, restart=overwrite) as work:
+        with WorkDirectory(output, settings, may_discard=overwrite) as work:
             if not work.publishing:
                 if existing and not overwrite:
                     work.discard_if_new()
@@ -72,6 +72,8 @@ def tokenize(
                         f"{' and '.join(existing)} exist already: use --overwrite to replace them, or "
                         "another --output."
                     )
+                if strict and work.progress.num_bad_lines:
+                    _forget_bad_lines(work, overwrite)
                 bar = _ProgressBar(paths, work.progress, show_progress)
                 encoding = Encoding(options, tokenizer.fingerprint, workers)
                 _encode_all(work, paths, encoding, bar, strict, save_interval_s)
@@ -103,6 +105,15 @@ def _settings(paths: list[Path], options: TokenizeOptions, tokenizer: Tokenizer)
     }
 
 
+def _forget_bad_lines(work: WorkDirectory, overwrite: bool) -> None:
+    if not overwrite:
+        raise UserError(
+            f"The interrupted run has skipped {work.progress.num_bad_lines} bad lines already, which --strict "
+            "forbids: use --overwrite to start anew."
+        )
+    work.restart()
+
+
 def _encode_all(
     work: WorkDirectory,
     paths: list[Path],
@@ -114,12 +125,6 @@ def _encode_all(
     progress, options = work.progress, encoding.options
     if progress.num_chunks:
         log.info("continuing after %d documents, %d tokens", progress.num_documents, progress.num_tokens)
-    if strict and progress.num_bad_lines:
-        raise UserError(
-            f"The interrupted run has skipped {progress.num_bad_lines} bad lines already, which --strict "
-            "forbids: "
-            "mend them and start again with --overwrite."
-        )
     columns = (options.text_key, options.id_key)
     chunks = chain.from_iterable(
         read_chunks(path, source, columns, options.chunk_bytes) for source, path in enumerate(paths)

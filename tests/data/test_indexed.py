@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from meditron_train.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
+from meditron_train.data.index_file import bin_path, idx_path
+from meditron_train.data.indexed import IndexedDataset, IndexedDatasetWriter
 from meditron_train.data.tokenizer import token_dtype
 from meditron_train.errors import UserError
 

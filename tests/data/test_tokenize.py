@@ -211,7 +211,7 @@ def test_an_interrupted_run_is_continued(
 
 def test_kill_9_while_running(tmp_path: Path, options: TokenizeOptions, corpus_lines: list[str]) -> None:
     source = tmp_path / "in.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus_lines * 40))
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus_lines * 20))
     script = (
         "import sys\n"
         "from meditron_train.data.encode import TokenizeOptions\n"
@@ -240,6 +240,54 @@ def test_kill_9_while_running(tmp_path: Path, options: TokenizeOptions, corpus_l
     for suffix in ("bin", "idx", "meta.json"):
         whole = Path(f"{tmp_path}/whole.{suffix}").read_bytes()
         assert Path(f"{tmp_path}/out.{suffix}").read_bytes() == whole
+
+
+def test_an_interrupted_run_with_overwrite_is_continued(
+    tmp_path: Path, source: Path, options: TokenizeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = source.read_bytes().splitlines(keepends=True)
+    lines[0] = b"bad\n"
+    source.write_bytes(b"".join(lines))
+    tokenize([source], tmp_path / "whole", options)
+    (tmp_path / "old.jsonl").write_text('{"text": "old"}')
+    tokenize([tmp_path / "old.jsonl"], tmp_path / "out", options)
+    update, chunks = tokenize_module._ProgressBar.update, []
+
+    def stop_at_the_fifth(bar: object, chunk: object) -> None:
+        update(bar, chunk)
+        chunks.append(chunk)
+        if len(chunks) == 5:
+            raise Killed
+
+    monkeypatch.setattr(tokenize_module._ProgressBar, "update", stop_at_the_fifth)
+    with pytest.raises(Killed):
+        tokenize([source], tmp_path / "out", options, overwrite=True, save_interval_s=0)
+    assert IndexedDataset(tmp_path / "out").num_documents == 1  # the old one is whole until the new one is
+    chunks.extend([None] * 100)
+    tokenize([source], tmp_path / "out", options, overwrite=True)
+    num_continued = len(chunks) - 105
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    tokenize([source], tmp_path / "again", options)
+    assert len(chunks) - 105 - num_continued == num_continued + 5
+
+
+def test_strict_does_not_continue_a_run_that_skipped_lines(
+    tmp_path: Path, source: Path, options: TokenizeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.write_bytes(b"bad\n" + source.read_bytes())
+
+    def stop(bar: object, chunk: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(tokenize_module._ProgressBar, "update", stop)
+    with pytest.raises(Killed):
+        tokenize([source], tmp_path / "out", options, save_interval_s=0)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="skipped 1 bad lines already, which --strict forbids"):
+        tokenize([source], tmp_path / "out", options, strict=True)
+    with pytest.raises(UserError, match="line 1: not JSON"):
+        tokenize([source], tmp_path / "out", options, strict=True, overwrite=True)
+    assert not (tmp_path / "out.tokenizing" / "state.json").exists()
 
 
 def test_interrupted_while_publishing(

@@ -144,7 +144,8 @@ class CheckpointStore:
         self.abandon(step)
         if self._replaced(step).exists() and not self.path(step).exists():
             os.rename(self._replaced(step), self.path(step))
-        full = isinstance(cause, OSError) and cause.errno in _DISK_FULL
+        # torch's writer notices a disk that takes only a part of its data by the position alone.
+        full = cause.errno in _DISK_FULL if isinstance(cause, OSError) else "unexpected pos" in str(cause)
         reason = "the disk is full" if full else f"{type(cause).__name__}: {cause}"
         return MeditronError(
             f"the checkpoint of step {step} could not be written to {self.unfinished_path(step)}: {reason} "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from meditron_train.checkpoint.export import export_hf
 from meditron_train.checkpoint.megatron_read import read_meta
@@ -203,7 +204,7 @@ class RunCheckpoints:
         value, failure = None, None
         try:
             value = action()
-        except Exception as error:  # whatever the writer met; re-raised below with the store's explanation
+        except (Exception, CheckpointException) as error:  # the latter is a BaseException; explained and raised below
             failure = error
         failures = [f for f in self._mesh.gather_objects(None if failure is None else repr(failure)) if f]
         if not failures:

@@ -1,0 +1,228 @@
+"""What a user can get wrong and what a machine can do to a run: one clear message, and the last good checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import run_ranks
+from tests.train.test_loop import run, run_rank
+
+
+def message_rank(rank: int, world_size: int, config_file: Path, overrides=()) -> tuple[int, str]:
+    """Run one rank; (exit code, message) of its MeditronError."""
+    from meditron_train.errors import MeditronError
+
+    try:
+        return run_rank(rank, world_size, config_file, overrides), ""
+    except MeditronError as error:
+        return error.exit_code, str(error)
+
+
+def failure(config_file: Path, *overrides: str, world_size: int = 1, code: int = 2) -> str:
+    """Run and expect every rank to end with `code` and the same message."""
+    results = run_ranks(message_rank, world_size, config_file, overrides)
+    assert [exit_code for exit_code, _ in results] == [code] * world_size, results
+    assert len({message for _, message in results}) == 1
+    return results[0][1]
+
+
+@pytest.fixture
+def broken_model(hf_dir, tmp_path):
+    return Path(shutil.copytree(hf_dir, tmp_path / "broken"))
+
+
+def test_every_mistake_in_one_message_before_any_rank_connects(write_config):
+    message = failure(
+        write_config(train={"steps": 10, "seq_len": 63, "global_batch_size": 7, "precision": "fp32"}),
+        "parallel.tensor=3",
+        "parallel.pipeline=3",
+        "parallel.context=2",
+        "optimizer.min_lr=1",
+        "data.tokenizer=/nowhere",
+    )
+    for part in ("world size 1 is not divisible", "4 layers are not divisible", "heads", "min_lr", "/nowhere"):
+        assert part in message
+
+
+def test_a_truncated_shard(write_config, broken_model):
+    shard = broken_model / "model.safetensors"
+    os.truncate(shard, shard.stat().st_size - 1000)
+    message = failure(write_config(model={"from": str(broken_model)}))
+    assert str(shard) in message
+
+
+def test_a_missing_shard(write_config, broken_model):
+    (broken_model / "model.safetensors").unlink()
+    assert str(broken_model) in failure(write_config(model={"from": str(broken_model)}))
+
+
+def test_another_architecture(write_config, broken_model):
+    config = json.loads((broken_model / "config.json").read_text())
+    (broken_model / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
+    assert "GPT2LMHeadModel" in failure(write_config(model={"from": str(broken_model)}))
+
+
+def test_a_tokenizer_larger_than_the_embedding(write_config, tmp_path):
+    from tests.train.reference import hf_model
+
+    hf_model(vocab_size=200).save_pretrained(tmp_path / "small")
+    message = failure(write_config(model={"from": str(tmp_path / "small")}))
+    assert "has 300 tokens but the model's embedding has 200" in message
+
+
+def test_an_empty_dataset(write_config, tmp_path, hf_dir):
+    from tests.train.conftest import write_corpus
+
+    write_corpus(tmp_path / "empty", 300, num_documents=0, seed=0)
+    data = {"train": [{"name": "none", "path": str(tmp_path / "empty")}], "validation": []}
+    assert "empty" in failure(write_config(data=data))
+
+
+def test_an_index_of_other_data(write_config, corpus, tmp_path):
+    shutil.copy(corpus / "one.idx", tmp_path / "mixed.idx")
+    shutil.copy(corpus / "two.bin", tmp_path / "mixed.bin")
+    data = {"train": [{"name": "mixed", "path": str(tmp_path / "mixed")}], "validation": []}
+    message = failure(write_config(data=data))
+    assert "mixed.idx" in message and "mixed.bin" in message
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_a_sequence_longer_than_all_data(write_config, tmp_path, packing):
+    from tests.train.conftest import write_corpus
+
+    write_corpus(tmp_path / "short", 300, num_documents=2, seed=0)
+    data = {
+        "train": [{"name": "short", "path": str(tmp_path / "short")}],
+        "validation": [],
+        "packing": packing,
+    }
+    message = failure(write_config(data=data), "train.seq_len=512")
+    assert "train.seq_len = 512" in message and "108" in message
+
+
+def test_a_run_directory_in_use(write_config, tmp_path):
+    from meditron_train.train.run_dir import RunDir
+
+    with RunDir(tmp_path / "run").locked():
+        message = failure(write_config())
+    assert f"{tmp_path / 'run'} is in use by process {os.getpid()}" in message
+
+
+def test_a_checkpoint_cut_off_while_it_was_written_is_removed(write_config, tmp_path):
+    short = {"steps": 2, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"}
+    config = write_config(train=short, schedule={"warmup_steps": 0})
+    run(config)
+    unfinished = tmp_path / "run" / "checkpoints" / "step_00000004.tmp"
+    unfinished.mkdir()
+    (unfinished / "__0_0.distcp").write_bytes(b"half a file")
+    metrics = run(config, "train.steps=3")
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    assert not unfinished.exists()
+
+
+def test_the_newest_intact_checkpoint_is_taken(write_config, tmp_path):
+    config = write_config(
+        checkpoint={"interval": 2, "export_hf": False},
+        train={"steps": 6, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"},
+    )
+    whole = run(config)
+    damaged = next((tmp_path / "run" / "checkpoints" / "step_00000006").glob("*.distcp"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    again = run(config)
+    assert [line["loss"] for line in again] == [line["loss"] for line in whole]
+    said = (tmp_path / "run" / "logs" / "rank_00000.log").read_text()
+    assert "step_00000006" in said and "not intact" in said and "resuming from" in said and "after step 4" in said
+
+
+def test_another_model_in_the_same_directory_is_refused(write_config):
+    short = {"steps": 2, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"}
+    run(write_config(train=short, schedule={"warmup_steps": 0}))
+    message = failure(write_config(train={**short, "seed": 4321}, schedule={"warmup_steps": 0}))
+    assert "train.seed: 1234 -> 4321" in message
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 12 MB; three checkpoints of the test's model do not fit."""
+    mount_point = tmp_path / "disk"
+    mount_point.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(mount_point)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"mounting a tmpfs needs root: {mounted.stderr.decode().strip()}")
+    yield mount_point
+    subprocess.run(["umount", "-l", str(mount_point)], check=True)
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_full_disk_keeps_the_last_good_checkpoint(write_config, small_disk, asynchronous):
+    config = write_config(
+        checkpoint={"interval": 2, "keep_last": 9, "export_hf": False},
+        train={"steps": 20, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"},
+        logging={"run_dir": str(small_disk / "run"), "wandb": "disabled", "tensorboard": False},
+    )
+    message = failure(config, f"checkpoint.async_save={asynchronous}", world_size=2, code=1)
+    checkpoints = small_disk / "run" / "checkpoints"
+    finished = sorted(entry.name for entry in checkpoints.glob("step_*"))
+    assert finished and all(not name.endswith(".tmp") for name in finished)
+    assert f"the last good checkpoint is {checkpoints / finished[-1]}" in message
+    from meditron_train.checkpoint.store import verify_manifest
+
+    assert verify_manifest(checkpoints / finished[-1]) == []
+
+
+def poisoned_rank(rank: int, world_size: int, config_file: Path, steps: dict[int, str]) -> tuple[int, str]:
+    """Run with the losses of the given steps multiplied by NaN or infinity, on the last rank only."""
+    from meditron_train.train.engine import Engine
+
+    train_step = Engine.train_step
+    calls = iter(range(1, 1000))
+
+    def poisoned(self, batches, lr):
+        value = steps.get(next(calls))
+        if value is None or rank != world_size - 1:
+            return train_step(self, batches, lr)
+        hook = self.chunks[-1].register_forward_hook(lambda _, __, output: output * float(value))
+        try:
+            return train_step(self, batches, lr)
+        finally:
+            hook.remove()
+
+    Engine.train_step = poisoned
+    return message_rank(rank, world_size, config_file)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(write_config, tmp_path, value):
+    from meditron_train.report.metrics import read_metrics
+
+    config = write_config(
+        train={"steps": 6, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"}, validation={"interval": 1}
+    )
+    assert run_ranks(poisoned_rank, 2, config, {3: value}) == [(0, "")] * 2
+    metrics = read_metrics(tmp_path / "run")
+    assert [line["num_skipped_steps"] for line in metrics] == [0, 0, 1, 1, 1, 1]
+    norms = [line["param_norm"] for line in metrics]
+    assert norms[1] == norms[2] != norms[3]
+    assert metrics[1]["validation_loss.held-out"] == metrics[2]["validation_loss.held-out"]
+    assert metrics[5]["loss"] < metrics[0]["loss"]
+
+
+def test_too_many_in_a_row_stop_the_run_with_the_last_good_checkpoint(write_config, tmp_path):
+    config = write_config(
+        train={"steps": 9, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"},
+        checkpoint={"interval": 2, "export_hf": False},
+        resilience={"max_skipped_steps": 3},
+    )
+    results = run_ranks(poisoned_rank, 2, config, {2: "nan", 4: "nan", 5: "nan", 6: "nan"})
+    assert [code for code, _ in results] == [1, 1]
+    message = results[0][1]
+    assert "3 steps in a row were not finite" in message and "the last one step 6" in message
+    assert "step_00000004" in message and "--step 6" in message

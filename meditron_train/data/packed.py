@@ -130,8 +130,10 @@ class PackedDataset:
         if sample_number < 0:
             raise IndexError(f"samples count from 0, not {sample_number}")
         source, index = self._blend.locate(sample_number)
-        rows = self._orders[source].segments(index)
-        return np.insert(rows, 0, source, axis=1)
+        segments = self._orders[source].segments(index)
+        rows = np.empty((len(segments), 4), dtype=np.int64)
+        rows[:, 0], rows[:, 1:] = source, segments
+        return rows
 
     def microbatch(self, sample_numbers: Sequence[int]) -> PackedBatch:
         """The samples with these numbers, one after the other. UserError when the data holds an impossible

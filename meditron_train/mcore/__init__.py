@@ -10,7 +10,7 @@ import warnings
 from importlib import metadata
 
 from meditron_train.errors import UserError
-from meditron_train.mcore import adam, cpu_redirects
+from meditron_train.mcore import adam, cpu_redirects, writer_queue
 
 SUPPORTED_VERSIONS = ("0.16",)
 
@@ -68,6 +68,7 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 adam.install()
+writer_queue.install()
 
 # What megatron-core warns about at run time is its own to change: names it deprecates, torch functions that newer
 # torch deprecates, GPU settings that launch/ makes.

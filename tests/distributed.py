@@ -46,7 +46,7 @@ def _rank_main(rank: int, world_size: int, port: int, results: Connection, call:
     try:
         function, args, kwargs = pickle.loads(call)
         results.send_bytes(pickle.dumps(("value", function(rank, world_size, *args, **kwargs))))
-    except BaseException:  # noqa: BLE001 - whatever it was, the test must show it
+    except BaseException:  # whatever it was, the test must show it
         results.send_bytes(pickle.dumps(("error", traceback.format_exc())))
         os._exit(1)  # a failed rank must not wait for its peers in destructors
 
@@ -85,7 +85,9 @@ def run_ranks(function: Callable, world_size: int, *args: Any, timeout_s: float 
                     kind, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
                 except EOFError:
                     processes[rank].join(5)
-                    raise AssertionError(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
+                    raise AssertionError(
+                        f"rank {rank} died with exit code {processes[rank].exitcode}"
+                    ) from None
                 if kind == "error":
                     raise AssertionError(f"rank {rank} failed:\n{value}")
                 values[rank] = value

@@ -94,12 +94,18 @@ def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     if absent:
         names = sorted(absent)
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise UserError(f"{directory} does not hold {', '.join(names[:5])}{more}: it is of another model or optimizer")
+        raise UserError(
+            f"{directory} does not hold {', '.join(names[:5])}{more}: it is of another model or optimizer"
+        )
     return loaded
 
 
 def write_companions(
-    directory: Path, meta: Mapping[str, Any], model: ModelConfig, tokenizer_dir: Path, special_tokens: tuple[str, ...]
+    directory: Path,
+    meta: Mapping[str, Any],
+    model: ModelConfig,
+    tokenizer_dir: Path,
+    special_tokens: tuple[str, ...],
 ) -> None:
     """Beside the tensors: meta.json, and hf/ with config.json and tokenizer, so that it exports with nothing else."""
     hf_directory = directory / HF_SUBDIRECTORY

@@ -85,6 +85,8 @@ class GrownVocabulary:
         if start < num_old:
             parts.append(self._source.read(name, (start, min(stop, num_old)), columns))
         if stop > num_old:
-            mean = self._source.read(name, None, columns).double().mean(dim=0, keepdim=True).to(self.dtype(name))
+            mean = (
+                self._source.read(name, None, columns).double().mean(dim=0, keepdim=True).to(self.dtype(name))
+            )
             parts.append(mean.expand(stop - max(start, num_old), -1))
         return torch.cat(parts)

@@ -23,7 +23,7 @@ def train(
     from meditron_train.config.load import load_config
 
     settings = load_config(config, overrides or [])
+    # Only now that the file is right: torch and megatron-core take seconds to import.
+    from meditron_train.train import loop
 
-    from meditron_train.train.loop import train as run  # only now: torch and megatron-core take seconds to import
-
-    raise typer.Exit(run(settings))
+    raise typer.Exit(loop.train(settings))

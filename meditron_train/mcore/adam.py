@@ -33,7 +33,9 @@ class FusedAdamW(torch.optim.Optimizer):
         adam_w_mode: bool = True,
     ) -> None:
         if not adam_w_mode:
-            raise ValueError("FusedAdamW decays weights decoupled from the gradient; adam_w_mode must be True")
+            raise ValueError(
+                "FusedAdamW decays weights decoupled from the gradient; adam_w_mode must be True"
+            )
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()

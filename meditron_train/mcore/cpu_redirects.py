@@ -65,7 +65,7 @@ def _redirect_random_state() -> None:
     _redirect(torch.cuda, "set_rng_state", lambda state, *args, **kwargs: generator.set_state(state))
     _redirect(torch.cuda, "manual_seed", lambda seed: generator.manual_seed(seed))
     _redirect(torch.cuda, "_lazy_call", lambda function, **kwargs: function())
-    torch.cuda.default_generators = {CPU: generator}
+    torch.cuda.default_generators = {CPU: generator}  # type: ignore[assignment]
     # With one generator for both, the tracker's warning that the CPU state moved is always true and means nothing.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()

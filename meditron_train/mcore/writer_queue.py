@@ -28,7 +28,7 @@ def results_queue() -> Any:
     """This process's queue, made when first asked for."""
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
     manager.start(initializer=_end_with_parent_only)
-    queue = manager.Queue()
+    queue: Any = manager.Queue()
     queue._keeps_alive = manager  # the server ends when its manager is collected
     return queue
 

@@ -35,7 +35,12 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def transformer_config(
-    model: ModelConfig, layout: ParallelLayout, *, dtype: torch.dtype, recompute: str = "none", on_gpu: bool = False
+    model: ModelConfig,
+    layout: ParallelLayout,
+    *,
+    dtype: torch.dtype,
+    recompute: str = "none",
+    on_gpu: bool = False,
 ) -> TransformerConfig:
     """megatron-core's description of the model under a layout.
 

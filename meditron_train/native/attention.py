@@ -121,13 +121,19 @@ def _checked_lengths(
             f"q {tuple(q_TND.shape)}, k {tuple(k_SKD.shape)}, v {tuple(v_SKD.shape)}"
         )
     if k_SKD.shape[1] == 0 or q_TND.shape[1] % k_SKD.shape[1] != 0:
-        raise ValueError(f"{q_TND.shape[1]} query heads are not a multiple of {k_SKD.shape[1]} key/value heads")
+        raise ValueError(
+            f"{q_TND.shape[1]} query heads are not a multiple of {k_SKD.shape[1]} key/value heads"
+        )
     if not (q_TND.dtype == k_SKD.dtype == v_SKD.dtype):
         raise ValueError(f"q, k and v have different dtypes: {q_TND.dtype}, {k_SKD.dtype}, {v_SKD.dtype}")
     if not (q_TND.device == k_SKD.device == v_SKD.device):
-        raise ValueError(f"q, k and v are on different devices: {q_TND.device}, {k_SKD.device}, {v_SKD.device}")
+        raise ValueError(
+            f"q, k and v are on different devices: {q_TND.device}, {k_SKD.device}, {v_SKD.device}"
+        )
     if window is not None and window < 1:
-        raise ValueError(f"window is {window}; it counts the query's own token, so it is at least 1 (or None)")
+        raise ValueError(
+            f"window is {window}; it counts the query's own token, so it is at least 1 (or None)"
+        )
     query_lengths = _lengths(cu_seqlens, q_TND.shape[0], "cu_seqlens")
     key_lengths = _lengths(cu_seqlens_kv, k_SKD.shape[0], "cu_seqlens_kv")
     if len(query_lengths) != len(key_lengths):

@@ -55,7 +55,9 @@ class LocalBatch:
     gather_index: torch.Tensor | None
 
 
-def localize(batch: PackedTokens, *, context_rank: int, context_size: int, device: torch.device) -> LocalBatch:
+def localize(
+    batch: PackedTokens, *, context_rank: int, context_size: int, device: torch.device
+) -> LocalBatch:
     """This rank's part of `batch`; T must be divisible by 2·context_size when context_size > 1.
 
     The sequence is cut into 2·cp chunks and rank r takes chunks r and 2·cp-1-r, so that causal attention costs
@@ -104,7 +106,9 @@ def _spans(bounds: list[int], ranges: list[tuple[int, int]]) -> tuple[AttentionS
     spans = []
     query_start = 0
     for start, end in ranges:
-        documents = [(a, min(b, end)) for a, b in zip(bounds, bounds[1:], strict=False) if a < end and b > start]
+        documents = [
+            (a, min(b, end)) for a, b in zip(bounds, bounds[1:], strict=False) if a < end and b > start
+        ]
         key_start = documents[0][0]
         spans.append(
             AttentionSpan(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -84,31 +83,36 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
             )
         return torch.device("cuda", local_rank)
     if wanted == "cuda":
-        raise UserError("train.device is cuda, but torch sees no GPU here. Write train.device=auto, or see `doctor`")
+        raise UserError(
+            "train.device is cuda, but torch sees no GPU here. Write train.device=auto, or see `doctor`"
+        )
     return torch.device("cpu")
 
 
 def initialize(
-    layout: ParallelLayout, *, rank: int, local_rank: int, device: str = "auto", seed: int = 1234, timeout_s: int = 1800
+    layout: ParallelLayout,
+    *,
+    rank: int,
+    local_rank: int,
+    device: str = "auto",
+    seed: int = 1234,
+    timeout_s: int = 1800,
 ) -> Mesh:
     """Join the run: default group (NCCL on GPUs, gloo on CPUs) and megatron-core's groups.
 
-    Reads MASTER_ADDR and MASTER_PORT as torchrun sets them; a lone process needs neither.
+    Several ranks meet at MASTER_ADDR:MASTER_PORT, as torchrun sets them; a lone process needs neither.
     """
     torch_device = choose_device(device, local_rank)
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
     if not dist.is_initialized():
-        if layout.world_size == 1 and "MASTER_ADDR" not in os.environ:
-            store = dist.HashStore()
-            rendezvous = {"store": store, "rank": 0, "world_size": 1}
-        else:
-            rendezvous = {"rank": rank, "world_size": layout.world_size}
         dist.init_process_group(
             "nccl" if torch_device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout_s),
             device_id=torch_device if torch_device.type == "cuda" else None,
-            **rendezvous,
+            store=dist.HashStore() if layout.world_size == 1 else None,  # type: ignore[attr-defined]
+            rank=rank,
+            world_size=layout.world_size,
         )
     parallel_state.initialize_model_parallel(
         layout.tensor,
@@ -119,7 +123,9 @@ def initialize(
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return Mesh(layout, rank, layout.coordinates(rank), torch_device, ProcessGroupCollection.use_mpu_process_groups())
+    return Mesh(
+        layout, rank, layout.coordinates(rank), torch_device, ProcessGroupCollection.use_mpu_process_groups()
+    )
 
 
 def destroy() -> None:

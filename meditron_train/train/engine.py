@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from meditron_train.checkpoint.hf_map import TensorSource, rank_slice, tensor_sp
 from meditron_train.checkpoint.sharded import STATE_METADATA, without_extra_state
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.config.schema import Config
+from meditron_train.data.packed import PackedBatch
 from meditron_train.mcore import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -67,7 +68,9 @@ class Engine:
         self.transformer_config = transformer_config(
             model, mesh.layout, dtype=self.dtype, recompute=config.train.recompute, on_gpu=mesh.on_gpu
         )
-        self.chunks = [self._build_chunk(virtual_rank) for virtual_rank in range(mesh.layout.virtual_pipeline)]
+        self.chunks = [
+            self._build_chunk(virtual_rank) for virtual_rank in range(mesh.layout.virtual_pipeline)
+        ]
         if source is not None:
             self.load_weights(source)
         self.ddp_chunks = self._wrap(self.chunks)
@@ -90,7 +93,9 @@ class Engine:
 
     def global_names(self, virtual_rank: int) -> dict[str, str]:
         """Local parameter name → name in the whole model, for one chunk: only layer numbers differ."""
-        first_layer = self.mesh.layout.layers_of(self.mesh.at.pipeline, virtual_rank, self.model.num_layers).start
+        first_layer = self.mesh.layout.layers_of(
+            self.mesh.at.pipeline, virtual_rank, self.model.num_layers
+        ).start
         names = {}
         for local, _ in self.chunks[virtual_rank].named_parameters():
             head, layers, rest = local.partition("decoder.layers.")
@@ -133,7 +138,9 @@ class Engine:
             module = Float16Module(self.transformer_config, chunk) if self.dtype == torch.bfloat16 else chunk
             # Later chunks of an interleaved stage come last in the backward pass: one bucket is as good as many.
             wrapped.append(
-                DistributedDataParallel(self.transformer_config, ddp_config, module, disable_bucketing=index > 0)
+                DistributedDataParallel(
+                    self.transformer_config, ddp_config, module, disable_bucketing=index > 0
+                )
             )
         return wrapped
 
@@ -218,7 +225,9 @@ class Engine:
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         # Both are sums over all ranks that hold them, so every rank decides alike.
-        finite = self.mesh.max_over_ranks([0.0 if math.isfinite(loss) and math.isfinite(grad_norm) else 1.0]) == [0.0]
+        finite = self.mesh.max_over_ranks(
+            [0.0 if math.isfinite(loss) and math.isfinite(grad_norm) else 1.0]
+        ) == [0.0]
         if finite:
             self._clip(grad_norm)
             self._set_lr(lr)
@@ -246,7 +255,11 @@ class Engine:
             forward_only=forward_only,
         )
         # Only the last stage has losses, and each of its tensor-parallel ranks the same ones.
-        sums = torch.stack([output["loss"] for output in outputs]).double().sum(dim=0) if outputs else torch.zeros(2)
+        sums = (
+            torch.stack([output["loss"] for output in outputs]).double().sum(dim=0)
+            if outputs
+            else torch.zeros(2)
+        )
         loss_sum, count = self.mesh.sum_over_ranks(sums.tolist())
         return loss_sum / count if count else 0.0, round(count / self.mesh.layout.tensor)
 
@@ -317,11 +330,10 @@ def _forward_step(batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
     return output, loss_sum
 
 
-def invented_batch(batch: PackedTokens, vocab_size: int) -> PackedTokens:
+def invented_batch(batch: PackedTokens, vocab_size: int) -> PackedBatch:
     """A batch of `batch`'s shape with one token id everywhere and one document: the worst case for attention."""
     num_tokens = batch.tokens_T.numel()
-    return replace(
-        batch,
+    return PackedBatch(
         tokens_T=torch.full_like(batch.tokens_T, vocab_size - 1),
         labels_T=torch.full_like(batch.labels_T, vocab_size - 1),
         loss_mask_T=torch.ones_like(batch.loss_mask_T),

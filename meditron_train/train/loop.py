@@ -47,7 +47,8 @@ def train(config: Config) -> int:
     launch = detect_launcher()
     run_dir = RunDir(config.logging.run_dir)
     setup_logging(launch.rank)
-    os.environ.update(MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port))
+    if launch.world_size > 1:
+        os.environ.update(MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port))
     plan = make_plan(config, launch.world_size)
     with ExitStack() as stack:
         if launch.rank == 0:
@@ -75,7 +76,11 @@ class StepMeter:
         self._seconds, self._tokens, self._steps = 0.0, 0, 0
 
     def add(self, seconds: float, tokens: int) -> None:
-        self._seconds, self._tokens, self._steps = self._seconds + seconds, self._tokens + tokens, self._steps + 1
+        self._seconds, self._tokens, self._steps = (
+            self._seconds + seconds,
+            self._tokens + tokens,
+            self._steps + 1,
+        )
 
     def read(self) -> tuple[float, float]:
         """(seconds per step, tokens per second of all ranks together), then start anew."""
@@ -88,7 +93,13 @@ class Run:
     """One rank's run: built, tried with a dry step and resumed; then `loop()` takes the steps."""
 
     def __init__(
-        self, plan: Plan, mesh: Mesh, run_dir: RunDir, launch: LaunchEnvironment, signals: StopSignals, stack: ExitStack
+        self,
+        plan: Plan,
+        mesh: Mesh,
+        run_dir: RunDir,
+        launch: LaunchEnvironment,
+        signals: StopSignals,
+        stack: ExitStack,
     ) -> None:
         config = plan.config
         self.plan, self.config, self.mesh, self.run_dir, self.signals = plan, config, mesh, run_dir, signals
@@ -99,7 +110,9 @@ class Run:
         self.dry_run()
         self.progress = self.checkpoints.load(newest) if newest else Progress()
         self.batches = BatchSchedule(config.train.global_batch_size, config.train.batch_ramp)
-        self.loader = self.load(plan.train_data, self.batches, self.progress.step + 1, config.data.num_prefetch_steps)
+        self.loader = self.load(
+            plan.train_data, self.batches, self.progress.step + 1, config.data.num_prefetch_steps
+        )
         stack.callback(self.loader.close)
         if mesh.rank == 0:
             append_provenance(run_dir.path, self.provenance(launch))
@@ -175,7 +188,9 @@ class Run:
         losses = {}
         schedule = BatchSchedule(self.config.train.global_batch_size)
         for name, dataset in self.plan.validation_data.items():
-            num_steps = min(self.config.validation.steps, max(1, dataset.samples_per_epoch // schedule.batch_size(1)))
+            num_steps = min(
+                self.config.validation.steps, max(1, dataset.samples_per_epoch // schedule.batch_size(1))
+            )
             total, count = 0.0, 0
             with self.load(dataset, schedule, 1, num_prefetch_steps=1) as loader:
                 for _ in range(num_steps):
@@ -274,7 +289,9 @@ class Run:
 
     def provenance(self, launch: LaunchEnvironment) -> dict:
         fingerprints = {"train": self.plan.train_data.fingerprint}
-        fingerprints |= {f"validation.{name}": data.fingerprint for name, data in self.plan.validation_data.items()}
+        fingerprints |= {
+            f"validation.{name}": data.fingerprint for name, data in self.plan.validation_data.items()
+        }
         return collect_provenance(
             self.config.model_dump(mode="json", by_alias=True),
             fingerprints,

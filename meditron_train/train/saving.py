@@ -137,7 +137,9 @@ class RunCheckpoints:
                 _log.info("removed %s, which was never finished", name)
             path, skipped = self._store.newest_intact()
             for broken, problems in skipped:
-                _log.warning("skipping the checkpoint %s, which is not intact: %s", broken, "; ".join(problems))
+                _log.warning(
+                    "skipping the checkpoint %s, which is not intact: %s", broken, "; ".join(problems)
+                )
             if path is None and skipped:
                 raise MeditronError(
                     f"none of the {len(skipped)} checkpoints in {self._store.directory} is intact. Restore one, or "
@@ -204,7 +206,10 @@ class RunCheckpoints:
         value, failure = None, None
         try:
             value = action()
-        except (Exception, CheckpointException) as error:  # the latter is a BaseException; explained and raised below
+        except (
+            Exception,
+            CheckpointException,
+        ) as error:  # the latter is a BaseException; explained and raised below
             failure = error
         failures = [f for f in self._mesh.gather_objects(None if failure is None else repr(failure)) if f]
         if not failures:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 from meditron_train.checkpoint.hf_config import model_config_from_hf, read_hf_config
 from meditron_train.checkpoint.hf_map import TensorSource
 from meditron_train.checkpoint.hf_read import is_hf_directory, open_hf_model
 from meditron_train.checkpoint.megatron_read import MegatronSource, is_megatron_directory
 from meditron_train.checkpoint.sharded import load_sharded
+from meditron_train.checkpoint.tokenizer_files import copy_tokenizer
 from meditron_train.checkpoint.weight_sources import GrownVocabulary, RandomSource
 from meditron_train.config.check import check_config
 from meditron_train.config.model_config import ModelConfig
@@ -49,10 +50,18 @@ def make_plan(config: Config, world_size: int) -> Plan:
             should be.
     """
     stored = _stored_model(config)
+    if stored is None:
+        check_config(config, None, world_size)
+        raise UserError(
+            f"model.from: {config.model.from_} is neither a Hugging Face model nor one of our checkpoints"
+        )
     model, tokenizer_size = _with_special_tokens(config, stored)
     check_config(config, model, world_size, tokenizer_vocab_size=tokenizer_size)
+    # What a run would meet only later, on one rank or at its first checkpoint:
     if config.model.from_ is not None and is_hf_directory(config.model.from_):
-        open_hf_model(config.model.from_)  # a missing or cut off shard shows here, not on rank 117
+        open_hf_model(config.model.from_)
+    with tempfile.TemporaryDirectory() as scratch:
+        copy_tokenizer(config.data.tokenizer, scratch, config.data.special_tokens)
     return Plan(
         config=config,
         model=model,
@@ -76,22 +85,22 @@ def build_engine(plan: Plan, mesh: Mesh, *, with_weights: bool) -> Engine:
         return engine
     source: TensorSource = open_hf_model(from_)[1]
     if plan.num_new_tokens:
-        _log.info("%d tokens are new to the model: their embeddings start as the mean of all", plan.num_new_tokens)
+        _log.info(
+            "%d tokens are new to the model: their embeddings start as the mean of all", plan.num_new_tokens
+        )
         source = GrownVocabulary(source, plan.model.vocab_size)
     return Engine(plan.config, plan.model, mesh, source)
 
 
-def _stored_model(config: Config) -> ModelConfig:
-    """The model as its files (or model.hf_config) describe it, before special tokens are added."""
+def _stored_model(config: Config) -> ModelConfig | None:
+    """The model as its files (or model.hf_config) describe it, before special tokens are added; None without files."""
     from_ = config.model.from_
     if from_ is None:
         assert config.model.hf_config is not None
         return model_config_from_hf(dict(config.model.hf_config), where="model.hf_config")
     if is_megatron_directory(from_):
         return MegatronSource(from_).model
-    if not Path(from_).is_dir():
-        raise UserError(f"model.from: {from_} is not a directory. Give a Hugging Face model or one of our checkpoints.")
-    return read_hf_config(from_)
+    return read_hf_config(from_) if is_hf_directory(from_) else None
 
 
 def _with_special_tokens(config: Config, stored: ModelConfig) -> tuple[ModelConfig, int | None]:

@@ -48,7 +48,9 @@ def test_the_step_count_stands_in_the_group_and_survives_a_state_dict():
 def test_groups_have_their_own_rate_and_decay():
     params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizer = FusedAdamW(
-        [{"params": [params[0]], "weight_decay": 0.0}, {"params": [params[1]], "lr": 0.0}], lr=0.1, weight_decay=0.5
+        [{"params": [params[0]], "weight_decay": 0.0}, {"params": [params[1]], "lr": 0.0}],
+        lr=0.1,
+        weight_decay=0.5,
     )
     for param in params:
         param.grad = torch.zeros(2)

@@ -15,7 +15,9 @@ import torch
 from meditron_train import mcore
 from meditron_train.mcore import cpu_redirects
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the redirects do nothing where CUDA is available")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the redirects do nothing where CUDA is available"
+)
 
 CALLS = {
     "current_device": "torch.cuda.current_device()",
@@ -67,7 +69,10 @@ def test_setting_the_state_inside_megatron_sets_the_only_generator():
 
 def test_lazy_calls_run_at_once():
     ran = []
-    eval("torch.cuda._lazy_call(lambda: ran.append(1))", {"torch": torch, "ran": ran, "__name__": "megatron.core.x"})
+    eval(
+        "torch.cuda._lazy_call(lambda: ran.append(1))",
+        {"torch": torch, "ran": ran, "__name__": "megatron.core.x"},
+    )
     assert ran == [1]
 
 
@@ -78,7 +83,9 @@ def test_the_cpu_generator_stands_for_the_default_cuda_generators():
 def test_type_names_are_those_the_optimizers_know():
     assert call("torch.ones(1).type()", "megatron.core.optimizer.optimizer") == "torch.cuda.FloatTensor"
     assert call("torch.ones(1).type()", "somebody.else") == "torch.FloatTensor"
-    assert call("torch.ones(1).type(torch.float64).dtype", "megatron.core.optimizer.optimizer") == torch.float64
+    assert (
+        call("torch.ones(1).type(torch.float64).dtype", "megatron.core.optimizer.optimizer") == torch.float64
+    )
 
 
 def test_device_contexts_still_work():
@@ -96,7 +103,10 @@ def test_too_late_is_an_error_with_the_remedy():
         "import sys, types; sys.modules['megatron.core.fake'] = types.ModuleType('megatron.core.fake')\n"
         "from meditron_train.mcore import cpu_redirects"
     )
-    assert result.returncode != 0 and "import names of megatron-core from meditron_train.mcore only" in result.stderr
+    assert (
+        result.returncode != 0
+        and "import names of megatron-core from meditron_train.mcore only" in result.stderr
+    )
 
 
 def test_nothing_happens_where_cuda_is_available():
@@ -117,7 +127,9 @@ def test_nothing_happens_where_cuda_is_available():
 def test_other_versions_are_refused_with_what_to_install(version):
     from meditron_train.errors import UserError
 
-    with pytest.raises(UserError, match=rf"megatron-core {version} is installed.*pip install 'megatron-core>=0.16"):
+    with pytest.raises(
+        UserError, match=rf"megatron-core {version} is installed.*pip install 'megatron-core>=0.16"
+    ):
         mcore.check_version(version)
 
 

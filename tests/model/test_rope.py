@@ -71,7 +71,13 @@ def reference_tables(parameters: dict, length: int) -> tuple[torch.Tensor, torch
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_tables_equal_transformers_for_each_document(scaling):
     parameters, rope = SCALINGS[scaling]
-    lengths = [5, 64, 90, 1, 40]  # 90 is longer than the model was trained for: dynamic scaling acts on it alone
+    lengths = [
+        5,
+        64,
+        90,
+        1,
+        40,
+    ]  # 90 is longer than the model was trained for: dynamic scaling acts on it alone
     positions = torch.cat([torch.arange(n) for n in lengths])
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     cos, sin = cos_sin(model_config(rope), positions, cu_seqlens)

@@ -45,7 +45,9 @@ def packings(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(packings(), st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.sampled_from([None, 1, 3, 100]), st.booleans())
+@given(
+    packings(), st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.sampled_from([None, 1, 3, 100]), st.booleans()
+)
 def test_equals_float64_softmax(packing, heads, window, same_keys):
     cu_q, cu_k = packing
     cu_k = cu_q if same_keys else cu_k
@@ -63,13 +65,17 @@ def test_equals_float64_softmax(packing, heads, window, same_keys):
             torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)]
+)
 def test_low_precision_is_close(dtype, tolerance):
     cu = [0, 7, 20, 52]
     q, k, v = random_qkv(cu, cu, 8, 2, 64, dtype=dtype)
     output = packed_attention(q, k, v, torch.tensor(cu, dtype=torch.int32), softmax_scale=0.2)
     assert output.dtype == dtype
-    torch.testing.assert_close(output.double(), naive(q, k, v, cu, cu, scale=0.2), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        output.double(), naive(q, k, v, cu, cu, scale=0.2), rtol=tolerance, atol=tolerance
+    )
 
 
 def test_no_tokens():
@@ -84,7 +90,10 @@ BAD = {
     "heads": (dict(kv_heads=3), "4 query heads are not a multiple of 3"),
     "dtypes": (dict(k_dtype=torch.float32), "different dtypes"),
     "window": (dict(window=0), "window is 0"),
-    "more queries than keys": (dict(cu_kv=[0, 4, 10], cu=[0, 5, 10]), "document 0 has 5 queries but only 4 keys"),
+    "more queries than keys": (
+        dict(cu_kv=[0, 4, 10], cu=[0, 5, 10]),
+        "document 0 has 5 queries but only 4 keys",
+    ),
     "unpaired": (dict(cu_kv=[0, 4, 10]), "1 documents and cu_seqlens_kv 2"),
 }
 

@@ -25,7 +25,9 @@ def test_one_rank_has_everything():
 @pytest.mark.parametrize("seed", range(5))
 def test_ranks_together_are_the_whole(context_size, seed):
     batch = random_batch(seed)
-    locals_ = [localize(batch, context_rank=r, context_size=context_size, device=CPU) for r in range(context_size)]
+    locals_ = [
+        localize(batch, context_rank=r, context_size=context_size, device=CPU) for r in range(context_size)
+    ]
     index = torch.cat([local.local_index for local in locals_])
     assert sorted(index.tolist()) == list(range(64))
     gathered = torch.cat([local.tokens_BL[0] for local in locals_])

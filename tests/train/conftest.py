@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 VOCAB_SIZE = 300
-WORDS = "the dose of mevatrin for adults with lumen fever is four grams a day and never more than nine".split()
+WORDS = (
+    "the dose of mevatrin for adults with lumen fever is four grams a day and never more than nine".split()
+)
 
 
 def _train_tokenizer(directory: Path) -> None:

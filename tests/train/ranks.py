@@ -53,7 +53,9 @@ def local_weights(engine: Any) -> dict[tuple[str, int], torch.Tensor]:
     return weights
 
 
-def assemble(model: Any, pieces: list[dict[tuple[str, int], torch.Tensor]], tp: int) -> dict[str, torch.Tensor]:
+def assemble(
+    model: Any, pieces: list[dict[tuple[str, int], torch.Tensor]], tp: int
+) -> dict[str, torch.Tensor]:
     """Hugging Face tensors from all ranks' pieces, independently of the checkpoint code's own reader."""
     from meditron_train.checkpoint.hf_map import tensor_specs, to_hf
 

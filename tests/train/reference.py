@@ -78,7 +78,9 @@ def loss_sum_alone(model, batch: Packed) -> torch.Tensor:
     return total
 
 
-def train_reference(model, steps: list[list[Packed]], *, lr: float, weight_decay: float, clip: float, betas, eps):
+def train_reference(
+    model, steps: list[list[Packed]], *, lr: float, weight_decay: float, clip: float, betas, eps
+):
     """Train on the given global batches; returns per step (loss, gradient norm)."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]

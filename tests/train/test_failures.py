@@ -46,8 +46,21 @@ def test_every_mistake_in_one_message_before_any_rank_connects(write_config):
         "optimizer.min_lr=1",
         "data.tokenizer=/nowhere",
     )
-    for part in ("world size 1 is not divisible", "4 layers are not divisible", "heads", "min_lr", "/nowhere"):
+    for part in (
+        "world size 1 is not divisible",
+        "4 layers are not divisible",
+        "heads",
+        "min_lr",
+        "/nowhere",
+    ):
         assert part in message
+
+
+def test_a_missing_model_comes_with_every_other_mistake(write_config):
+    message = failure(
+        write_config(model={"from": "/nowhere/model"}, data={"tokenizer": "/nowhere/tokenizer"})
+    )
+    assert "/nowhere/model" in message and "/nowhere/tokenizer" in message
 
 
 def test_a_truncated_shard(write_config, broken_model):
@@ -139,7 +152,12 @@ def test_the_newest_intact_checkpoint_is_taken(write_config, tmp_path):
     again = run(config)
     assert [line["loss"] for line in again] == [line["loss"] for line in whole]
     said = (tmp_path / "run" / "logs" / "rank_00000.log").read_text()
-    assert "step_00000006" in said and "not intact" in said and "resuming from" in said and "after step 4" in said
+    assert (
+        "step_00000006" in said
+        and "not intact" in said
+        and "resuming from" in said
+        and "after step 4" in said
+    )
 
 
 def test_another_model_in_the_same_directory_is_refused(write_config):
@@ -154,7 +172,9 @@ def small_disk(tmp_path):
     """A file system of 12 MB; three checkpoints of the test's model do not fit."""
     mount_point = tmp_path / "disk"
     mount_point.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(mount_point)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(mount_point)], capture_output=True
+    )
     if mounted.returncode != 0:
         pytest.skip(f"mounting a tmpfs needs root: {mounted.stderr.decode().strip()}")
     yield mount_point
@@ -204,7 +224,8 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(write_config
     from meditron_train.report.metrics import read_metrics
 
     config = write_config(
-        train={"steps": 6, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"}, validation={"interval": 1}
+        train={"steps": 6, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"},
+        validation={"interval": 1},
     )
     assert run_ranks(poisoned_rank, 2, config, {3: value}) == [(0, "")] * 2
     metrics = read_metrics(tmp_path / "run")

@@ -83,7 +83,9 @@ def test_a_document_changes_nothing_in_another(layout, directory):
             assert same or place in inside_changed, f"logits of token {place} changed with document {changed}"
             seen_logits.add(place)
         for row, place in enumerate(embedded_places.tolist()):
-            assert torch.equal(gradient_before[row], gradient_after[row]), f"gradient at token {place} changed"
+            assert torch.equal(gradient_before[row], gradient_after[row]), (
+                f"gradient at token {place} changed"
+            )
             if place not in inside_watched:
                 assert not gradient_before[row].any(), f"the loss of document {watched} reaches token {place}"
             elif place == inside_watched[0]:

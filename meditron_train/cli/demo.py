@@ -7,6 +7,7 @@ before and after, about facts that the medical text states (taught) and facts th
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ def demo(
     prepare_directory(out)
     files = DemoFiles(out)
     report = run_experiment(files, DemoSizes(), seed)
-    print_report(files, report)
+    print_report(report)
     accuracy = report["questions"]["taught"]["after"]["accuracy"]
     if accuracy < GOAL:
         raise MeditronError(
@@ -75,9 +76,9 @@ def run_experiment(files: DemoFiles, sizes: DemoSizes, seed: int) -> dict[str, A
         stages.train_tokenizer(files, sizes.vocab_size)
     with clock.stage("tokenize all texts"):
         metas = stages.tokenize_texts(files)
-    with clock.stage("pretrain the base on general text (2 processes: DP 2)"):
+    with clock.stage("pretrain a base on general text (2 processes: DP 2)"):
         stages.train_base(files, sizes)
-    with clock.stage("continue its pretraining on medical text (4 processes: TP 2 × PP 2)"):
+    with clock.stage("continue it on medical text (4 processes: TP 2 × PP 2)"):
         stages.continue_pretraining(files, sizes)
     with clock.stage("check the exported model against the training"):
         checks = stages.check_result(files)
@@ -88,7 +89,7 @@ def run_experiment(files: DemoFiles, sizes: DemoSizes, seed: int) -> dict[str, A
         "tokens": {name: meta["tokens"] for name, meta in metas.items()},
         "documents": {name: meta["documents"] for name, meta in metas.items()},
         **results,
-        "example_prompt": " ".join(taught[0].prompt.split()),
+        "example": example_command(files.result, taught[0].prompt),
         "checks": checks,
         "seconds": clock.seconds,
         "files": {name: str(path) for name, path in listed_files(files).items()},
@@ -124,7 +125,13 @@ def listed_files(files: DemoFiles) -> dict[str, Path]:
     }
 
 
-def print_report(files: DemoFiles, report: dict[str, Any]) -> None:
+def example_command(model: Path, prompt: str) -> str:
+    """A command that asks the model a question, on one line."""
+    words = ["meditron-train", "generate", str(model), "--max-new-tokens", "8", "--prompt"]
+    return f'{shlex.join(words)} "{" ".join(prompt.split())}"'
+
+
+def print_report(report: dict[str, Any]) -> None:
     """The tables at the end: time by stage, accuracy before and after, where everything lies."""
     from rich.console import Console
     from rich.table import Table
@@ -136,21 +143,16 @@ def print_report(files: DemoFiles, report: dict[str, Any]) -> None:
     times.add_row("total", f"{sum(report['seconds'].values()):.1f}", style="bold")
     console.print(times)
 
-    places = Table("what", "where", title="Files")
-    for name, path in listed_files(files).items():
-        places.add_row(name, str(path))
-    console.print(places)
-
-    columns = ("", _right("base"), _right("after medical text"), _right("chance"))
+    columns = ("", _right("base"), _right("after"), _right("chance"))
     accuracy = Table(*columns, title="What the medical text taught")
     for name, result in report["questions"].items():
         accuracy.add_row(
-            f"{result['num_questions']} questions on {name} facts",
+            f"{result['num_questions']} questions, {name} facts",
             *(_percent_with_interval(result[when]) for when in ("before", "after")),
             f"{result['chance']:.0%}",
         )
     before, after = report["perplexity"]["before"], report["perplexity"]["after"]
-    accuracy.add_row("perplexity of unseen medical texts", f"{before:,.1f}", f"{after:,.2f}", "")
+    accuracy.add_row("perplexity, new medical texts", f"{before:,.1f}", f"{after:,.2f}", "")
     console.print(accuracy)
     checks = report["checks"]
     console.print(
@@ -158,7 +160,9 @@ def print_report(files: DemoFiles, report: dict[str, Any]) -> None:
         f"Checked: the exported model equals the last checkpoint in all {checks['num_equal_tensors']} tensors, bit for "
         f"bit; its loss on {checks['num_validation_tokens']:,} validation tokens is "
         f"{checks['loss_in_transformers']:.6f} in transformers, {checks['loss_in_training']:.6f} in the training.",
-        f'Ask it: meditron-train generate {files.result} --max-new-tokens 24 --prompt "{report["example_prompt"]}"',
+        "",
+        *(f"{name + ':':30} {path}" for name, path in report["files"].items()),  # plain lines, to be copied
+        f"{'ask the trained model:':30} {report['example']}",
         sep="\n",
         highlight=False,
         soft_wrap=True,

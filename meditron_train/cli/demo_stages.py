@@ -8,7 +8,8 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +39,7 @@ class DemoSizes:
     vocab_size: int = 1536
     hidden_size: int = 128
     num_layers: int = 4
-    base_steps: int = 300
+    base_steps: int = 200
     overrides: tuple[str, ...] = ()  # further section.field=value for both trainings
 
 
@@ -166,9 +167,8 @@ def train_base(files: DemoFiles, sizes: DemoSizes) -> None:
 
 def continue_pretraining(files: DemoFiles, sizes: DemoSizes) -> None:
     """Continue the base's pretraining on the medical text in four processes: two stages of two ranks each."""
-    run_training(
-        files, num_processes=4, overrides=["parallel.tensor=2", "parallel.pipeline=2", *sizes.overrides]
-    )
+    overrides = [f"logging.run_dir={files.continued_run}", "parallel.tensor=2", "parallel.pipeline=2"]
+    run_training(files, num_processes=4, overrides=[*overrides, *sizes.overrides])
 
 
 def run_training(files: DemoFiles, *, num_processes: int, overrides: Sequence[str]) -> None:
@@ -190,6 +190,20 @@ def run_training(files: DemoFiles, *, num_processes: int, overrides: Sequence[st
         )
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: in so small a model, threads mostly wait for each other."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@one_thread()
 def check_result(files: DemoFiles) -> dict[str, Any]:
     """Hold the exported model against the run that made it; MeditronError when they differ.
 
@@ -244,6 +258,7 @@ def packed_documents(batch: PackedBatch) -> list[list[int]]:
     return documents
 
 
+@one_thread()
 def evaluate(files: DemoFiles, questions: dict[str, list[Question]]) -> dict[str, Any]:
     """Accuracy by likelihood and perplexity, of the base and of the result."""
     from meditron_train.data.indexed import IndexedDataset

@@ -48,7 +48,9 @@ def load_language_model(
     if not has_tokenizer(directory):
         raise UserError(f"{directory} has no tokenizer (tokenizer.model or tokenizer.json): copy it there.")
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # transformers draws one even for a model of a megabyte
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
     return LanguageModel(model, AutoTokenizer.from_pretrained(directory))
 

@@ -121,7 +121,7 @@ def test_every_stage_leaves_its_files(tiny_demo):
 
 @pytest.mark.slow
 def test_the_report_is_printed(tiny_demo, capsys):
-    print_report(*tiny_demo)
+    print_report(tiny_demo[1])
     output = capsys.readouterr().out
     for word in ("taught facts", "held-out facts", "perplexity", "total", "report.json"):
         assert word in output

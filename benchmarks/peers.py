@@ -76,7 +76,7 @@ def plain_loop(workload: Workload, model: LlamaForCausalLM) -> Round:
     model = copy.deepcopy(model).train()
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True)
 
     def step(number: int) -> float:
@@ -95,9 +95,13 @@ def plain_loop(workload: Workload, model: LlamaForCausalLM) -> Round:
 def hf_trainer(workload: Workload, model: LlamaForCausalLM) -> Round:
     """transformers.Trainer with nothing logged or saved; a step is timed from the end of the one before."""
     model = copy.deepcopy(model)
+    output_dir = tempfile.TemporaryDirectory(prefix="hf-trainer-")
     steps_done = 0
 
     class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.marks: list[tuple[float, float]] = []
+
         def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
             self.marks.append((time.perf_counter(), time.process_time()))
 
@@ -107,9 +111,10 @@ def hf_trainer(workload: Workload, model: LlamaForCausalLM) -> Round:
             losses.append(loss.item())
             return loss
 
-    clock, losses = Clock(), []
+    clock = Clock()
+    losses: list[float] = []
     settings = {
-        "output_dir": tempfile.mkdtemp(prefix="hf-trainer-"),
+        "output_dir": output_dir.name,
         "per_device_train_batch_size": workload.batches[0].shape[0],
         "learning_rate": LR,
         "adam_beta1": BETAS[0],
@@ -132,7 +137,7 @@ def hf_trainer(workload: Workload, model: LlamaForCausalLM) -> Round:
         nonlocal steps_done
         # train() again: the model and the optimizer's state go on, and the first step bears the start-up.
         numbers = range(steps_done, steps_done + num_steps)
-        clock.marks = []
+        clock.marks.clear()
         losses.clear()
         rows = [row for n in numbers for row in workload.batches[n % len(workload.batches)]]
         trainer.train_dataset = [{"input_ids": row, "labels": row} for row in rows]
@@ -148,6 +153,7 @@ def hf_trainer(workload: Workload, model: LlamaForCausalLM) -> Round:
 
     trainer = LossKeeper(model=model, args=TrainingArguments(**settings), train_dataset=[], callbacks=[clock])
     trainer.remove_callback(PrinterCallback)
+    trainer.output_dir_owner = output_dir  # lives, and goes, with the trainer
     return run
 
 

@@ -70,7 +70,9 @@ def tokens_per_second(times: list[StepTime], tokens_per_step: int) -> dict[str, 
     speeds = {}
     for clock in ("wall", "cpu"):
         seconds = [getattr(step, f"{clock}_s") for step in times]
-        quartile = statistics.quantiles(seconds, n=4, method="inclusive")[0] if len(seconds) > 1 else seconds[0]
+        quartile = (
+            statistics.quantiles(seconds, n=4, method="inclusive")[0] if len(seconds) > 1 else seconds[0]
+        )
         speeds[f"{clock}_best"] = tokens_per_step / min(seconds)
         speeds[f"{clock}_quartile"] = tokens_per_step / quartile
     return speeds
@@ -82,17 +84,21 @@ def table(speeds: dict[str, dict[str, float]], losses: dict[str, float]) -> str:
     head = ("tokens/s, fastest step", "lower quartile", "tokens per CPU-second, fastest", "lower quartile")
     lines = ["| | " + " | ".join(head) + " | last loss |", "|---" * (len(columns) + 2) + "|"]
     for name, speed in speeds.items():
-        cells = [f"{speed[column]:.0f} ({speed[column] / speeds[BASELINE][column]:.2f})" for column in columns]
+        cells = [
+            f"{speed[column]:.0f} ({speed[column] / speeds[BASELINE][column]:.2f})" for column in columns
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {losses[name]:.5f} |")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tiny", action="store_true", help="a toy model: does it run at all?")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="timed steps a round")
     parser.add_argument("--json", type=Path, help="also write every step time here")
     options = parser.parse_args(arguments)

@@ -10,7 +10,7 @@ import warnings
 from importlib import metadata
 
 from meditron_train.errors import UserError
-from meditron_train.mcore import adam, cpu_redirects, writer_queue
+from meditron_train.mcore import adam, cpu_redirects, lone_rank, writer_queue
 
 SUPPORTED_VERSIONS = ("0.16",)
 
@@ -55,7 +55,6 @@ with warnings.catch_warnings():
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -68,6 +67,7 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 adam.install()
+lone_rank.install()
 writer_queue.install()
 
 # What megatron-core warns about at run time is its own to change: names it deprecates, torch functions that newer
@@ -92,7 +92,6 @@ __all__ = [
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "check_version",
-    "clip_grad_by_total_norm_fp32",
     "dist_checkpointing",
     "finalize_model_grads",
     "get_default_save_sharded_strategy",

@@ -97,19 +97,30 @@ class PackedAttention(torch.nn.Module):
             keys_and_values = _GatherSequence.apply(torch.stack((key, value), dim=1), self.context_group)
             keys_and_values = keys_and_values[packed.gather_index]
             key, value = keys_and_values[:, 0], keys_and_values[:, 1]
+        if len(packed.spans) == 1:
+            return self._attend(query, key, value, packed.spans[0]).flatten(1)
         outputs = [
-            packed_attention(
+            self._attend(
                 query[span.query_start : span.query_end],
                 key[span.key_start : span.key_end],
                 value[span.key_start : span.key_end],
-                span.cu_seqlens,
-                cu_seqlens_kv=span.cu_seqlens_kv,
-                softmax_scale=self.softmax_scale,
+                span,
             )
             for span in packed.spans
         ]
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return output.reshape(output.shape[0], -1)
+        return torch.cat(outputs).flatten(1)
+
+    def _attend(
+        self, q_TND: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor, span: AttentionSpan
+    ) -> torch.Tensor:
+        return packed_attention(
+            q_TND,
+            k_SKD,
+            v_SKD,
+            span.cu_seqlens,
+            cu_seqlens_kv=span.cu_seqlens_kv,
+            softmax_scale=self.softmax_scale,
+        )
 
 
 class _GatherSequence(torch.autograd.Function):

@@ -23,6 +23,7 @@ from meditron_train.mcore import (
     set_tensor_model_parallel_attributes,
 )
 from meditron_train.model.attention import PackedAttention
+from meditron_train.model.cross_entropy import VocabParallelCrossEntropy
 from meditron_train.model.norm import RMSNorm
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -91,7 +92,7 @@ class LlamaModel(GPTModel):
 
     Called as `model(tokens, None, None, labels=labels, packed_seq_params=packed)` with tokens and labels
     [1, T] int64 and a `PackedSequence`. Returns fp32 per-token losses [1, T] on the last stage, logits
-    [1, T, V] there when labels is None, hidden states [T, 1, H] elsewhere.
+    [1, T, V] there (padding included) when labels is None, hidden states [T, 1, H] elsewhere.
     """
 
     def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
@@ -99,23 +100,14 @@ class LlamaModel(GPTModel):
         self.true_vocab_size = true_vocab_size
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Vocabulary-parallel cross-entropy per token, over the real vocabulary only.
+        """Cross-entropy per token over the real vocabulary, fp32 [1, T]; vocabulary padding takes no probability.
 
         Args:
-            labels: [1, T]; logits: [T, 1, V].
+            labels: [1, T]; logits: [T, 1, V], overwritten.
         """
-        return super().compute_language_model_loss(labels, self._without_padding(logits))
-
-    def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
-        """Set the logits of vocabulary padding to -inf, so that it takes no probability and gets no gradient."""
-        rows = logits.shape[-1]
-        first_row = self.pg_collection.tp.rank() * rows
-        num_real = min(max(self.true_vocab_size - first_row, 0), rows)
-        if num_real == rows:
-            return logits
-        is_padding = torch.arange(rows, device=logits.device) >= num_real
-        # A finite minimum: a rank that holds padding only must not compute inf - inf.
-        return logits.masked_fill(is_padding, torch.finfo(logits.dtype).min)
+        group, width = self.pg_collection.tp, logits.shape[-1]
+        num_real = min(max(self.true_vocab_size - group.rank() * width, 0), width)
+        return VocabParallelCrossEntropy.apply(logits[:, 0], labels[0], num_real, group)[None]
 
 
 def build_chunk(

@@ -22,7 +22,6 @@ from meditron_train.mcore import (
     DistributedDataParallelConfig,
     Float16Module,
     OptimizerConfig,
-    clip_grad_by_total_norm_fp32,
     finalize_model_grads,
     get_forward_backward_func,
     get_megatron_optimizer,
@@ -278,12 +277,12 @@ class Engine:
 
     def _clip(self, grad_norm: float) -> None:
         """Scale all gradients so that their global norm is at most clip_grad (0: off)."""
-        if self.config.optimizer.clip_grad == 0:
+        coefficient = self.config.optimizer.clip_grad / (grad_norm + 1e-6)
+        if self.config.optimizer.clip_grad == 0 or coefficient >= 1:
             return
         for optimizer in self.optimizer.chained_optimizers:
-            parameters = optimizer.get_parameters()
-            if parameters:
-                clip_grad_by_total_norm_fp32(parameters, self.config.optimizer.clip_grad, grad_norm)
+            gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, coefficient)
 
     def _set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:

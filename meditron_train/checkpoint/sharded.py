@@ -51,11 +51,8 @@ class ShardedSaver:
         # The persistent worker of megatron-core hangs, or saves later weights, without CUDA: always fork.
         self._queue = AsyncCallsQueue(persistent=False) if asynchronous else None
 
-    def save(self, state: dict[str, Any], directory: Path) -> bool:
-        """Write `state` into the empty `directory`; collective. True when it is complete on return.
-
-        When False, the writing goes on in the background: call `finished` between steps.
-        """
+    def save(self, state: dict[str, Any], directory: Path) -> None:
+        """Write `state` into the empty `directory`; collective. Complete once `finished` says so."""
         strategy = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy("torch_dist"), self._data_group, do_cache_distribution=False
         )
@@ -66,10 +63,8 @@ class ShardedSaver:
             async_sharded_save=self._asynchronous,
             content_metadata=dict(STATE_METADATA),
         )
-        if self._queue is None:
-            return True
-        self._queue.schedule_async_request(request)
-        return False
+        if self._queue is not None:
+            self._queue.schedule_async_request(request)
 
     def finished(self, *, wait: bool) -> bool:
         """Is nothing being written any more? Collective. With `wait`, returns only once that is so."""
@@ -86,10 +81,14 @@ class ShardedSaver:
 def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Fill `state` (sharded tensors and objects as this layout wants them) from a checkpoint; collective.
 
+    Returns what was asked for and nothing else: megatron-core adds all unsharded entries of the checkpoint, such as
+    the optimizer's parameter groups, also for a caller who wants the model alone.
+
     Raises:
         UserError: the checkpoint lacks a tensor that this model or optimizer has.
     """
     # megatron-core calls "unexpected" what is asked for and absent, "missing" what is stored and not asked for.
+    wanted = set(state)
     loaded, _, absent = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
     if absent:
         names = sorted(absent)
@@ -97,7 +96,7 @@ def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
         raise UserError(
             f"{directory} does not hold {', '.join(names[:5])}{more}: it is of another model or optimizer"
         )
-    return loaded
+    return {name: value for name, value in loaded.items() if name in wanted}
 
 
 def write_companions(

@@ -1,9 +1,9 @@
 """The directory of a run's checkpoints: what is finished, what is being written, what is kept.
 
     checkpoints/
-      step_00000100/       finished: has a manifest, never changes again step_00000200.tmp/   being written
-      (or left by a kill): never read, removed on the next start latest               the name of the
-      checkpoint finished last; for people and scripts, never trusted here
+      step_00000100/       finished: has a manifest, never changes again
+      step_00000200.tmp/   being written (or left by a kill): never read, removed on the next start
+      latest               the name of the checkpoint finished last; for people and scripts, never trusted here
 
 A name without `.tmp` appears only by one rename of a complete, hashed and fsynced directory, and a deletion
 first renames to `.tmp`; so a kill at any moment leaves nothing that looks finished and is not. One process
@@ -35,7 +35,7 @@ __all__ = ["MANIFEST_NAME", "CheckpointStore", "verify_manifest", "write_manifes
 
 _log = get_logger(__name__)
 
-_FINISHED_NAME = re.compile(r"step_(\d{8,})")
+FINISHED_NAME = re.compile(r"step_(\d{8,})")
 _REPLACED_SUFFIX = ".replaced.tmp"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -64,7 +64,7 @@ class CheckpointStore:
         if not self.directory.is_dir():
             return []
         names = (entry.name for entry in self.directory.iterdir() if entry.is_dir())
-        return sorted(int(match[1]) for match in map(_FINISHED_NAME.fullmatch, names) if match)
+        return sorted(int(match[1]) for match in map(FINISHED_NAME.fullmatch, names) if match)
 
     def clean(self) -> list[str]:
         """Remove what a killed run left half done; returns the removed names. Call at start, before any

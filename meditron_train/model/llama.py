@@ -78,9 +78,10 @@ def transformer_config(
         # The loss is a token sum; gradients are divided once by the global token count, so that every layout
         # computes the same number on masked data.
         calculate_per_token_loss=True,
-        # On gloo, batched point-to-point calls silently corrupt the interleaved schedule, and freeing outputs
-        # early frees send buffers still in use.
-        batch_p2p_comm=on_gpu,
+        # In an interleaved pipeline of two stages both neighbours are the same rank: batched calls, matched by their
+        # order, would swap an activation with a gradient of the same shape, silently.
+        batch_p2p_comm=on_gpu and layout.virtual_pipeline == 1,
+        # gloo may still be sending an output when it would be freed.
         deallocate_pipeline_outputs=on_gpu,
         gradient_accumulation_fusion=False,
         **RECOMPUTE[recompute],

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from meditron_train.errors import UserError
+from meditron_train.errors import MeditronError, UserError
 from meditron_train.layout import ParallelLayout, RankCoordinates
 from meditron_train.mcore import ProcessGroupCollection, parallel_state, tensor_parallel
 
@@ -53,14 +55,33 @@ class Mesh:
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def from_first_rank(self, value: object) -> object:
+    def from_first_rank(self, value: Any) -> Any:
         """Rank 0's picklable `value`, on every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def barrier(self) -> None:
-        dist.barrier()
+    def on_first_rank(self, action: Callable[[], Any]) -> Any:
+        """`action()` on rank 0; its picklable result on every rank. Its failure is raised on every rank too.
+
+        Raises:
+            MeditronError: as `action` raised it; on other ranks also in place of any other exception of rank 0.
+        """
+        outcome: dict[str, Any] = {}
+        failure: Exception | None = None
+        if self.rank == 0:
+            try:
+                outcome = {"value": action()}
+            except MeditronError as error:
+                outcome = {"error": error}
+            except Exception as error:
+                failure, outcome = error, {"error": MeditronError(f"rank 0 failed: {error!r}")}
+        outcome = self.from_first_rank(outcome)
+        if failure is not None:
+            raise failure
+        if "error" in outcome:
+            raise outcome["error"]
+        return outcome["value"]
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:

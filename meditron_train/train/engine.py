@@ -112,8 +112,9 @@ class Engine:
         for virtual_rank, chunk in enumerate(self.chunks):
             parameters = dict(chunk.named_parameters())
             for local, name in self.global_names(virtual_rank).items():
-                # With tied embeddings the last stage holds a copy of the embedding as its output layer.
-                spec = specs.get(name) or specs["embedding.word_embeddings.weight"]
+                if name == "output_layer.weight" and self.model.tie_embeddings:
+                    name = "embedding.word_embeddings.weight"  # the last stage's copy of it
+                spec = specs[name]
                 value = rank_slice(
                     spec,
                     source,
@@ -183,9 +184,8 @@ class Engine:
 
     def sharded_state(self, *, with_optimizer: bool, is_loading: bool) -> dict[str, Any]:
         """This rank's part of the model's (and optimizer's) state, as megatron-core's checkpoints describe it."""
-        if not is_loading and self.config.parallel.overlap_param_gather:
-            for ddp_chunk in self.ddp_chunks:
-                ddp_chunk.start_param_sync(force_sync=True)  # the last update may not have been gathered yet
+        if not is_loading:
+            self._gather_params()
         models = {
             f"model{virtual_rank}": without_extra_state(chunk.sharded_state_dict(metadata=STATE_METADATA))
             for virtual_rank, chunk in enumerate(self.chunks)
@@ -197,6 +197,12 @@ class Engine:
                 of_optimizer, is_loading=is_loading, metadata=STATE_METADATA
             )
         return state
+
+    def _gather_params(self) -> None:
+        """With overlap_param_gather the last update reaches a rank's parameters only when they are next used."""
+        if self.config.parallel.overlap_param_gather:
+            for ddp_chunk in self.ddp_chunks:
+                ddp_chunk.start_param_sync(force_sync=True)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `load_sharded` read into `sharded_state(is_loading=True)`."""
@@ -229,7 +235,7 @@ class Engine:
         ) == [0.0]
         if finite:
             self._clip(grad_norm)
-            self._set_lr(lr)
+            self._set_hyperparameters(lr)
             self.optimizer.step_with_ready_grads()
         return StepResult(loss, num_loss_tokens, grad_norm, skipped=not finite)
 
@@ -241,13 +247,14 @@ class Engine:
             return self._forward_backward(batches, forward_only=True)
 
     def _forward_backward(self, batches: Sequence[PackedTokens], *, forward_only: bool) -> tuple[float, int]:
-        prepared = [self._prepare(batch) for batch in batches]
         several = len(self.ddp_chunks) > 1
+        # Prepared one by one, as the schedule asks for them: a global batch of rotation tables is gigabytes.
+        prepared = [map(self._prepare, batches) for _ in self.ddp_chunks]
         outputs = get_forward_backward_func()(
             forward_step_func=_forward_step,
-            data_iterator=[iter(prepared) for _ in self.ddp_chunks] if several else iter(prepared),
+            data_iterator=prepared if several else prepared[0],
             model=self.ddp_chunks if several else self.ddp_chunks[0],
-            num_microbatches=len(prepared),
+            num_microbatches=len(batches),
             # The schedules ask for the shape of one packed micro-batch and divide it by CP, and TP under SP.
             seq_length=batches[0].tokens_T.numel(),
             micro_batch_size=1,
@@ -284,14 +291,18 @@ class Engine:
             gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, coefficient)
 
-    def _set_lr(self, lr: float) -> None:
+    def _set_hyperparameters(self, lr: float) -> None:
+        """Of every group, at every step: a resumed optimizer has those of its checkpoint."""
+        settings = self.config.optimizer
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
-            group["weight_decay"] = self.config.optimizer.weight_decay * group.get("wd_mult", 1.0)
+            group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
+            group["betas"], group["eps"] = settings.betas, settings.eps
 
     @torch.no_grad()
     def param_norm(self) -> float:
         """Global L2 norm of the parameters, replicas and shared copies counted once."""
+        self._gather_params()
         counted = [
             parameter
             for chunk in self.chunks
@@ -329,13 +340,13 @@ def _forward_step(batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
     return output, loss_sum
 
 
-def invented_batch(batch: PackedTokens, vocab_size: int) -> PackedBatch:
-    """A batch of `batch`'s shape with one token id everywhere and one document: the worst case for attention."""
-    num_tokens = batch.tokens_T.numel()
+def invented_batch(seq_len: int, micro_batch_size: int, vocab_size: int) -> PackedBatch:
+    """A micro-batch with one token id everywhere and one document per sample: the worst case for attention."""
+    num_tokens = seq_len * micro_batch_size
     return PackedBatch(
-        tokens_T=torch.full_like(batch.tokens_T, vocab_size - 1),
-        labels_T=torch.full_like(batch.labels_T, vocab_size - 1),
-        loss_mask_T=torch.ones_like(batch.loss_mask_T),
-        positions_T=torch.arange(num_tokens),
-        cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32),
+        tokens_T=torch.full((num_tokens,), vocab_size - 1),
+        labels_T=torch.full((num_tokens,), vocab_size - 1),
+        loss_mask_T=torch.ones(num_tokens),
+        positions_T=torch.arange(seq_len).repeat(micro_batch_size),
+        cu_seqlens=torch.arange(0, num_tokens + 1, seq_len, dtype=torch.int32),
     )

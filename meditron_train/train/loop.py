@@ -51,10 +51,6 @@ def train(config: Config) -> int:
         os.environ.update(MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port))
     plan = make_plan(config, launch.world_size)
     with ExitStack() as stack:
-        if launch.rank == 0:
-            stack.enter_context(run_dir.locked())
-            run_dir.check_resumable(config)
-            run_dir.write_config(config)
         signals = stack.enter_context(StopSignals(run_dir.path, checks_files=launch.rank == 0))
         mesh = initialize(
             plan.layout,
@@ -63,10 +59,18 @@ def train(config: Config) -> int:
             device=config.train.device,
             seed=config.train.seed,
         )
-        stack.callback(destroy)
-        mesh.barrier()  # the run directory is there, and ours
+        mesh.on_first_rank(lambda: _take(run_dir, config, stack))
         setup_logging(launch.rank, run_dir.path)
-        return Run(plan, mesh, run_dir, launch, signals, stack).loop()
+        exit_code = Run(plan, mesh, run_dir, launch, signals, stack).loop()
+    destroy()  # not after an error: it may wait for what a failed peer never sends
+    return exit_code
+
+
+def _take(run_dir: RunDir, config: Config, stack: ExitStack) -> None:
+    """Make the run directory ours until the stack ends."""
+    stack.enter_context(run_dir.locked())
+    run_dir.check_resumable(config)
+    run_dir.write_config(config)
 
 
 class StepMeter:
@@ -103,13 +107,12 @@ class Run:
     ) -> None:
         config = plan.config
         self.plan, self.config, self.mesh, self.run_dir, self.signals = plan, config, mesh, run_dir, signals
-        resuming = mesh.from_first_rank(run_dir.has_checkpoints())
-        self.engine = build_engine(plan, mesh, with_weights=not resuming)
-        self.checkpoints = RunCheckpoints(plan, self.engine, run_dir.checkpoints)
-        newest = self.checkpoints.newest()
-        self.dry_run()
-        self.progress = self.checkpoints.load(newest) if newest else Progress()
         self.batches = BatchSchedule(config.train.global_batch_size, config.train.batch_ramp)
+        self.checkpoints = RunCheckpoints(plan, mesh, run_dir.checkpoints)
+        newest = self.checkpoints.newest()
+        self.engine = build_engine(plan, mesh, with_weights=newest is None)
+        self.dry_run()
+        self.progress = self.checkpoints.load(self.engine, newest) if newest else Progress()
         self.loader = self.load(
             plan.train_data, self.batches, self.progress.step + 1, config.data.num_prefetch_steps
         )
@@ -146,6 +149,8 @@ class Run:
             stop, save = self.agree_on_requests()
             if stop or save or is_last or step % config.checkpoint.interval == 0 or self.export_is_due(step):
                 self.save()
+            if stop or save:
+                self.checkpoints.finish(wait=True)
                 self.signals.acknowledge(stop=bool(stop))
             if stop and not is_last:
                 self.checkpoints.close()
@@ -206,11 +211,11 @@ class Run:
         if not stop:
             return None, bool(save)
         reasons = self.mesh.gather_objects(self.signals.requested)
-        return next(reason for reason in reasons if reason), bool(save)
+        return next((reason for reason in reasons if reason), "a request"), bool(save)
 
     def save(self) -> None:
         self.metrics.sync()
-        seconds = self.checkpoints.save(self.progress)
+        seconds = self.checkpoints.save(self.engine, self.progress)
         _log.info("training stood still for %.1f s to save step %d", seconds, self.progress.step)
         if self.export_is_due(self.progress.step):
             step = self.progress.step
@@ -222,11 +227,13 @@ class Run:
 
     def dry_run(self) -> None:
         """One step on invented data at full size, so that too little memory shows before the first real step."""
-        pipeline = self.mesh.layout.pipeline
-        sample = self.plan.train_data.microbatch(list(range(self.config.train.micro_batch_size)))
+        train, layout = self.config.train, self.mesh.layout
+        smallest_batch = min(self.batches.batch_sizes) // (train.micro_batch_size * layout.data)
+        # As many micro-batches as the schedule holds at once; interleaving holds about twice the stages.
+        num_held = layout.pipeline * (2 if layout.virtual_pipeline > 1 else 1)
+        batch = invented_batch(train.seq_len, train.micro_batch_size, self.plan.model.vocab_size)
         try:
-            # As many micro-batches as a pipeline holds at once; interleaving wants a multiple of its stages.
-            self.engine.dry_run([invented_batch(sample, self.plan.model.vocab_size)] * pipeline)
+            self.engine.dry_run([batch] * min(num_held, smallest_batch))
         except torch.OutOfMemoryError as error:
             raise MeditronError(
                 f"a training step does not fit into the memory of {self.mesh.device}: {str(error).splitlines()[0]} "

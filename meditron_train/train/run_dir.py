@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import yaml
 
+from meditron_train.checkpoint.store import FINISHED_NAME
 from meditron_train.config.load import dump_config
 from meditron_train.config.schema import Config
 from meditron_train.errors import MeditronError, UserError
@@ -28,7 +29,7 @@ _log = get_logger(__name__)
 # change: the layout, the length of the run, what is logged, saved and validated, the optimizer's settings.
 _FIXED_KEYS = (
     *("model", "data", "train.seq_len", "train.global_batch_size", "train.batch_ramp"),
-    *("train.seed", "train.precision"),
+    *("train.seed", "train.precision", "parallel.distributed_optimizer"),
 )
 _FREE_KEYS = ("data.num_prefetch_steps", "data.validation")
 
@@ -58,9 +59,7 @@ class RunDir:
         """Whether a checkpoint with a finished name is there, intact or not: then a start is a resume."""
         if not self.checkpoints.is_dir():
             return False
-        return any(
-            entry.name.startswith("step_") and not entry.suffix for entry in self.checkpoints.iterdir()
-        )
+        return any(FINISHED_NAME.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[RunDir]:

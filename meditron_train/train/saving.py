@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,11 @@ from meditron_train.checkpoint.megatron_read import read_meta
 from meditron_train.checkpoint.megatron_write import meta_json
 from meditron_train.checkpoint.sharded import ShardedSaver, load_sharded, write_companions
 from meditron_train.checkpoint.store import CheckpointStore
-from meditron_train.errors import MeditronError
+from meditron_train.errors import MeditronError, UserError
 from meditron_train.log import get_logger
 from meditron_train.mcore import ShardedObject
+from meditron_train.parallel import Mesh
+from meditron_train.planner.checkpoint_size import checkpoint_bytes
 from meditron_train.train.engine import Engine
 from meditron_train.train.setup import Plan
 
@@ -47,20 +48,16 @@ class Progress:
 class RunCheckpoints:
     """The checkpoints of one run, seen from one rank; rank 0 does what concerns names and manifests."""
 
-    def __init__(self, plan: Plan, engine: Engine, directory: Path) -> None:
-        self._plan, self._engine, self._mesh = plan, engine, engine.mesh
+    def __init__(self, plan: Plan, mesh: Mesh, directory: Path) -> None:
+        self._plan, self._mesh = plan, mesh
         settings = plan.config.checkpoint
         self._store = CheckpointStore(directory, settings.keep_last, settings.keep_every)
         self._saver = ShardedSaver(self._mesh.groups.dp_cp, asynchronous=settings.async_save)
         self._being_written: Progress | None = None
 
-    @property
-    def _is_first(self) -> bool:
-        return self._mesh.rank == 0
-
     # ---- saving -------------------------------------------------------------------------------------------------
 
-    def save(self, progress: Progress) -> float:
+    def save(self, engine: Engine, progress: Progress) -> float:
         """Save after `progress.step`; with async_save the files are finished later. Returns seconds training stood.
 
         Raises:
@@ -68,9 +65,9 @@ class RunCheckpoints:
         """
         start = time.monotonic()
         self.finish(wait=True)
-        directory = Path(self._on_first_rank(lambda: self._store.begin(progress.step)))
+        directory = self._mesh.on_first_rank(lambda: self._begin(progress.step))
         self._being_written = replace(progress)
-        self._together(lambda: self._write(directory))
+        self._together(lambda: self._write(engine, directory))
         self.finish(wait=not self._plan.config.checkpoint.async_save)
         return time.monotonic() - start
 
@@ -79,13 +76,17 @@ class RunCheckpoints:
         if self._being_written is None or not self._together(lambda: self._saver.finished(wait=wait)):
             return
         written, self._being_written = self._being_written, None
-        published = self._on_first_rank(lambda: self._publish(written))
+        published = self._mesh.on_first_rank(lambda: self._publish(written))
         _log.info("saved %s", published)
 
     def close(self) -> None:
         """Finish what is being written and stop the writers."""
         self.finish(wait=True)
         self._saver.close()
+
+    def _begin(self, step: int) -> Path:
+        self._store.check_free_space(checkpoint_bytes(self._plan.model, self._plan.config.train.precision))
+        return self._store.begin(step)
 
     def _publish(self, progress: Progress) -> Path:
         try:
@@ -104,7 +105,7 @@ class RunCheckpoints:
         counters = asdict(progress)
         known = meta_json(
             self._plan.model,
-            self._engine.padded_vocab_size,
+            self._plan.padded_vocab_size,
             step=counters.pop("step"),
             tokens=counters.pop("tokens"),
             samples=counters.pop("samples"),
@@ -112,10 +113,10 @@ class RunCheckpoints:
             config=self._plan.config.model_dump(mode="json", by_alias=True),
             contains=("model", "optimizer"),
         )
-        return {**known, **counters}
+        return {**known, **counters, "data_fingerprint": self._plan.train_data.fingerprint}
 
-    def _write(self, directory: Path) -> None:
-        state = self._engine.sharded_state(with_optimizer=True, is_loading=False)
+    def _write(self, engine: Engine, directory: Path) -> None:
+        state = engine.sharded_state(with_optimizer=True, is_loading=False)
         state["rng"] = self._rng_state(torch.get_rng_state())
         self._saver.save(state, directory)
 
@@ -132,7 +133,7 @@ class RunCheckpoints:
             MeditronError: there are checkpoints, but every one is damaged.
         """
 
-        def find() -> str | None:
+        def find() -> Path | None:
             for name in self._store.clean():
                 _log.info("removed %s, which was never finished", name)
             path, skipped = self._store.newest_intact()
@@ -145,25 +146,48 @@ class RunCheckpoints:
                     f"none of the {len(skipped)} checkpoints in {self._store.directory} is intact. Restore one, or "
                     "start again in another logging.run_dir"
                 )
-            return None if path is None else str(path)
+            return path
 
-        found = self._on_first_rank(find)
-        return None if found is None else Path(found)
+        return self._mesh.on_first_rank(find)
 
-    def load(self, directory: Path) -> Progress:
-        """Continue from a checkpoint of this run, written under any layout."""
+    def load(self, engine: Engine, directory: Path) -> Progress:
+        """Continue from a checkpoint of this run, written under any layout.
+
+        Raises:
+            UserError: it is of another model, of other data, or further than this run is to go.
+        """
         meta = read_meta(directory)
-        state = self._engine.sharded_state(with_optimizer=True, is_loading=True)
+        self._check_continues(meta, directory)
+        state = engine.sharded_state(with_optimizer=True, is_loading=True)
         same_layout = meta.get("layout") == asdict(self._plan.layout)
         if same_layout:
             state["rng"] = self._rng_state(None)
         loaded = load_sharded(state, directory)
-        self._engine.load_state(loaded)
+        engine.load_state(loaded)
         if same_layout:
             torch.set_rng_state(loaded["rng"])
         progress = Progress(**{name: meta[name] for name in asdict(Progress()) if name in meta})
         _log.info("resuming from %s, after step %d", directory, progress.step)
         return progress
+
+    def _check_continues(self, meta: dict[str, Any], directory: Path) -> None:
+        ours, theirs = self._plan.model.model_dump(mode="json"), meta["model"]
+        steps = self._plan.config.train.steps
+        differing = [f"{key}: {theirs.get(key)!r} -> {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
+        if differing:
+            raise UserError(
+                f"{directory} is a checkpoint of another model (then -> now): {'; '.join(differing)}. "
+                "Put these back, or give a new logging.run_dir"
+            )
+        if meta.get("data_fingerprint") not in (None, self._plan.train_data.fingerprint):
+            raise UserError(
+                f"the training data has changed since {directory} was written, though its names are the same: "
+                "the run would not see each sample once. Restore the files, or give a new logging.run_dir"
+            )
+        if meta["step"] > steps:
+            raise UserError(
+                f"{directory} is further than train.steps = {steps}. Raise it, or give a new logging.run_dir"
+            )
 
     # ---- export -------------------------------------------------------------------------------------------------
 
@@ -183,23 +207,10 @@ class RunCheckpoints:
             shutil.rmtree(hf_directory)
             new.rename(hf_directory)
 
-        self._on_first_rank(write)
+        self._mesh.on_first_rank(write)
         _log.info("exported %s", hf_directory)
 
     # ---- errors on one rank are errors on all -------------------------------------------------------------------
-
-    def _on_first_rank(self, action: Any) -> Any:
-        """The result of `action()` on rank 0, on every rank; its MeditronError is raised everywhere."""
-        outcome: Mapping[str, Any] = {}
-        if self._is_first:
-            try:
-                outcome = {"value": action()}
-            except MeditronError as error:
-                outcome = {"error": error}
-        outcome = self._mesh.from_first_rank(outcome)  # type: ignore[assignment]
-        if "error" in outcome:
-            raise outcome["error"]
-        return outcome["value"]
 
     def _together(self, action: Any) -> Any:
         """`action()` on all ranks. When it fails on one, the checkpoint being written is given up on all."""
@@ -217,4 +228,4 @@ class RunCheckpoints:
         assert self._being_written is not None
         step, self._being_written = self._being_written.step, None
         cause = failure if failure is not None else RuntimeError(failures[0])
-        raise self._on_first_rank(lambda: self._store.failed(step, cause)) from failure
+        raise self._mesh.on_first_rank(lambda: self._store.failed(step, cause)) from failure

@@ -41,6 +41,11 @@ class Plan:
     train_data: PackedDataset
     validation_data: dict[str, PackedDataset]
 
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding in memory, over all tensor-parallel ranks."""
+        return self.model.padded_vocab_size(self.layout.tensor, self.config.parallel.vocab_multiple)
+
 
 def make_plan(config: Config, world_size: int) -> Plan:
     """Read the model's and the data's descriptions and check everything against everything.

@@ -17,7 +17,12 @@ LAYOUTS = {
     "pp2": (2, {"pipeline": 2}),
     "pp2-interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "dp2-distributed-optimizer": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "pp2-interleaved-dp2-overlap": (
+        4,
+        {"pipeline": 2, "virtual_pipeline": 2, "overlap_grad_reduce": True, "overlap_param_gather": True},
+    ),
     "cp2": (2, {"context": 2}),
+    "pp2-cp2": (4, {"pipeline": 2, "context": 2}),
     "tp2-pp2-dp2": (8, {"tensor": 2, "pipeline": 2, "sequence": True}),
     "tp2-cp2-dp2": (8, {"tensor": 2, "context": 2, "sequence": True}),
 }

@@ -1,0 +1,35 @@
+"""Which devices the tests of this directory run on.
+
+Each test takes its device as a parameter, so that the same code runs on a CPU where there is no GPU. Where there is
+one, megatron-core uses it, and the CPU parameter is skipped.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def needs_gpus(number: int) -> list[pytest.MarkDecorator]:
+    """Marks of a test that wants that many GPUs."""
+    if NUM_GPUS == 0:
+        reason = "there is no GPU: torch.cuda.is_available() is false"
+    else:
+        reason = f"needs {number} GPUs, one a rank; torch sees {NUM_GPUS}"
+    return [pytest.mark.gpu, pytest.mark.skipif(number > NUM_GPUS, reason=reason)]
+
+
+CUDA = pytest.param("cuda", id="cuda", marks=needs_gpus(1))
+CPU = pytest.param(
+    "cpu",
+    id="cpu",
+    marks=pytest.mark.skipif(NUM_GPUS > 0, reason="torch sees a GPU, and megatron-core would use it"),
+)
+
+
+def num_not_finite(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """How many NaN and infinite elements each tensor has; only tensors that have any."""
+    counts = {name: int((~tensor.isfinite()).sum()) for name, tensor in tensors.items()}
+    return {name: count for name, count in counts.items() if count}

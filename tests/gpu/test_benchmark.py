@@ -1,0 +1,27 @@
+"""The GPU benchmark runs on a toy model, and what it compares computes the same thing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.devices import CPU, CUDA
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_all_tools_take_the_same_steps(device, tmp_path):
+    result_file = tmp_path / "result.json"
+    command = [sys.executable, "-m", "benchmarks.gpu.train_step", "--tiny", "--device", device]
+    command += ["--rounds", "2", "--steps", "2", "--json", str(result_file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    results = json.loads(result_file.read_text())
+    baseline = results["transformers, autocast"]["losses"]
+    assert len(baseline) == 2 * 2 and baseline[:2] == baseline[2:]  # every round starts anew
+    for name, result in results.items():
+        assert result["losses"] == pytest.approx(baseline, rel=5e-3), name
+        assert f"| {name} | " in done.stdout

@@ -1,0 +1,66 @@
+"""A whole run on a GPU that is stopped, saved and continued ends where an uninterrupted one does, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.gpu.devices import CPU, CUDA, needs_gpus
+from tests.train.test_loop import run, stop_file_after
+
+NUM_STEPS, STOP_AFTER = 8, 4
+COMPARED = ("loss", "grad_norm", "param_norm", "lr", "tokens", "num_skipped_steps")
+
+
+@pytest.fixture
+def write_run(write_config, tmp_path):
+    """write_run(name, device, precision) → configuration of a short run in tmp_path/name."""
+
+    def write(name: str, device: str, precision: str):
+        return write_config(
+            f"{name}.yaml",
+            train={"steps": NUM_STEPS, "precision": precision, "device": device},
+            checkpoint={"interval": 1000},  # only when it stops or ends
+            validation={"interval": NUM_STEPS},
+            logging={"run_dir": str(tmp_path / name), "wandb": "disabled", "tensorboard": False},
+        )
+
+    return write
+
+
+def numbers(metrics: list[dict]) -> list[list[float]]:
+    return [[line[key] for key in COMPARED] for line in metrics]
+
+
+def weights(run_dir) -> dict[str, torch.Tensor]:
+    from meditron_train.checkpoint.megatron_read import MegatronSource
+
+    source = MegatronSource(run_dir / "checkpoints" / f"step_{NUM_STEPS:08d}")
+    return {name: source.read(name) for name in source.names}
+
+
+def assert_resumes(write_run, tmp_path, device, precision, overrides, world_size):
+    whole = run(write_run("whole", device, precision), *overrides, world_size=world_size)
+    config = write_run("parts", device, precision)
+    stop_file_after(config, tmp_path / "parts", step=STOP_AFTER, overrides=overrides, world_size=world_size)
+    resumed = run(config, *overrides, world_size=world_size)
+    assert [line["step"] for line in resumed] == list(range(1, NUM_STEPS + 1))
+    assert numbers(resumed) == numbers(whole)
+    assert resumed[-1]["validation_loss.held-out"] == whole[-1]["validation_loss.held-out"]
+    expected, got = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert got.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
+    assert sum(int((~tensor.isfinite()).sum()) for tensor in got.values()) == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_one_rank_resumes_to_the_bit(write_run, tmp_path, device, precision):
+    assert_resumes(write_run, tmp_path, device, precision, (), world_size=1)
+
+
+@pytest.mark.parametrize("override", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2", ""])
+@pytest.mark.parametrize("device", [pytest.param("cuda", id="cuda", marks=needs_gpus(2))])
+def test_two_ranks_resume_to_the_bit(write_run, tmp_path, device, override):
+    overrides = (override,) if override else ()  # without one: data parallel
+    assert_resumes(write_run, tmp_path, device, "fp32", overrides, world_size=2)

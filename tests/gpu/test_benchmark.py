@@ -16,7 +16,7 @@ from tests.gpu.devices import CPU, CUDA
 def test_all_tools_take_the_same_steps(device, tmp_path):
     result_file = tmp_path / "result.json"
     command = [sys.executable, "-m", "benchmarks.gpu.train_step", "--tiny", "--device", device]
-    command += ["--rounds", "2", "--steps", "2", "--json", str(result_file)]
+    command += ["--rounds", "2", "--warm-up", "1", "--steps", "2", "--json", str(result_file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     results = json.loads(result_file.read_text())

@@ -12,7 +12,6 @@ from tests.gpu.ranks import cuda_state, train_ranks
 from tests.train.ranks import assemble, make_config
 from tests.train.test_parity import LAYOUTS, assert_agrees, make_steps, reference_run
 
-NUM_STEPS = 5
 ALONE = "tp1-pp1-dp1"
 PLACES = [
     pytest.param("cpu", ALONE, id=f"cpu-{ALONE}", marks=CPU.marks),
@@ -25,7 +24,7 @@ PLACES = [
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    return reference_run(tmp_path_factory.mktemp("parity") / "hf", make_steps(num_steps=NUM_STEPS))
+    return reference_run(tmp_path_factory.mktemp("parity") / "hf", make_steps())
 
 
 def run_layout(device, directory, layout, **sections):
@@ -34,7 +33,7 @@ def run_layout(device, directory, layout, **sections):
 
     world_size, parallel = LAYOUTS[layout]
     config = make_config(directory, {"parallel": parallel, **sections})
-    results = run_ranks(train_ranks, world_size, device, config, make_steps(num_steps=NUM_STEPS))
+    results = run_ranks(train_ranks, world_size, device, config, make_steps())
     histories = [history for history, _ in results]
     assert all(history == histories[0] for history in histories), "ranks report different losses"
     assert all(math.isfinite(value) for values in histories[0] for value in values)
@@ -52,18 +51,19 @@ def test_fp32_agrees_with_transformers(device, layout, reference):
 
 @pytest.mark.parametrize("device, layout", PLACES)
 def test_bf16_follows_the_fp32_reference(device, layout, reference):
+    """On a CPU loss, norm and weights are off by at most 0.03, 0.4 and 0.6 %."""
     directory, expected_history, expected_weights = reference
     history, weights = run_layout(device, directory, layout, train={"precision": "bf16"})
     for step, ((loss, norm), (expected_loss, expected_norm)) in enumerate(
         zip(history, expected_history, strict=True), start=1
     ):
-        assert loss == pytest.approx(expected_loss, rel=0.02), f"loss of step {step}"
-        assert norm == pytest.approx(expected_norm, rel=0.1), f"gradient norm of step {step}"
+        assert loss == pytest.approx(expected_loss, rel=0.005), f"loss of step {step}"
+        assert norm == pytest.approx(expected_norm, rel=0.02), f"gradient norm of step {step}"
     assert history[-1][0] < history[0][0]
     assert weights.keys() == expected_weights.keys()
     for name, expected in expected_weights.items():
         difference = (weights[name] - expected).norm() / expected.norm()
-        assert difference <= 0.05, f"{name} differs by {difference:.2e} of its norm"
+        assert difference <= 0.02, f"{name} differs by {difference:.2e} of its norm"
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.meditron-train-installed
 SOURCES := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
-.PHONY: help install demo test bench lint format docs docs-check clean
+.PHONY: help install demo test test-gpu bench lint format docs docs-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        the Meditron experiment in miniature, on the CPU, in a few minutes"
 	@echo "make test        all tests (PYTEST_ARGS='-k layout' for some)"
+	@echo "make test-gpu    the tests that need a GPU"
 	@echo "make bench       the measurements of docs/benchmarks.md"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff write the layout of the code"
@@ -33,8 +34,12 @@ $(INSTALLED): $(SOURCES)
 demo: $(INSTALLED)
 	$(BIN)/meditron-train demo
 
+# On the CPU also where there is a GPU, as megatron-core would use it; what needs one is for test-gpu.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-gpu: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.train_step

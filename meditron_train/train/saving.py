@@ -173,7 +173,9 @@ class RunCheckpoints:
     def _check_continues(self, meta: dict[str, Any], directory: Path) -> None:
         ours, theirs = self._plan.model.model_dump(mode="json"), meta["model"]
         steps = self._plan.config.train.steps
-        differing = [f"{key}: {theirs.get(key)!r} -> {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
+        differing = [
+            f"{key}: {theirs.get(key)!r} -> {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]
+        ]
         if differing:
             raise UserError(
                 f"{directory} is a checkpoint of another model (then -> now): {'; '.join(differing)}. "

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -175,7 +176,7 @@ def _megatron_core() -> Finding:
         return Finding(name, True, False, str(error), remedy, required=True)
     if mcore is None:
         return Finding(name, True, False, f"{version} cannot be imported: {trouble}", remedy, required=True)
-    return Finding(name, True, True, f"{version}, unmodified", required=True)
+    return Finding(name, True, True, version, required=True)
 
 
 def _cpp_core() -> list[Finding]:
@@ -310,8 +311,9 @@ def _installed_version(distribution: str) -> str | None:
 
 
 def _version_tuple(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
+    """Major and minor number; a pre-release such as 2.14.0a0 or 2.6a0 counts as its release."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
 def _print_table(findings: list[Finding], can_train: bool) -> None:

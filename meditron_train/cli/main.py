@@ -6,6 +6,7 @@ purpose, wants to be requeued; 130 interrupted from the keyboard.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated, Any
@@ -22,6 +23,12 @@ from meditron_train.cli.train import train
 from meditron_train.errors import MeditronError, UserError
 from meditron_train.log import setup_logging
 
+# A path that cannot be what it was given for is the user's to correct; a full or failing disk is not.
+_WRONG_PATH = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG),
+}
+
 
 class _Verbs(TyperGroup):
     """Runs a verb: errors meant for people lose their traceback, and an integer result is the exit code."""
@@ -34,6 +41,16 @@ class _Verbs(TyperGroup):
                 raise
             print(_message(error), file=sys.stderr, flush=True)
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            if ctx.params.get("debug") or error.filename is None:
+                raise
+            where = f"{error.strerror}: {error.filename}"
+            print(
+                f"error: {where} (meditron-train --debug shows where it happened)",
+                file=sys.stderr,
+                flush=True,
+            )
+            raise typer.Exit(2 if error.errno in _WRONG_PATH else 1) from None
         except KeyboardInterrupt:
             if ctx.params.get("debug"):
                 raise

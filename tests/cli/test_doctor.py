@@ -151,3 +151,13 @@ def test_a_broken_binary_is_reported(monkeypatch, tmp_path):
     (tmp_path / "broken_binary.py").write_text("raise OSError('libfoo.so: no such file')")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert doctor._import("broken_binary") == (None, "OSError: libfoo.so: no such file")
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"),
+    [("2.13.0+cpu", (2, 13)), ("2.6a0", (2, 6)), ("2.14.0a0+git1", (2, 14)), ("odd", (0, 0))],
+)
+def test_versions_of_every_kind_are_compared(version, numbers):
+    from meditron_train.cli.doctor import _version_tuple
+
+    assert _version_tuple(version) == numbers

@@ -50,6 +50,16 @@ def app_that_raises(monkeypatch):
         (UserError("train.steps is 0;\n  write 1"), 2, "error: train.steps is 0;\n  write 1\n"),
         (MeditronError("disk full"), 1, "error: disk full\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            PermissionError(13, "Permission denied", "/proc/x"),
+            2,
+            "error: Permission denied: /proc/x (meditron-train --debug shows where it happened)\n",
+        ),
+        (
+            OSError(28, "No space left on device", "/full/x"),
+            1,
+            "error: No space left on device: /full/x (meditron-train --debug shows where it happened)\n",
+        ),
         (typer.Exit(85), 85, ""),
     ],
 )
@@ -87,9 +97,10 @@ def test_debug_shows_the_traceback(app_that_raises):
         app_that_raises(UserError("wrong"))(["--debug", "verb"])
 
 
-def test_a_bug_is_not_hidden(app_that_raises):
-    with pytest.raises(ZeroDivisionError):
-        app_that_raises(ZeroDivisionError())(["verb"])
+@pytest.mark.parametrize("bug", [ZeroDivisionError(), OSError("no file is to blame")])
+def test_a_bug_is_not_hidden(app_that_raises, bug):
+    with pytest.raises(type(bug)):
+        app_that_raises(bug)(["verb"])
 
 
 @pytest.mark.parametrize(("result", "exit_code"), [(None, 0), (0, 0), (1, 1), (85, 85)])

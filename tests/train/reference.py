@@ -63,7 +63,8 @@ def hf_model(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(**{**TINY, **overrides}, attn_implementation="eager")
+    settings = {key: value for key, value in {**TINY, **overrides}.items() if value is not None}
+    config = LlamaConfig(**settings, attn_implementation="eager")
     return LlamaForCausalLM(config).to(dtype)
 
 

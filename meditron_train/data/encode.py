@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import connection
+from typing import Any
 
 import numpy as np
 
@@ -105,6 +106,14 @@ def _follow_parent() -> None:
         threading.Thread(target=wait, daemon=True).start()
 
 
+def _id_json(value: Any) -> str:
+    """An id as strict JSON; NaN and infinities, which JSON does not have, as text."""
+    try:
+        return json.dumps(value, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(str(value))
+
+
 @lru_cache(maxsize=1)
 def _worker_tokenizer(directory: str, special_tokens: tuple[str, ...], fingerprint: str) -> Tokenizer:
     """Loaded once per process, not once per chunk."""
@@ -138,7 +147,7 @@ def _encode_chunk(chunk: Chunk, encoding: Encoding) -> Encoded:
         tokens.append(np.array(encoded, dtype=tokenizer.dtype).tobytes())
         sizes.append(len(encoded))
         has_ids |= document.id is not None
-        ids.append(json.dumps(document.id, default=str) + "\n")
+        ids.append(_id_json(document.id) + "\n")
     return Encoded(
         b"".join(tokens), np.array(sizes, dtype="<i4"), "".join(ids).encode(), has_ids, bad_lines, num_empty
     )

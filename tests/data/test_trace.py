@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from meditron_train.data.loader import StepLoader
 from meditron_train.data.packed import build_train_dataset
 from meditron_train.data.tokenize import tokenize
 from meditron_train.data.tokenizer import load_tokenizer
-from meditron_train.data.trace import trace_step
+from meditron_train.data.trace import read_ids, trace_step
 from meditron_train.errors import UserError
 
 
@@ -74,6 +75,60 @@ def test_is_what_the_loader_gave(run: Path, sentencepiece_directory: Path, corpu
             traced.append(ids[row["start"] : row["start"] + row["length"]])
             assert row["id"] == (f"a-{row['document']}" if row["source"] == "with_ids" else None)
         assert traced == trained
+
+
+def record(run: Path, fingerprint: str, working_directory: Path) -> None:
+    start = {"data_fingerprints": {"train": fingerprint}, "working_directory": str(working_directory)}
+    other = {"data_fingerprints": {"train": "0" * 64}, "working_directory": "/nowhere"}
+    lines = [json.dumps(other), json.dumps(start), '{"data_fing']  # an earlier start, the last, a torn line
+    (run / "provenance.jsonl").write_text("\n".join(lines))
+
+
+def test_replaced_data_is_refused(run: Path, tmp_path: Path, sentencepiece_directory: Path) -> None:
+    fingerprint = trace_step(run, 1)["data_fingerprint"]
+    record(run, fingerprint, tmp_path)
+    assert trace_step(run, 1)["data_verified"] is True
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "fever and pain " * 400}) + "\n")
+    options = TokenizeOptions(str(sentencepiece_directory))
+    tokenize([tmp_path / "b.jsonl"], tmp_path / "b", options, overwrite=True)
+    with pytest.raises(
+        UserError, match=rf"has changed since the run.* has {fingerprint}\. Put back the data"
+    ):
+        trace_step(run, 1)
+
+
+def test_without_a_record_the_data_is_not_verified(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="meditron_train"):
+        assert trace_step(run, 1)["data_verified"] is False
+    assert "does not say which data the run read" in caplog.text
+
+
+def test_relative_paths_are_those_of_the_run(
+    run: Path, tmp_path: Path, sentencepiece_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = trace_step(run, 3)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    shutil.copytree(sentencepiece_directory, tmp_path / "tokenizer")
+    config["data"]["tokenizer"] = "tokenizer"
+    for source, name in zip(config["data"]["train"], "ab", strict=True):
+        source["path"] = name
+    config["data"]["validation"] = [{"name": "other", "path": "a"}]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    record(run, expected["data_fingerprint"], tmp_path)
+    for directory in (tmp_path, run):
+        monkeypatch.chdir(directory)
+        assert trace_step(run, 3)["segments"] == expected["segments"]
+
+
+def test_ids_that_json_does_not_have(tmp_path: Path, sentencepiece_directory: Path) -> None:
+    ids = ["NaN", "-Infinity", "1e999", '{"a": [NaN]}', "7"]
+    lines = [f'{{"id": {number}, "text": "fever"}}\n' for number in ids]
+    (tmp_path / "in.jsonl").write_text("".join(lines))
+    tokenize([tmp_path / "in.jsonl"], tmp_path / "a", TokenizeOptions(str(sentencepiece_directory)))
+    found = read_ids(tmp_path / "a", range(5))
+    assert found == {0: "nan", 1: "-inf", 2: "inf", 3: "{'a': [nan]}", 4: 7}
+    (tmp_path / "a.ids.jsonl").write_text("NaN\n")  # as earlier versions wrote it
+    assert read_ids(tmp_path / "a", [0]) == {0: "NaN"}
 
 
 def test_bad_input(run: Path, tmp_path: Path) -> None:

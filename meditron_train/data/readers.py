@@ -16,6 +16,7 @@ from meditron_train.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _PARQUET_ROWS = 2048
+_MAX_ZSTD_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` needs; zstd itself refuses more than 128 MiB
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class _ZstdReader(io.RawIOBase):
     def __init__(self, stored: IO[bytes]) -> None:
         import zstandard
 
-        self._stored, self._new_frame = stored, zstandard.ZstdDecompressor().decompressobj
+        decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW_BYTES)
+        self._stored, self._new_frame = stored, decompressor.decompressobj
         self._error = zstandard.ZstdError
         self._frame: Any = None
         self._ready = memoryview(b"")
@@ -151,7 +153,19 @@ def _read_parquet(path: Path, source: int, columns: tuple[str, str]) -> Iterator
             first_line, num_rows, num_bytes = 1, file.metadata.num_rows, path.stat().st_size
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=wanted):
                 done = first_line - 1 + batch.num_rows
+                if id_key in wanted[1:]:
+                    number = batch.schema.get_field_index(id_key)
+                    batch = batch.set_column(number, id_key, _without_times(batch.column(number)))
                 yield Chunk(source, first_line, batch.to_pylist(), num_bytes * done // max(1, num_rows))
                 first_line = done + 1
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, ValueError, OverflowError, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet ({error}): copy it again.") from error
+
+
+def _without_times(column: Any) -> Any:
+    """Dates and times as text, durations as their count: Python has no nanoseconds and fewer years."""
+    import pyarrow as pa
+
+    if pa.types.is_duration(column.type):
+        return column.cast(pa.int64())
+    return column.cast(pa.string()) if pa.types.is_temporal(column.type) else column

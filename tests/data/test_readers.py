@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -43,6 +45,44 @@ def test_highly_compressible_zstd(tmp_path: Path) -> None:
         sum(len(chunk.records) for chunk in read_chunks(tmp_path / "a.jsonl.zst", 0, COLUMNS, 1 << 20))
         == 20_000
     )
+
+
+def test_zstd_with_a_large_window(tmp_path: Path) -> None:
+    """As `zstd --long=28` writes it: a window above the default limit of 128 MiB."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, compression_level=1)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    content = compressor.compress(b"{}\n") + compressor.flush()
+    assert zstandard.get_frame_parameters(content).window_size == 1 << 28
+    (tmp_path / "a.jsonl.zst").write_bytes(content)
+    assert [chunk.records for chunk in read_chunks(tmp_path / "a.jsonl.zst", 0, COLUMNS, 64)] == [[b"{}\n"]]
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        (pa.timestamp("ns"), "2262-04-11 23:47:16.854775807"),
+        (pa.duration("ns"), 2**63 - 1),
+        (pa.time64("ns"), "00:00:00.000000001"),
+        (pa.timestamp("ms"), "20000-01-01 00:00:00.000"),
+        (pa.int64(), 2**63 - 1),
+        (pa.string(), "a"),
+    ],
+    ids=str,
+)
+def test_parquet_ids(tmp_path: Path, kind: pa.DataType, expected: str | int) -> None:
+    numbers = {pa.time64("ns"): 1, pa.timestamp("ms"): 568_971_820_800_000}
+    value = "a" if kind == pa.string() else numbers.get(kind, 2**63 - 1)
+    ids = pa.array([value, None], pa.string() if kind == pa.string() else pa.int64()).cast(kind)
+    pq.write_table(pa.table({"id": ids, "text": ["x", "y"]}), tmp_path / "a.parquet")
+    (chunk,) = read_chunks(tmp_path / "a.parquet", 0, COLUMNS, 64)
+    assert [record["id"] for record in chunk.records] == [expected, None]
+
+
+def test_parquet_values_that_python_does_not_have(tmp_path: Path) -> None:
+    times = pa.array([[2**63 - 1]], pa.list_(pa.int64())).cast(pa.list_(pa.timestamp("ns")))
+    pq.write_table(pa.table({"id": times, "text": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read as Parquet"):
+        list(read_chunks(tmp_path / "a.parquet", 0, COLUMNS, 64))
 
 
 def test_garbage_after_a_zstd_frame(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import torch
 
 from meditron_train.checkpoint.hf_config import generation_config_of, model_config_to_hf
 from meditron_train.checkpoint.hf_map import Shape, tensor_specs, to_hf
-from meditron_train.checkpoint.hf_write import HFWriter, TensorPlan, parse_num_bytes
+from meditron_train.checkpoint.hf_write import HFWriter, TensorPlan, format_num_bytes, parse_num_bytes
+from meditron_train.checkpoint.manifest import require_intact
 from meditron_train.checkpoint.megatron_read import MegatronSource
-from meditron_train.checkpoint.publish import publish
-from meditron_train.checkpoint.tokenizer_files import check_tokenizer, copy_tokenizer
+from meditron_train.checkpoint.publish import publish, require_absent
+from meditron_train.checkpoint.tokenizer_files import check_tokenizer, copy_tokenizer, read_json_object
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import UserError
 
@@ -37,8 +38,8 @@ def export_hf(
     dtype: "bf16", "fp16", "fp32", or None / "keep" for each tensor's own. max_shard_size: "5GB", "500MB", … or bytes.
     progress: called with each Hugging Face tensor's name and its bytes once it is written. Vocabulary padding is
     removed and a tied `lm_head` left out. Memory: the largest tensor three times, refused when that is more than
-    max_ram_num_bytes. Raises UserError when the output exists and is not empty, or the checkpoint is not intact;
-    nothing is left behind then.
+    max_ram_num_bytes. Every file of the checkpoint is hashed before anything is written. Raises UserError when the
+    output exists and is not empty, or the checkpoint is not what its manifest says; nothing is left behind then.
     """
     checkpoint = Path(checkpoint)
     target = parse_dtype(dtype)
@@ -54,6 +55,9 @@ def export_hf(
     require_memory(
         [(source.shape(spec.name), target or source.dtype(spec.name)) for spec in specs], max_ram_num_bytes
     )
+    check_generation_config(checkpoint / HF_SUBDIRECTORY)
+    require_absent(hf_directory)
+    require_intact(checkpoint)
     with publish(hf_directory, num_bytes=sum(plan.num_bytes for plan in plans)) as temporary:
         with HFWriter(temporary, plans, max_num_bytes) as writer:
             for spec in specs:
@@ -71,8 +75,11 @@ def write_hf_files(
     """Write all that a Hugging Face directory holds beside the weights into the existing `directory`.
 
     config.json from `model`; tokenizer files and generation_config.json from directory `source`, as far as it has
-    them (else a minimal generation_config.json). With `special_tokens` appended to the tokenizer.
+    them (else a minimal generation_config.json). With `special_tokens` appended to the tokenizer. Raises UserError
+    when a file of `source` is damaged.
     """
+    if source is not None:
+        check_generation_config(source)
     config = json.dumps(model_config_to_hf(model), indent=2) + "\n"
     (directory / "config.json").write_text(config, encoding="utf-8")
     generation = directory / "generation_config.json"
@@ -82,6 +89,13 @@ def write_hf_files(
         generation.write_text(json.dumps(generation_config_of(model), indent=2) + "\n", encoding="utf-8")
     if source is not None:
         copy_tokenizer(source, directory, special_tokens)
+
+
+def check_generation_config(directory: Path) -> None:
+    """Raise UserError when the directory has a generation_config.json that transformers could not read."""
+    path = directory / "generation_config.json"
+    if path.is_file():
+        read_json_object(path)
 
 
 def parse_dtype(dtype: str | None) -> torch.dtype | None:
@@ -101,8 +115,9 @@ def require_memory(tensors: Iterable[tuple[Shape, torch.dtype]], max_ram_num_byt
     needed = 3 * max(math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
     if max_ram_num_bytes is not None and needed > max_ram_num_bytes:
         raise UserError(
-            f"--max-ram is {max_ram_num_bytes / 2**30:.2f} GiB, but the largest tensor needs {needed / 2**30:.2f} GiB "
-            f"(three times its size). Write --max-ram {math.ceil(needed / 2**20)}MiB or more."
+            f"--max-ram is {format_num_bytes(max_ram_num_bytes)}, but the largest tensor needs "
+            f"{format_num_bytes(needed)} (three times its size). "
+            f"Write --max-ram {math.ceil(needed / 2**20)}MiB or more."
         )
 
 

@@ -6,13 +6,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from meditron_train.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "meditron-train-manifest/1"
 
+_MAX_LISTED = 10
 _BLOCK_BYTES = 4 * 1024 * 1024
 _NUM_THREADS = min(16, 2 * (os.cpu_count() or 1))  # hashlib and read() both let go of the GIL
 
@@ -63,6 +66,20 @@ def verify_manifest(directory: Path, *, check_hashes: bool = True) -> list[str]:
     if check_hashes:
         problems += _changed_files(directory, right_size, expected)
     return problems
+
+
+def require_intact(directory: Path, *, check_hashes: bool = True) -> None:
+    """Raise UserError with the lines of `verify_manifest` unless the finished checkpoint is as it was written."""
+    if problems := verify_manifest(directory, check_hashes=check_hashes):
+        raise not_intact(directory, problems)
+
+
+def not_intact(directory: Path, problems: Sequence[str]) -> UserError:
+    """The error that says what is wrong with a checkpoint, one line per problem."""
+    lines = [f"{directory} is not an intact checkpoint:", *problems[:_MAX_LISTED]]
+    if len(problems) > _MAX_LISTED:
+        lines.append(f"and {len(problems) - _MAX_LISTED} more")
+    return UserError("\n  ".join(lines))
 
 
 def write_text_atomically(path: Path, text: str) -> None:

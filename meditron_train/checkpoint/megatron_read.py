@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from meditron_train.checkpoint.hf_map import tensor_specs
+from meditron_train.checkpoint.manifest import not_intact
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import UserError
 
@@ -46,9 +47,7 @@ class MegatronSource:
         self._metadata = _read_metadata(self.directory)
         self._chunks = _find_chunks(self._metadata)
         if check and (problems := self.problems()):
-            more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-            listed = "".join(f"\n  {problem}" for problem in problems[:10])
-            raise UserError(f"{self.directory} is not an intact checkpoint:{listed}{more}")
+            raise not_intact(self.directory, problems)
 
     @property
     def names(self) -> list[str]:

@@ -15,7 +15,7 @@ from meditron_train.checkpoint.hf_map import hf_shapes
 from meditron_train.checkpoint.hf_read import is_hf_directory
 from meditron_train.checkpoint.manifest import MANIFEST_NAME, verify_manifest
 from meditron_train.checkpoint.tokenizer_compare import compare_tokenizers
-from meditron_train.convert.side import Side, open_side
+from meditron_train.convert.side import HFSide, Side, open_side
 from meditron_train.errors import UserError
 
 _BLOCK_ELEMENTS = 1 << 22  # differences are measured in float64, block by block
@@ -77,8 +77,11 @@ def verify(
     if logits:
         from meditron_train.convert.logits import compare_logits
 
-        max_logit, divergence = compare_logits(side_a, side_b)
-        if not max_logit <= 1e-5:  # also when it is NaN
+        try:
+            max_logit, divergence = compare_logits(side_a, side_b)
+        except UserError as error:  # a damaged side: what was found above must still be told
+            differences.append(Difference("logits", "transformers fp32", f"cannot be computed: {error}"))
+        if max_logit is not None and not max_logit <= 1e-5:  # also when it is NaN
             differences.append(
                 Difference("logits", "transformers fp32", f"max |Δ| {max_logit:.3e}, KL {divergence:.3e}")
             )
@@ -177,8 +180,8 @@ def _compare_configs(side_a: Side, side_b: Side) -> list[Difference]:
 
 def _changed_files(label: str, side: Side) -> list[Difference]:
     """Files of a side that are not as its manifest says. It sees what no tensor shows: padding rows, file framing."""
-    if not (side.directory / MANIFEST_NAME).is_file():
-        return []
+    if isinstance(side, HFSide) and not (side.directory / MANIFEST_NAME).is_file():
+        return []  # a Hugging Face directory need not have one
     return [Difference("file", f"of {label}", problem) for problem in verify_manifest(side.directory)]
 
 

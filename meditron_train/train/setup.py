@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass
 
 from meditron_train.checkpoint.hf_config import model_config_from_hf, read_hf_config
 from meditron_train.checkpoint.hf_map import TensorSource
 from meditron_train.checkpoint.hf_read import is_hf_directory, open_hf_model
+from meditron_train.checkpoint.manifest import require_intact
 from meditron_train.checkpoint.megatron_read import MegatronSource, is_megatron_directory
 from meditron_train.checkpoint.sharded import load_sharded
 from meditron_train.checkpoint.tokenizer_files import copy_tokenizer
@@ -63,8 +65,12 @@ def make_plan(config: Config, world_size: int) -> Plan:
     model, tokenizer_size = _with_special_tokens(config, stored)
     check_config(config, model, world_size, tokenizer_vocab_size=tokenizer_size)
     # What a run would meet only later, on one rank or at its first checkpoint:
-    if config.model.from_ is not None and is_hf_directory(config.model.from_):
-        open_hf_model(config.model.from_)
+    from_ = config.model.from_
+    if from_ is not None and is_megatron_directory(from_):
+        # Every rank sees missing and cut off files; one is enough to read all of them.
+        require_intact(from_, check_hashes=os.environ.get("RANK", "0") == "0")
+    elif from_ is not None and is_hf_directory(from_):
+        open_hf_model(from_)
     with tempfile.TemporaryDirectory() as scratch:
         copy_tokenizer(config.data.tokenizer, scratch, config.data.special_tokens)
     return Plan(

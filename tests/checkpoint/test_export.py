@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from meditron_train.checkpoint.export import common_dtype, export_hf, parse_dtype, require_memory
+from meditron_train.checkpoint.export import (
+    common_dtype,
+    export_hf,
+    parse_dtype,
+    require_memory,
+    write_hf_files,
+)
 from meditron_train.checkpoint.hf_config import read_hf_config
+from meditron_train.checkpoint.manifest import write_manifest
 from meditron_train.errors import MeditronError
 from tests.checkpoint.test_hf_map import make_model, random_source
 from tests.checkpoint.test_megatron_io import write_checkpoint
@@ -21,6 +28,7 @@ from tests.refusal import refused
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     write_checkpoint(tmp_path / "checkpoint")
+    write_manifest(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
 
@@ -55,6 +63,7 @@ def test_what_lies_beside_the_weights_is_carried(checkpoint: Path, tmp_path: Pat
         export_hf(checkpoint, tmp_path / "hf")
     (checkpoint / "hf" / "tokenizer.model").unlink()
     (checkpoint / "hf" / "generation_config.json").write_text('{"temperature": 0.6}')
+    write_manifest(checkpoint)
     export_hf(checkpoint, tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text()) == {"temperature": 0.6}
 
@@ -65,19 +74,51 @@ def test_refusals_leave_nothing_behind(checkpoint: Path, tmp_path: Path) -> None
         export_hf(checkpoint, target, dtype="int8")
     with refused("'big' is not a size"):
         export_hf(checkpoint, target, max_shard_size="big")
-    with refused("--max-ram is 0.00 GiB", "--max-ram 1MiB"):
+    with refused("--max-ram is 1000 bytes", "needs 36.00 KiB", "--max-ram 1MiB"):
         export_hf(checkpoint, target, max_ram_num_bytes=1000)
     with refused("not a finished checkpoint"):
         export_hf(tmp_path, target)
     data = checkpoint / "__0_0.distcp"
     data.write_bytes(b"\0" * data.stat().st_size)
-    with refused("cannot be read"):
+    with refused("__0_0.distcp has changed"):
         export_hf(checkpoint, target)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     target.mkdir()
     (target / "thesis.txt").touch()
     with refused("exists and is not empty"):
         export_hf(checkpoint, target)
+
+
+def test_a_flipped_bit_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    raw = bytearray((checkpoint / "__0_0.distcp").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (checkpoint / "__0_0.distcp").write_bytes(raw)
+    with refused("not an intact checkpoint:\n  __0_0.distcp has changed: SHA-256"):
+        export_hf(checkpoint, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_checkpoint_without_its_manifest_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "manifest.json").unlink()
+    with refused("not an intact checkpoint:\n  manifest.json is missing"):
+        export_hf(checkpoint, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("{'do_sample'", "not valid JSON"), ("[]", "must hold a JSON object")]
+)
+def test_a_damaged_generation_config(checkpoint: Path, tmp_path: Path, text: str, said: str) -> None:
+    (checkpoint / "hf").mkdir()
+    (checkpoint / "hf" / "generation_config.json").write_text(text)
+    write_manifest(checkpoint)
+    with refused("generation_config.json", said):
+        export_hf(checkpoint, tmp_path / "new")
+    (tmp_path / "beside").mkdir()
+    with refused("generation_config.json", said):
+        write_hf_files(tmp_path / "beside", make_model(), checkpoint / "hf")
+    assert list((tmp_path / "beside").iterdir()) == []
+    assert not (tmp_path / "new").exists()
 
 
 def test_disk_full(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:

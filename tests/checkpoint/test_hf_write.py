@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from meditron_train.checkpoint.hf_write import HFWriter, TensorPlan, parse_num_bytes
+from meditron_train.checkpoint.hf_write import HFWriter, TensorPlan, format_num_bytes, parse_num_bytes
 from tests.checkpoint.tiny_llama import assert_same_bits, read_tensors
 from tests.refusal import refused
 
@@ -67,6 +67,15 @@ def test_sizes() -> None:
     assert parse_num_bytes("4GiB") == 4 * 2**30
     assert parse_num_bytes("1.5 mb") == 1_500_000
     assert parse_num_bytes(123) == 123
-    for text in ("five", "5 TB", "-1GB", "0", ""):
+    assert parse_num_bytes("2TB") == 2 * 10**12
+    assert parse_num_bytes("0.5 TiB") == 2**39
+    for text in ("five", "5 PB", "-1GB", "0", ""):
         with refused(f"{text!r} is not a size", "5GB"):
             parse_num_bytes(text)
+
+
+def test_sizes_for_people() -> None:
+    sizes = (0, 1023, 1024, 5 * 2**20, 3 * 2**29, 2**41)
+    assert [format_num_bytes(size) for size in sizes] == [
+        "0 bytes", "1023 bytes", "1.00 KiB", "5.00 MiB", "1.50 GiB", "2.00 TiB",
+    ]  # fmt: skip

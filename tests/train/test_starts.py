@@ -47,6 +47,20 @@ def test_a_converted_checkpoint_starts_like_its_source(
     assert started == pytest.approx(reference_losses, rel=1e-5)
 
 
+def test_a_damaged_checkpoint_starts_nothing(write_short, hf_dir, tmp_path):
+    from meditron_train.convert.hf_to_megatron import hf_to_megatron
+
+    hf_to_megatron(hf_dir, tmp_path / "converted")
+    config = write_short("from-damaged", model={"from": str(tmp_path / "converted")})
+    data = tmp_path / "converted" / "__0_0.distcp"
+    raw = bytearray(data.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    data.write_bytes(raw)
+    assert "__0_0.distcp has changed" in failure(config)
+    (tmp_path / "converted" / "manifest.json").unlink()
+    assert "manifest.json is missing" in failure(config, world_size=2)
+
+
 @pytest.mark.parametrize("distributed_optimizer", ["true", "false"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_training_checkpoint_gives_its_weights_and_a_fresh_optimizer(

@@ -35,6 +35,13 @@ _DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
 }
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SIZES = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
+_NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+_ROPE_NUMBERS = (
+    "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+)  # fmt: skip
+_OBJECTS = ("rope_parameters", "rope_scaling")
 
 
 def read_hf_config(directory: str | Path) -> ModelConfig:
@@ -74,6 +81,7 @@ def model_config_from_hf(config: dict[str, Any], where: str = "config.json") -> 
     architecture, a missing key, or a feature that the model does not have (biases, other activations, other RoPE).
     """
     _check_architecture(config, where)
+    _check_types(config, where)
     missing = [key for key in _REQUIRED if config.get(key) is None]
     if missing:
         raise UserError(f"{where}: missing {', '.join(missing)}. A Llama config must state them.")
@@ -91,11 +99,6 @@ def model_config_from_hf(config: dict[str, Any], where: str = "config.json") -> 
         raise UserError(
             f"{where}: hidden_act is {value['hidden_act']!r}; a Llama uses 'silu', nothing else is supported."
         )
-    bad = [
-        f"{key} = {config[key]!r}" for key in _REQUIRED if not isinstance(config[key], int) or config[key] < 1
-    ]
-    if bad:
-        raise UserError(f"{where}: {', '.join(bad)}: must be a positive integer.")
     hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
     num_kv_heads = config.get("num_key_value_heads") or num_heads
     if num_heads % num_kv_heads:
@@ -107,10 +110,15 @@ def model_config_from_hf(config: dict[str, Any], where: str = "config.json") -> 
             f"{where}: hidden_size = {hidden_size} is not a multiple of num_attention_heads = {num_heads}, "
             f"and head_dim is not given."
         )
+    head_dim = config.get("head_dim") or hidden_size // num_heads
+    if head_dim % 2:
+        raise UserError(
+            f"{where}: head_dim is {head_dim}: it must be even, as RoPE rotates pairs of its elements."
+        )
     eos = value["eos_token_id"]
     try:
         return _build(
-            config, value, num_kv_heads, tuple(eos) if isinstance(eos, list | tuple) else eos, where
+            config, value, num_kv_heads, head_dim, tuple(eos) if isinstance(eos, list) else eos, where
         )
     except ValidationError as error:
         details = "; ".join(
@@ -120,17 +128,16 @@ def model_config_from_hf(config: dict[str, Any], where: str = "config.json") -> 
 
 
 def _build(
-    config: dict[str, Any], value: dict[str, Any], num_kv_heads: int, eos: Any, where: str
+    config: dict[str, Any], value: dict[str, Any], num_kv_heads: int, head_dim: int, eos: Any, where: str
 ) -> ModelConfig:
-    hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
     return ModelConfig(
         vocab_size=config["vocab_size"],
-        hidden_size=hidden_size,
+        hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],
         num_layers=config["num_hidden_layers"],
-        num_heads=num_heads,
+        num_heads=config["num_attention_heads"],
         num_kv_heads=num_kv_heads,
-        head_dim=config.get("head_dim") or hidden_size // num_heads,
+        head_dim=head_dim,
         max_position_embeddings=value["max_position_embeddings"],
         rms_norm_eps=value["rms_norm_eps"],
         rope=_read_rope(config, where),
@@ -196,9 +203,50 @@ def generation_config_of(model: ModelConfig) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not None}
 
 
+def _check_types(config: dict[str, Any], where: str) -> None:
+    """Raise UserError for values of another JSON type than a Llama config has; null counts as left out.
+
+    Python would let some through with another meaning: "false" is true, and true is 1.
+    """
+    token_ids = config.get("eos_token_id")
+    values = [(key, config.get(key)) for key in ("bos_token_id", "pad_token_id")]
+    values += [
+        ("eos_token_id", i) for i in (token_ids if isinstance(token_ids, list | tuple) else [token_ids])
+    ]
+    expected = [
+        (
+            "a positive integer",
+            [(key, config.get(key)) for key in _SIZES],
+            lambda v: _is_integer(v) and v > 0,
+        ),
+        ("an integer", values, _is_integer),
+        ("a number", [(key, config.get(key)) for key in _NUMBERS], _is_number),
+        ("true or false", [(key, config.get(key)) for key in _FLAGS], lambda v: isinstance(v, bool)),
+        ("an object", [(key, config.get(key)) for key in _OBJECTS], lambda v: isinstance(v, dict)),
+    ]
+    bad = [
+        f"{key} = {value!r}: must be {kind}"
+        for kind, entries, is_right in expected
+        for key, value in entries
+        if value is not None and not is_right(value)
+    ]
+    if bad:
+        raise UserError(f"{where}: {'; '.join(bad)}.")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _check_architecture(config: dict[str, Any], where: str) -> None:
     supported = ", ".join(SUPPORTED_ARCHITECTURES)
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise UserError(f"{where}: architectures = {architectures!r}: must be a list.")
     model_type = config.get("model_type", "llama" if architectures else None)
     if architectures and architectures[0] not in SUPPORTED_ARCHITECTURES:
         raise UserError(f"{where}: architecture {architectures[0]} is not supported. Supported: {supported}.")
@@ -257,6 +305,10 @@ def _old_rope(config: dict[str, Any], where: str) -> RopeConfig | None:
 def _one_rope(parameters: Any, theta: float | None, config: dict[str, Any], where: str) -> RopeConfig:
     if not isinstance(parameters, dict):
         raise UserError(f"{where} must be an object, not {parameters!r}.")
+    stated = {key: parameters[key] for key in _ROPE_NUMBERS if parameters.get(key) is not None}
+    bad = [f"{key} = {value!r}" for key, value in stated.items() if not _is_number(value)]
+    if bad:
+        raise UserError(f"{where}: {', '.join(bad)}: must be a number.")
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in SUPPORTED_ROPE_KINDS:
         raise UserError(

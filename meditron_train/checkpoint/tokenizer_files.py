@@ -207,13 +207,20 @@ def _added_ids(directory: Path) -> dict[str, int]:
     """Tokens that added_tokens.json or tokenizer_config.json put beside the vocabulary."""
     added: dict[str, int] = {}
     if (directory / "tokenizer_config.json").is_file():
-        decoder = read_json_object(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
-        added |= {token["content"]: int(number) for number, token in decoder.items()}
+        path = directory / "tokenizer_config.json"
+        decoder = read_json_object(path).get("added_tokens_decoder") or {}
+        try:
+            added |= {str(token["content"]): int(number) for number, token in decoder.items()}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError(
+                f'{path}: added_tokens_decoder must be an object like {{"32000": {{"content": "<pad>"}}}}.'
+            ) from None
     if (directory / "added_tokens.json").is_file():
-        added |= {
-            content: int(number)
-            for content, number in read_json_object(directory / "added_tokens.json").items()
-        }
+        path = directory / "added_tokens.json"
+        try:
+            added |= {content: int(number) for content, number in read_json_object(path).items()}
+        except (TypeError, ValueError):
+            raise UserError(f'{path} must be an object like {{"<pad>": 32000}}.') from None
     return added
 
 

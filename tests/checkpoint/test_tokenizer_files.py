@@ -192,6 +192,24 @@ def test_damaged_tokenizers(tmp_path: Path, source: Path, target: Path) -> None:
         vocabularies(only_json)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": ["<pad>"]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"400": "<pad>"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"400": {"special": True}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"last": {"content": "<pad>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": 7}),
+        ("added_tokens.json", {"<pad>": None}),
+        ("added_tokens.json", {"<pad>": "last"}),
+    ],
+)
+def test_added_tokens_of_another_shape(source: Path, name: str, content: dict) -> None:
+    (source / name).write_text(json.dumps(content))
+    with refused(str(source / name), "must be an object like"):
+        check_tokenizer(source, 500)
+
+
 def test_an_embedding_too_small_for_the_tokenizer(source: Path, target: Path) -> None:
     check_tokenizer(source, VOCAB_SIZE)
     with refused(f"has {VOCAB_SIZE} ids", f"{VOCAB_SIZE - 2} rows", f"id without a row is {VOCAB_SIZE - 2}"):

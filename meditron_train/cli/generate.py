@@ -27,9 +27,13 @@ def generate(
 
     import torch
 
-    from meditron_train.evaluate.generate import generate_text
+    from meditron_train.errors import UserError
+    from meditron_train.evaluate.generate import check_sampling, generate_text
     from meditron_train.evaluate.language_model import as_hf_directory, load_language_model
 
+    check_sampling(max_new_tokens, temperature, top_p, seed)  # before a large model is read
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but torch finds no CUDA device. Write --device cpu.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with as_hf_directory(model) as directory:

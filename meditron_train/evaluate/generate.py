@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from meditron_train.errors import UserError
 from meditron_train.evaluate.language_model import LanguageModel
+
+MIN_TEMPERATURE = 1e-6  # logits divided by less overflow
 
 
 def generate_text(
@@ -23,12 +27,7 @@ def generate_text(
     reaches `top_p` (nucleus sampling, Holtzman et al. 2020), the same ones for the same seed on the same machine.
     UserError for values out of range, an empty prompt without BOS, or a prompt that leaves no room.
     """
-    if temperature < 0:
-        raise UserError(f"temperature is {temperature}: it must be 0 (greedy) or more.")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}: it must be above 0 and at most 1.")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1.")
+    check_sampling(max_new_tokens, temperature, top_p, seed)
     ids = model.tokenizer.encode(prompt)
     if not ids:
         raise UserError("The prompt is empty and the tokenizer adds no BOS: give some text.")
@@ -53,6 +52,20 @@ def generate_text(
         model.tokenizer.decode(row, skip_special_tokens=True) for row in (ids, output_BS[0].tolist())
     )
     return whole[len(before) :] if whole.startswith(before) else whole
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    """Raise UserError for a value that `generate_text` cannot use."""
+    if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:  # NaN compares as false
+        raise UserError(
+            f"temperature is {temperature}: it must be 0 (greedy) or a finite number from {MIN_TEMPERATURE:g}."
+        )
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}: it must be above 0 and at most 1.")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1.")
+    if not 0 <= seed < 2**64:
+        raise UserError(f"seed is {seed}: it must be from 0 to 2^64 - 1.")
 
 
 def _padding_id(model: LanguageModel) -> int:

@@ -55,6 +55,13 @@ def test_sampling(hf_directory):
         (("--temperature", "-1"), "temperature is -1"),
         (("--top-p", "2"), "top_p is 2"),
         (("--max-new-tokens", "0"), "max_new_tokens is 0"),
+        (("--temperature", "nan"), "temperature is nan"),
+        (("--temperature", "inf"), "temperature is inf"),
+        (("--temperature", "1e-30"), "temperature is 1e-30"),
+        (("--top-p", "0"), "top_p is 0"),
+        (("--top-p", "nan"), "top_p is nan"),
+        (("--seed", "-1"), "seed is -1"),
+        (("--seed", str(2**64)), f"seed is {2**64}"),
     ],
 )
 def test_values_out_of_range(hf_directory, arguments, said, capsys):
@@ -72,3 +79,31 @@ def test_a_directory_that_is_no_model(tmp_path):
 def test_an_unknown_device(hf_directory):
     result = CliRunner().invoke(app, ["generate", str(hf_directory), "--prompt", PROMPT, "--device", "tpu"])
     assert result.exit_code == 2 and "tpu" in result.output
+
+
+def test_cuda_where_there_is_none(hf_directory, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(app, ["generate", str(hf_directory), "--prompt", PROMPT, "--device", "cuda"])
+    assert result.exit_code == UserError.exit_code
+    assert "no CUDA device" in result.stderr and "--device cpu" in result.stderr
+
+
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+def test_the_outermost_seeds_and_temperatures(hf_directory, seed):
+    for temperature in (1e-6, 1e300):
+        options = ("--max-new-tokens", 2, "--device", "cpu", "--seed", seed, "--temperature", temperature)
+        assert run(hf_directory, "--prompt", PROMPT, *options).startswith(PROMPT)
+
+
+def test_a_damaged_checkpoint(hf_directory, tmp_path):
+    hf_to_megatron(hf_directory, tmp_path / "sharded")
+    raw = bytearray((tmp_path / "sharded" / "__0_0.distcp").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (tmp_path / "sharded" / "__0_0.distcp").write_bytes(raw)
+    result = CliRunner().invoke(
+        app, ["generate", str(tmp_path / "sharded"), "--prompt", PROMPT, "--device", "cpu"]
+    )
+    assert result.exit_code == UserError.exit_code
+    assert "__0_0.distcp has changed" in result.stderr and result.stdout == ""

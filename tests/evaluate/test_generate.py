@@ -53,6 +53,9 @@ def test_it_stops_where_the_model_ends(model):
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_values_out_of_range(model, arguments, said):

@@ -103,7 +103,10 @@ def inspect_command(
     ] = True,
     json_output: Json = False,
 ) -> None:
-    """Show tensors, shapes, dtypes, layout, step and hashes; exit 1 and say what is wrong with a broken directory."""
+    """Show tensors, shapes, dtypes, layout, step and hashes, and whether the directory is intact.
+
+    Exit codes: 0 intact; 1 broken, with what is wrong; 2 not a model, or too damaged to be described.
+    """
     from meditron_train.convert.inspect import inspect_directory
 
     description = inspect_directory(directory, hashes=hashes)

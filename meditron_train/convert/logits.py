@@ -39,7 +39,9 @@ def compare_logits(side_a: Side, side_b: Side) -> tuple[float, float]:
 
 def _logits(side: Side, ids: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # stderr is for what went wrong and for our own progress
     with ExitStack() as stack:
         directory = side.directory
         if not isinstance(side, HFSide):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,28 @@ def test_inspect(models: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "BROKEN" in result.stdout
     assert "missing tensors: model.embed_tokens.weight" in result.stdout
+
+
+def test_a_damaged_checkpoint_is_not_converted(models: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(models / "checkpoint", damaged)
+    (damaged / "manifest.json").unlink()
+    result = runner.invoke(app, ["megatron-to-hf", str(damaged), str(tmp_path / "new")])
+    assert isinstance(result.exception, UserError)
+    assert "manifest.json is missing" in str(result.exception)
+    assert not (tmp_path / "new").exists()
+
+
+def test_inspect_states_its_exit_codes(tmp_path: Path) -> None:
+    said = " ".join(runner.invoke(app, ["inspect", "--help"]).stdout.split())
+    assert "0 intact; 1 broken" in said and "2 not a model" in said
+    assert main_exit_code("convert", "inspect", str(tmp_path)) == 2
+
+
+def main_exit_code(*arguments: str) -> int:
+    from meditron_train.cli.main import app as main_app
+
+    return runner.invoke(main_app, arguments).exit_code
 
 
 @pytest.mark.parametrize(

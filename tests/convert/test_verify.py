@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -231,6 +232,26 @@ def test_logits(models: Path, back: Path) -> None:
     assert result.max_logit_difference > 1e-3
     assert result.kl_divergence > 0
     assert [difference.kind for difference in result.differences] == ["tensor", "logits"]
+
+
+def test_logits_draw_no_progress_bar(models: Path, back: Path, capfd) -> None:
+    from transformers.utils.logging import enable_progress_bar
+
+    enable_progress_bar()
+    verify(models / "hf", back, logits=True)
+    assert "%|" not in capfd.readouterr().err
+
+
+def test_logits_of_a_damaged_checkpoint_do_not_hide_the_other_differences(
+    models: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(models / "checkpoint", checkpoint)
+    (checkpoint / "manifest.json").unlink()
+    result = verify(models / "hf", checkpoint, logits=True)
+    assert result.max_logit_difference is None
+    assert "manifest.json is missing" in named(result)["of B"]
+    assert "cannot be computed" in named(result)["transformers fp32"]
 
 
 def test_what_is_not_a_model(models: Path, tmp_path: Path) -> None:

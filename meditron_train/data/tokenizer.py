@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -217,12 +217,30 @@ class _HuggingFace(Tokenizer):
 
 def _added_tokens(directory: Path) -> dict[str, int]:
     """Tokens that the files beside the vocabulary add to it or mark as special: text -> id."""
-    found: dict[str, int] = dict(_read_json(directory / "added_tokens.json"))
-    for token in _read_json(directory / "tokenizer.json").get("added_tokens", []):
-        found[token["content"]] = token["id"]
-    config = _read_json(directory / "tokenizer_config.json")
-    for number, token in config.get("added_tokens_decoder", {}).items():
-        found[token["content"]] = int(number)
+    readers: dict[str, Callable[[dict[str, Any]], Iterable[tuple[str, int]]]] = {
+        "added_tokens.json": lambda content: content.items(),
+        "tokenizer.json": lambda content: [
+            (token["content"], token["id"]) for token in content.get("added_tokens", [])
+        ],
+        "tokenizer_config.json": lambda content: [
+            (token["content"], int(number))
+            for number, token in content.get("added_tokens_decoder", {}).items()
+        ],
+    }
+    found: dict[str, int] = {}
+    for name, read in readers.items():
+        try:
+            tokens = dict(read(_read_json(directory / name)))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{directory / name}: its added tokens are not a tokenizer's: copy it again."
+            ) from error
+        for token, number in tokens.items():
+            if not isinstance(token, str) or type(number) is not int or number < 0:
+                raise UserError(
+                    f"{directory / name}: the added token {token!r} has the id {number!r}: copy it again."
+                )
+        found |= tokens
     return found
 
 

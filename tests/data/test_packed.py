@@ -238,7 +238,12 @@ class TestTokenizer:
             "format": FORMAT,
             "sha256": "0",
             "special_tokens": list(special_tokens),
-            "tokenizer": {"vocab_size": loaded.vocab_size, "fingerprint": loaded.fingerprint},
+            "tokenizer": {
+                "directory": str(tokenizer),
+                "vocab_size": loaded.vocab_size,
+                "fingerprint": loaded.fingerprint,
+            },
+            "sources": [],
         }
         meta_path(prefix).write_text(json.dumps(meta))
 

@@ -158,6 +158,30 @@ class TestBadInput:
             with pytest.raises(UserError, match=message):
                 load_tokenizer(directory)
 
+    @pytest.mark.parametrize(
+        "name, content",
+        [
+            ("added_tokens.json", {"[x]": "400"}),
+            ("added_tokens.json", {"[x]": -1}),
+            ("added_tokens.json", {"[x]": {"id": 400}}),
+            ("tokenizer.json", {"added_tokens": None}),
+            ("tokenizer.json", {"added_tokens": [{"id": 400}]}),
+            ("tokenizer.json", {"added_tokens": ["[x]"]}),
+            ("tokenizer.json", {"added_tokens": [{"content": ["[x]"], "id": 400}]}),
+            ("tokenizer_config.json", {"added_tokens_decoder": [{"content": "[x]"}]}),
+            ("tokenizer_config.json", {"added_tokens_decoder": {"400": "[x]"}}),
+            ("tokenizer_config.json", {"added_tokens_decoder": {"four": {"content": "[x]"}}}),
+        ],
+        ids=str,
+    )
+    def test_added_tokens_of_the_wrong_shape(
+        self, tmp_path: Path, sentencepiece_directory: Path, name: str, content: object
+    ) -> None:
+        directory = copy(sentencepiece_directory, tmp_path / "a")
+        (directory / name).write_text(json.dumps(content))
+        with pytest.raises(UserError, match=rf"{name}: .*added token.*copy it again"):
+            load_tokenizer(directory)
+
     def test_no_bos(self, tmp_path: Path, hugging_face_directory: Path) -> None:
         shutil.copy(hugging_face_directory / "tokenizer.json", tmp_path)
         tokenizer = load_tokenizer(tmp_path)

@@ -22,8 +22,8 @@ def tokenize(
     tokenizer: Annotated[
         Path, typer.Option(help="Directory with tokenizer.model (sentencepiece) or tokenizer.json.")
     ],
-    output: Annotated[
-        Path, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, PREFIX.idx, PREFIX.meta.json.")
+    output: Annotated[  # text: a Path would lose the slash at the end
+        str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, PREFIX.idx, PREFIX.meta.json.")
     ],
     text_key: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
     id_key: Annotated[str, typer.Option(help="Key or column of the id that `data trace` shows.")] = "id",
@@ -104,7 +104,7 @@ def trace(
 
     found = trace_step(run, step)
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(json.dumps(found, indent=1, allow_nan=False))
         return
     first, last = found["first_sample"], found["first_sample"] + found["num_samples"] - 1
     typer.echo(f"step {step}: samples {first} to {last}")

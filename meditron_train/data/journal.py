@@ -7,6 +7,7 @@ continued.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -22,6 +23,7 @@ from meditron_train.log import get_logger
 
 log = get_logger(__name__)
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _DATA_FILES = ("bin", "sizes", "ids.jsonl")
 
 
@@ -65,8 +67,9 @@ class WorkDirectory:
     """PREFIX.tokenizing/, held by one process at a time.
 
     Entering it finds the last valid state of an interrupted run with the same settings (`progress`), or
-    begins anew. UserError when another process works there, or when the settings differ and `may_discard`
-    does not allow to throw that run away.
+    begins anew. Left by an error, it stays where there is something to continue from. UserError when it cannot
+    be made, when another process works there, or when the settings differ and `may_discard` does not allow to
+    throw that run away.
     """
 
     def __init__(self, prefix: Path | str, settings: dict[str, Any], *, may_discard: bool) -> None:
@@ -74,14 +77,22 @@ class WorkDirectory:
         self._settings, self._may_discard = settings, may_discard
         self._files: dict[str, IO[bytes]] = {}
         self.publishing = False
+        self._is_saved = False  # whether there is something to continue from
         self.progress = self._no_progress()
 
     def _no_progress(self) -> Progress:
         return Progress([_new_counts() for _ in self._settings["sources"]])
 
     def __enter__(self) -> WorkDirectory:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._files["lock"] = open(self.path / "lock", "wb")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._files["lock"] = open(self.path / "lock", "wb")
+        except OSError as error:
+            if error.errno in FULL_DISK:
+                raise
+            raise UserError(
+                f"Cannot write into {self.path} ({error.strerror}: {error.filename}): give another --output."
+            ) from error
         try:
             self._lock()
             self._load()
@@ -90,11 +101,16 @@ class WorkDirectory:
                     self._files[name] = open(self.path / name, "ab")
                 self._cut()
         except BaseException:
-            self.__exit__()
+            self._close()
             raise
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._close()
+        if kind is not None and not self._is_saved and self.path.exists():
+            self.discard()
+
+    def _close(self) -> None:
         for file in self._files.values():
             file.close()
 
@@ -118,6 +134,7 @@ class WorkDirectory:
         self.publishing = state["publishing"]
         if self.publishing or self._is_on_disk(state["progress"]):
             self.progress = Progress(**state["progress"])
+            self._is_saved = True
         else:
             log.warning("%s is incomplete: starting anew", self.path)
 
@@ -129,6 +146,7 @@ class WorkDirectory:
     def restart(self) -> None:
         """Forget what has been done."""
         self.progress = self._no_progress()
+        self._is_saved = False
         (self.path / "state.json").unlink(missing_ok=True)
         self._cut()
 
@@ -182,6 +200,7 @@ class WorkDirectory:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path / "state.json")
+        self._is_saved = True
 
     def publish(self, targets: dict[str, Path]) -> dict[str, Any]:
         """Move the finished files to their names (the last one makes the dataset whole) and remove the
@@ -206,12 +225,7 @@ class WorkDirectory:
         self.discard()
         return meta
 
-    def discard_if_new(self) -> None:
-        """Remove the directory when nothing has been done in it."""
-        if self.progress.num_chunks == 0:
-            self.discard()
-
     def discard(self) -> None:
         """Remove the directory and everything in it."""
-        self.__exit__()  # network file systems keep open files
+        self._close()  # network file systems keep open files
         shutil.rmtree(self.path)

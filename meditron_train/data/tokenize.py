@@ -7,10 +7,9 @@ there, and the result is the same, byte for byte. Only finished files get their 
 
 from __future__ import annotations
 
-import errno
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import chain, islice
@@ -21,7 +20,7 @@ import numpy as np
 
 from meditron_train.data.encode import Encoding, TokenizeOptions, encode_chunks
 from meditron_train.data.index_file import bin_path, idx_path, write_index
-from meditron_train.data.journal import Progress, WorkDirectory
+from meditron_train.data.journal import FULL_DISK, Progress, WorkDirectory
 from meditron_train.data.meta import FORMAT, ids_path, meta_path, sha256_file
 from meditron_train.data.readers import Chunk, check_source, read_chunks
 from meditron_train.data.tokenizer import Tokenizer, load_tokenizer
@@ -59,6 +58,13 @@ def tokenize(
         check_source(path)
     if workers < 1:
         raise UserError(f"--workers is {workers}: it must be at least 1.")
+    targets = {
+        "bin": bin_path(output),
+        "ids.jsonl": ids_path(output),
+        "meta.json": meta_path(output),
+        "idx": idx_path(output),
+    }
+    _check_output(output, targets.values())
     existing = [str(path) for path in (idx_path(output), bin_path(output)) if path.exists()]
     tokenizer = load_tokenizer(options.tokenizer, options.special_tokens)
     tokenizer.encode("", options.bos, options.eos)  # a missing BOS or EOS shows now, not in a worker
@@ -67,7 +73,6 @@ def tokenize(
         with WorkDirectory(output, settings, may_discard=overwrite) as work:
             if not work.publishing:
                 if existing and not overwrite:
-                    work.discard_if_new()
                     raise UserError(
                         f"{' and '.join(existing)} exist already: use --overwrite to replace them, or "
                         "another --output."
@@ -78,21 +83,30 @@ def tokenize(
                 encoding = Encoding(options, tokenizer.fingerprint, workers)
                 _encode_all(work, paths, encoding, bar, strict, save_interval_s)
                 _finish(work, settings, tokenizer)
-            meta = work.publish(
-                {
-                    "bin": bin_path(output),
-                    "ids.jsonl": ids_path(output),
-                    "meta.json": meta_path(output),
-                    "idx": idx_path(output),
-                }
-            )
+            meta = work.publish(targets)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL_DISK:
             raise MeditronError(
                 f"The disk is full ({error}). Free some space and run the same command again: it continues."
             ) from error
         raise
     return meta
+
+
+def _check_output(output: Path | str, targets: Iterable[Path]) -> None:
+    """UserError where no dataset can get that name."""
+    try:
+        directories = [str(path) for path in targets if path.is_dir()]
+        is_directory = Path(output).is_dir() or str(output).endswith("/")
+    except OSError as error:  # a name that is too long, a directory that may not be looked into
+        raise UserError(f"Cannot write to {output} ({error.strerror}): give another --output.") from error
+    if is_directory:
+        raise UserError(
+            f"--output {output} is a directory: give the beginning of the files' names, such as "
+            f"{Path(output) / 'train'}."
+        )
+    if directories:
+        raise UserError(f"{' and '.join(directories)} is a directory: give another --output.")
 
 
 def _settings(paths: list[Path], options: TokenizeOptions, tokenizer: Tokenizer) -> dict[str, Any]:

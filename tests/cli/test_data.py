@@ -58,6 +58,31 @@ def test_tokenize_and_info(tmp_path: Path, source: Path, sentencepiece_directory
     assert "line 3: not JSON" in result.stderr
 
 
+def test_output_that_cannot_be(tmp_path: Path, source: Path, sentencepiece_directory: Path) -> None:
+    arguments = ["tokenize", source, "--tokenizer", sentencepiece_directory, "--text-key", "body"]
+    for output, message in (
+        (f"{tmp_path}/new/", "is a directory"),
+        (source / "out", "Not a directory"),
+        ("/proc/out", "Cannot write into /proc/out.tokenizing"),
+    ):
+        result = invoke(*arguments, "--workers", 1, "--output", output)
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_trace_is_strict_json(run: Path) -> None:
+    prefix = run.parent / "a"
+    Path(f"{prefix}.ids.jsonl").write_text("NaN\n" * 120)  # as earlier versions wrote it
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    found = json.loads(invoke("trace", run, "--step", 2, "--json").stdout, parse_constant=refuse)
+    assert found["data_verified"] is False
+    assert "NaN" in [row["id"] for row in found["segments"]]
+
+
 def test_trace(run: Path) -> None:
     result = invoke("trace", run, "--step", 2, "--json")
     found = json.loads(result.stdout)

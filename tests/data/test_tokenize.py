@@ -175,6 +175,20 @@ class Killed(Exception):
     pass
 
 
+def stop_at_chunk(monkeypatch: pytest.MonkeyPatch, number: int) -> list[object]:
+    """Kill tokenization at its `number`-th chunk; the list holds the chunks so far."""
+    update, chunks = tokenize_module._ProgressBar.update, []
+
+    def update_or_stop(bar: object, chunk: object) -> None:
+        update(bar, chunk)
+        chunks.append(chunk)
+        if len(chunks) == number:
+            raise Killed
+
+    monkeypatch.setattr(tokenize_module._ProgressBar, "update", update_or_stop)
+    return chunks
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupted_run_is_continued(
     tmp_path: Path, source: Path, options: TokenizeOptions, workers: int, monkeypatch: pytest.MonkeyPatch
@@ -183,15 +197,7 @@ def test_an_interrupted_run_is_continued(
     lines[3] = b"bad\n"  # is counted once, though it is met before the interruption
     source.write_bytes(b"".join(lines))
     tokenize([source, source], tmp_path / "whole", options)
-    original, calls = tokenize_module._ProgressBar.update, []
-
-    def stop_in_the_middle(bar: object, chunk: object) -> None:
-        original(bar, chunk)
-        calls.append(chunk)
-        if len(calls) == 9:
-            raise Killed
-
-    monkeypatch.setattr(tokenize_module._ProgressBar, "update", stop_in_the_middle)
+    calls = stop_at_chunk(monkeypatch, 9)
     with pytest.raises(Killed):
         tokenize([source, source], tmp_path / "out", options, workers=workers, save_interval_s=0)
     work = tmp_path / "out.tokenizing"
@@ -251,15 +257,7 @@ def test_an_interrupted_run_with_overwrite_is_continued(
     tokenize([source], tmp_path / "whole", options)
     (tmp_path / "old.jsonl").write_text('{"text": "old"}')
     tokenize([tmp_path / "old.jsonl"], tmp_path / "out", options)
-    update, chunks = tokenize_module._ProgressBar.update, []
-
-    def stop_at_the_fifth(bar: object, chunk: object) -> None:
-        update(bar, chunk)
-        chunks.append(chunk)
-        if len(chunks) == 5:
-            raise Killed
-
-    monkeypatch.setattr(tokenize_module._ProgressBar, "update", stop_at_the_fifth)
+    chunks = stop_at_chunk(monkeypatch, 5)
     with pytest.raises(Killed):
         tokenize([source], tmp_path / "out", options, overwrite=True, save_interval_s=0)
     assert IndexedDataset(tmp_path / "out").num_documents == 1  # the old one is whole until the new one is

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.train.ranks import local_weights, share_of
+from tests.train.ranks import document_gradients, local_weights, take_steps
 from tests.train.reference import Packed
 
 
@@ -35,14 +35,7 @@ def train_ranks(
 ) -> tuple[list[tuple[float, float]], dict[tuple[str, int], torch.Tensor]]:
     """Take all steps; returns [(loss, gradient norm)] and this rank's weights in fp32."""
     engine = start_engine(rank, world_size, device, config)
-    history = []
-    for batches in steps:
-        result = engine.train_step(share_of(batches, engine), config.optimizer.lr)
-        assert not result.skipped
-        history.append((result.loss, result.grad_norm))
-    for chunk in engine.ddp_chunks:
-        if config.parallel.overlap_param_gather:
-            chunk.disable_forward_pre_hook()
+    history = take_steps(engine, steps)
     return history, {key: tensor.cpu() for key, tensor in local_weights(engine).items()}
 
 
@@ -54,27 +47,7 @@ def logits_and_gradients(
     Returns (places of the local tokens in the sequence, logits, places of the embedded tokens, gradient).
     """
     engine = start_engine(rank, world_size, device, config)
-    (chunk,) = engine.chunks
-    results = []
-    for batch in batches:
-        local, packed = engine._prepare(batch)
-        places = torch.arange(batch.tokens_T.numel())
-        if local.local_index is not None:
-            places = places[local.local_index.cpu()]
-        embedded: list[torch.Tensor] = []
-        hook = chunk.embedding.register_forward_hook(lambda _, __, output, kept=embedded: kept.append(output))
-        with torch.no_grad():
-            logits = chunk(local.tokens_BL, None, None, packed_seq_params=packed)[0]
-        losses = chunk(local.tokens_BL, None, None, labels=local.labels_BL, packed_seq_params=packed)[0]
-        hook.remove()
-        start, end = batch.cu_seqlens[document : document + 2].tolist()
-        chosen = ((places >= start) & (places < end)).to(losses.device)
-        (gradient,) = torch.autograd.grad((losses * chosen).sum(), embedded[1])
-        embedded_places = places
-        if config.parallel.sequence:  # each rank embeds its part of the sequence
-            embedded_places = places.chunk(world_size)[rank]
-        results.append((places, logits.cpu(), embedded_places, gradient[:, 0].cpu()))
-    return results
+    return document_gradients(engine, batches, document)
 
 
 def cuda_state(rank: int, world_size: int) -> dict[str, Any]:

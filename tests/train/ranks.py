@@ -75,7 +75,12 @@ def assemble(
 def train_ranks(rank: int, world_size: int, config: Any, steps: list[list[Packed]]) -> tuple[list, dict]:
     """Take all steps; returns [(loss, gradient norm)] and this rank's weights."""
     engine = start_engine(rank, world_size, config)
-    history = []
+    return take_steps(engine, steps), local_weights(engine)
+
+
+def take_steps(engine: Any, steps: list[list[Packed]]) -> list[tuple[float, float]]:
+    """Take all steps, none of them skipped; (loss, gradient norm) of each. The parameters are whole afterwards."""
+    config, history = engine.config, []
     for batches in steps:
         result = engine.train_step(share_of(batches, engine), config.optimizer.lr)
         assert not result.skipped
@@ -83,4 +88,34 @@ def train_ranks(rank: int, world_size: int, config: Any, steps: list[list[Packed
     for chunk in engine.ddp_chunks:
         if config.parallel.overlap_param_gather:
             chunk.disable_forward_pre_hook()
-    return history, local_weights(engine)
+    return history
+
+
+def document_gradients(
+    engine: Any, batches: list[Packed], document: int
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Per batch: logits of the local tokens, and the gradient of `document`'s loss at the embedded local tokens.
+
+    Returns (places of the local tokens in the sequence, logits, places of the embedded tokens, gradient), on the CPU.
+    """
+    (chunk,) = engine.chunks
+    results = []
+    for batch in batches:
+        local, packed = engine._prepare(batch)
+        places = torch.arange(batch.tokens_T.numel())
+        if local.local_index is not None:
+            places = places[local.local_index.cpu()]
+        embedded: list[torch.Tensor] = []
+        hook = chunk.embedding.register_forward_hook(lambda _, __, output, kept=embedded: kept.append(output))
+        with torch.no_grad():
+            logits = chunk(local.tokens_BL, None, None, packed_seq_params=packed)[0]
+        losses = chunk(local.tokens_BL, None, None, labels=local.labels_BL, packed_seq_params=packed)[0]
+        hook.remove()
+        start, end = batch.cu_seqlens[document : document + 2].tolist()
+        chosen = ((places >= start) & (places < end)).to(losses.device)
+        (gradient,) = torch.autograd.grad((losses * chosen).sum(), embedded[1])
+        embedded_places = places
+        if engine.config.parallel.sequence:  # each rank embeds its part of the sequence
+            embedded_places = places.chunk(engine.mesh.layout.tensor)[engine.mesh.at.tensor]
+        results.append((places, logits.cpu(), embedded_places, gradient[:, 0].cpu()))
+    return results

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from tests.train.ranks import make_config, start_engine
+from tests.train.ranks import document_gradients, make_config, start_engine
 from tests.train.reference import hf_model, random_batch
 
 
@@ -29,32 +29,7 @@ def with_other_text(batch, document: int):
 
 
 def logits_and_gradients(rank, world_size, config, batches, document):
-    """Per batch: logits of the local tokens, and the gradient of `document`'s loss at the embedded local tokens.
-
-    Returns also the global places of the local tokens, and those at which the embeddings' gradient lies.
-    """
-    engine = start_engine(rank, world_size, config)
-    (chunk,) = engine.chunks
-    results = []
-    for batch in batches:
-        local, packed = engine._prepare(batch)
-        places = torch.arange(batch.tokens_T.numel()) if local.local_index is None else local.local_index
-        embedded = []
-        hook = chunk.embedding.register_forward_hook(lambda _, __, output, kept=embedded: kept.append(output))
-        with torch.no_grad():
-            logits = chunk(local.tokens_BL, None, None, packed_seq_params=packed)[0]
-        losses = chunk(local.tokens_BL, None, None, labels=local.labels_BL, packed_seq_params=packed)[0]
-        hook.remove()
-        start, end = batch.cu_seqlens[document : document + 2].tolist()
-        chosen = (places >= start) & (places < end)
-        (gradient,) = torch.autograd.grad((losses * chosen).sum(), embedded[1])
-        if config.parallel.sequence:  # each rank embeds its part of the sequence
-            part = places.numel() // world_size
-            embedded_places = places[rank * part : (rank + 1) * part]
-        else:
-            embedded_places = places
-        results.append((places, logits, embedded_places, gradient[:, 0]))
-    return results
+    return document_gradients(start_engine(rank, world_size, config), batches, document)
 
 
 LAYOUTS = {

@@ -38,7 +38,7 @@ template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
     std::ostringstream message;
     (message << ... << parts);
-    throw std::runtime_error(message.str());
+    throw std::invalid_argument(message.str());  // arrives in Python as ValueError
 }
 
 std::string shape(const Tensor& x) {
@@ -206,7 +206,7 @@ void check_cpu(const AttentionProblem& problem) {
 
 std::tuple<Tensor, Tensor> forward_cpu(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_kv,
                                        OptionalTensor cos, OptionalTensor sin, OptionalTensor q_positions,
-                                       OptionalTensor k_positions, double softmax_scale, int64_t window,
+                                       OptionalTensor k_positions, double softmax_scale, int64_t window, bool,
                                        std::optional<std::string> instruction_set) {
     const Inputs in(q, k, v, cu_seqlens, cu_seqlens_kv, cos, sin, q_positions, k_positions, softmax_scale, window);
     check_cpu(in.problem);
@@ -265,12 +265,13 @@ bool built_with_cuda() {
 
 #define MEDITRON_ATTENTION_INPUTS                                                                             \
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_kv, Tensor? cos, Tensor? sin, "       \
-    "Tensor? q_positions, Tensor? k_positions, float softmax_scale, int window"
+    "Tensor? q_positions, Tensor? k_positions, float softmax_scale, int window, "           \
+    "bool deterministic, str? instruction_set"
 
 STABLE_TORCH_LIBRARY(meditron, library) {
-    library.def("packed_attention(" MEDITRON_ATTENTION_INPUTS ", str? instruction_set) -> (Tensor, Tensor)");
+    library.def("packed_attention(" MEDITRON_ATTENTION_INPUTS ") -> (Tensor, Tensor)");
     library.def("packed_attention_backward(Tensor grad_out, Tensor out, Tensor lse, " MEDITRON_ATTENTION_INPUTS
-                ", bool deterministic, str? instruction_set) -> (Tensor, Tensor, Tensor)");
+                ") -> (Tensor, Tensor, Tensor)");
     library.def("cpu_instruction_sets() -> str");
     library.def("built_with_cuda() -> bool");
 }

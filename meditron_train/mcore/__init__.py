@@ -63,6 +63,7 @@ with warnings.catch_warnings():
         set_tensor_model_parallel_attributes,
     )
     from megatron.core.transformer.module import Float16Module, param_is_not_shared
+    from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -83,6 +84,7 @@ __all__ = [
     "Float16Module",
     "FullyParallelSaveStrategyWrapper",
     "GPTModel",
+    "ModuleSpec",
     "OptimizerConfig",
     "PackedSeqParams",
     "ProcessGroupCollection",

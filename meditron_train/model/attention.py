@@ -1,6 +1,7 @@
 """What stands in megatron-core's `core_attention` slot: RoPE and document-masked attention on packed tokens.
 
-Legend: T local packed tokens, N query heads, K key/value heads (both per tensor-parallel rank), D head size.
+Legend: T local packed tokens, S gathered ones (T·cp), N query heads, K key/value heads (both per tensor-parallel
+rank), D head size.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch.distributed as dist
 
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.mcore import PackedSeqParams, ProcessGroupCollection, TransformerConfig
-from meditron_train.model.rope import cos_sin, rotate
-from meditron_train.native import AttentionSpan, packed_attention
+from meditron_train.model.rope import cos_sin
+from meditron_train.native import AttentionSpan, Rotation, packed_attention
 
 
 @dataclass
@@ -22,15 +23,14 @@ class PackedSequence(PackedSeqParams):
     """What every layer needs to know of a packed micro-batch; megatron-core hands it through unread.
 
     Attributes:
-        cos_TD, sin_TD: fp32 rotation tables of the local tokens.
         spans: which local queries see which (gathered) keys.
-        gather_index: int64 [T·cp], puts keys gathered rank after rank back in sequence order; None without
+        rotations: how queries and keys of each span turn.
+        gather_index: int64 [S], puts keys gathered rank after rank back in sequence order; None without
             context parallelism.
     """
 
-    cos_TD: torch.Tensor | None = None
-    sin_TD: torch.Tensor | None = None
     spans: tuple[AttentionSpan, ...] = ()
+    rotations: tuple[Rotation, ...] = ()
     gather_index: torch.Tensor | None = None
 
     @classmethod
@@ -45,10 +45,20 @@ class PackedSequence(PackedSeqParams):
         gather_index: torch.Tensor | None,
     ) -> PackedSequence:
         """From a micro-batch: positions and boundaries of the whole of it, and which of its tokens are local."""
-        cos_TD, sin_TD = cos_sin(model, positions_T, cu_seqlens)
-        if local_index is not None:
-            cos_TD, sin_TD = cos_TD[local_index], sin_TD[local_index]
-        return cls(qkv_format="thd", cos_TD=cos_TD, sin_TD=sin_TD, spans=spans, gather_index=gather_index)
+        cos_SC, sin_SC = cos_sin(model, positions_T, cu_seqlens)
+        rotations = tuple(_rotation_of(span, cos_SC, sin_SC, local_index) for span in spans)
+        return cls(qkv_format="thd", spans=spans, rotations=rotations, gather_index=gather_index)
+
+
+def _rotation_of(
+    span: AttentionSpan, cos_SC: torch.Tensor, sin_SC: torch.Tensor, local_index: torch.Tensor | None
+) -> Rotation:
+    """The tables' rows for the span's keys, and which of them its queries take."""
+    keys = slice(span.key_start, span.key_end)
+    if local_index is None:
+        return Rotation(cos_SC[keys], sin_SC[keys])
+    queries = local_index[span.query_start : span.query_end] - span.key_start
+    return Rotation(cos_SC[keys], sin_SC[keys], q_positions_T=queries)
 
 
 class PackedAttention(torch.nn.Module):
@@ -64,11 +74,13 @@ class PackedAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         assert pg_collection is not None
         self.context_group = pg_collection.cp
         self.softmax_scale = softmax_scale
+        self.backend = backend
 
     def forward(
         self,
@@ -80,7 +92,7 @@ class PackedAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSequence | None = None,
     ) -> torch.Tensor:
-        """Rotate, gather keys and values over the context-parallel group, attend.
+        """Gather keys and values over the context-parallel group, rotate and attend.
 
         Args:
             query: [T, N, D]; key, value: [T, K, D].
@@ -90,37 +102,25 @@ class PackedAttention(torch.nn.Module):
             [T, N·D].
         """
         packed = packed_seq_params
-        assert isinstance(packed, PackedSequence) and packed.cos_TD is not None and packed.sin_TD is not None
-        query = rotate(query, packed.cos_TD, packed.sin_TD)
-        key = rotate(key, packed.cos_TD, packed.sin_TD)
+        assert isinstance(packed, PackedSequence)
         if packed.gather_index is not None:
             keys_and_values = _GatherSequence.apply(torch.stack((key, value), dim=1), self.context_group)
             keys_and_values = keys_and_values[packed.gather_index]
             key, value = keys_and_values[:, 0], keys_and_values[:, 1]
-        if len(packed.spans) == 1:
-            return self._attend(query, key, value, packed.spans[0]).flatten(1)
         outputs = [
-            self._attend(
+            packed_attention(
                 query[span.query_start : span.query_end],
                 key[span.key_start : span.key_end],
                 value[span.key_start : span.key_end],
-                span,
+                span.cu_seqlens,
+                cu_seqlens_kv=span.cu_seqlens_kv,
+                softmax_scale=self.softmax_scale,
+                rotation=rotation,
+                backend=self.backend,
             )
-            for span in packed.spans
+            for span, rotation in zip(packed.spans, packed.rotations, strict=True)
         ]
-        return torch.cat(outputs).flatten(1)
-
-    def _attend(
-        self, q_TND: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor, span: AttentionSpan
-    ) -> torch.Tensor:
-        return packed_attention(
-            q_TND,
-            k_SKD,
-            v_SKD,
-            span.cu_seqlens,
-            cu_seqlens_kv=span.cu_seqlens_kv,
-            softmax_scale=self.softmax_scale,
-        )
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).flatten(1)
 
 
 class _GatherSequence(torch.autograd.Function):

@@ -16,6 +16,7 @@ from meditron_train.config.model_config import ModelConfig
 from meditron_train.layout import ParallelLayout
 from meditron_train.mcore import (
     GPTModel,
+    ModuleSpec,
     ProcessGroupCollection,
     TransformerBlockSubmodules,
     TransformerConfig,
@@ -28,8 +29,8 @@ from meditron_train.model.norm import RMSNorm
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
-    # Attention is cheap to compute again and, without a fused kernel, the largest activation
-    # (Korthikanti et al. 2022, section 5).
+    # Attention is cheap to compute again, and with PyTorch's kernels the largest activation (Korthikanti et al. 2022,
+    # section 5).
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
@@ -120,13 +121,19 @@ def build_chunk(
     pipeline_rank: int,
     virtual_rank: int,
     padded_vocab_size: int,
+    attention_backend: str = "auto",
 ) -> LlamaModel:
-    """Build this rank's chunk number `virtual_rank`, its parameters uninitialised, on CPU or the current GPU."""
+    """Build this rank's chunk number `virtual_rank`, its parameters uninitialised, on CPU or the current GPU.
+
+    attention_backend: see `meditron_train.native.packed_attention`.
+    """
     last_chunk = layout.virtual_pipeline - 1
     num_layers = len(layout.layers_of(pipeline_rank, virtual_rank, model.num_layers))
     layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
+        PackedAttention, params={"backend": attention_backend}
+    )
     layer.submodules.sharded_state_dict_keys_map = {}  # norms keep their own names instead of Transformer Engine's
     chunk = LlamaModel(
         config,

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al. 2021) as Llama uses it, with the scalings of Llama's relatives.
 
-Legend: T packed tokens, N heads, D head size.
+Legend: T packed tokens, D head size, C = D/2 channel pairs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def document_frequencies(model: ModelConfig, document_length: int) -> torch.Tens
 def cos_sin(
     model: ModelConfig, positions_T: torch.Tensor, cu_seqlens: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tables to rotate by: two fp32 tensors [T, D], both halves alike (Hugging Face's half-rotation layout).
+    """Tables to rotate by: two fp32 tensors [T, D/2], a row for each token, as `meditron_train.native.Rotation` takes
+    them.
 
     Args:
         positions_T: int64 positions inside each document, on the model's device.
@@ -66,18 +67,8 @@ def cos_sin(
         if int(lengths.max()) > model.max_position_embeddings:
             tables = torch.stack([document_frequencies(model, int(n)) for n in lengths])
             inv_freq = tables.repeat_interleave(lengths.long(), dim=0).to(positions_T.device)
-            return _tables(positions_T[:, None] * inv_freq)
+            angle_TC = positions_T[:, None] * inv_freq
+            return angle_TC.cos(), angle_TC.sin()
     inv_freq = inverse_frequencies(model.rope, model.head_dim).to(positions_T.device)
-    return _tables(positions_T[:, None].float() * inv_freq)
-
-
-def _tables(angle_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    angle_TD = torch.cat((angle_TD, angle_TD), dim=-1)
-    return angle_TD.cos(), angle_TD.sin()
-
-
-def rotate(x_TND: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
-    """Rotate each head's channel pairs (i, i + D/2) by its token's angle; dtype of x."""
-    first, second = x_TND.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x_TND * cos_TD[:, None] + turned * sin_TD[:, None]).to(x_TND.dtype)
+    angle_TC = positions_T[:, None].float() * inv_freq
+    return angle_TC.cos(), angle_TC.sin()

@@ -1,6 +1,7 @@
 """Attention over packed documents: each token sees its own document's past and nothing else.
 
-Legend: T packed query tokens, S packed key/value tokens, N query heads, K key/value heads, D head size.
+Legend: T packed query tokens, S packed key/value tokens, N query heads, K key/value heads, D head size,
+P rows of the rotation tables.
 """
 
 from __future__ import annotations
@@ -8,7 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+
+from meditron_train.native.backends import BACKENDS, choose_backend
+from meditron_train.native.problem import Problem, Rotation
+
+__all__ = ["AttentionSpan", "Rotation", "packed_attention"]
 
 
 @dataclass(frozen=True)
@@ -43,78 +48,63 @@ def packed_attention(
     cu_seqlens_kv: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     window: int | None = None,
+    rotation: Rotation | None = None,
+    deterministic: bool | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
-    """Causal self-attention inside each packed document; differentiable.
+    """Causal self-attention inside each packed document; differentiable, once.
+
+    Our kernels are blocked as in FlashAttention (Dao et al. 2022): nothing grows with the square of the length.
 
     Args:
-        q_TND: queries [T, N, D], fp32, bf16 or fp16.
+        q_TND: queries [T, N, D], fp32, bf16 or fp16; any strides.
         k_SKD, v_SKD: keys and values [S, K, D] of the same dtype and device; N is a multiple of K
             (grouped-query attention, Ainslie et al. 2023), never expanded by the caller.
-        cu_seqlens: int32 or int64 [documents+1]; document i has queries cu_seqlens[i]:cu_seqlens[i+1]. Starts
-            at 0, does not decrease, ends at T. Empty documents are allowed. Keep it on the CPU: reading it
-            from a GPU waits for the device.
+        cu_seqlens: int32 or int64 [documents+1] on the CPU; document i has queries cu_seqlens[i]:cu_seqlens[i+1].
+            Starts at 0, does not decrease, ends at T. Empty documents are allowed.
         cu_seqlens_kv: the same for keys, where they differ. A document with more keys than queries has its
             queries at the end: query j of n sees keys 0 … m-n+j of its m.
         softmax_scale: default D ** -0.5.
         window: each query sees at most this many keys, its own included (sliding window); None sees all.
+        rotation: rotary embedding of q and k, done on the way into the kernels; gradients are those of the
+            unrotated q and k.
+        deterministic: backward with the same bits each time. Always so on the CPU; on a GPU the default follows
+            torch.are_deterministic_algorithms_enabled().
+        backend: "auto", or one of `meditron_train.native.backends.BACKENDS`.
 
     Returns:
         [T, N, D], dtype of q.
 
     Raises:
-        ValueError: shapes, dtypes, devices or boundaries that do not fit, with the values.
+        ValueError: shapes, dtypes, devices or boundaries that do not fit, with the values; or a backend that is
+            asked for and cannot do this.
     """
-    if cu_seqlens_kv is None:
-        cu_seqlens_kv = cu_seqlens
-    query_lengths, key_lengths = _checked_lengths(q_TND, k_SKD, v_SKD, cu_seqlens, cu_seqlens_kv, window)
-    if q_TND.shape[0] == 0:
-        return torch.zeros_like(q_TND)
-    outputs = [
-        _attend_document(q, k, v, softmax_scale, window)
-        # One split and one cat: slicing document by document makes the backward several times slower.
-        for q, k, v in zip(
-            q_TND.split(query_lengths), k_SKD.split(key_lengths), v_SKD.split(key_lengths), strict=True
-        )
-        if q.shape[0] > 0
-    ]
-    return torch.cat(outputs)
+    cu_seqlens_kv = cu_seqlens if cu_seqlens_kv is None else cu_seqlens_kv
+    _check_tensors(q_TND, k_SKD, v_SKD, window)
+    if (
+        not torch.compiler.is_compiling()
+    ):  # values cannot be looked at then; the operator itself checks them again
+        _check_boundaries(cu_seqlens, cu_seqlens_kv, q_TND.shape[0], k_SKD.shape[0])
+    if rotation is not None:
+        rotation.check(q_TND, k_SKD)
+    if deterministic is None:
+        deterministic = q_TND.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+    problem = Problem(
+        q_TND,
+        k_SKD,
+        v_SKD,
+        cu_seqlens,
+        cu_seqlens_kv,
+        q_TND.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale),
+        window,
+        rotation,
+        deterministic,
+    )
+    chosen = choose_backend(backend, q_TND.device, q_TND.dtype, q_TND.shape[2])
+    return BACKENDS[chosen].attend(problem)
 
 
-def _attend_document(
-    q_TND: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor, scale: float | None, window: int | None
-) -> torch.Tensor:
-    num_queries, num_keys = q_TND.shape[0], k_SKD.shape[0]
-    aligned = num_queries == num_keys and (window is None or window >= num_keys)
-    mask = None if aligned else _causal_mask(num_queries, num_keys, window, q_TND.device)
-    o_NTD = F.scaled_dot_product_attention(
-        q_TND.transpose(0, 1)[None],
-        k_SKD.transpose(0, 1)[None],
-        v_SKD.transpose(0, 1)[None],
-        attn_mask=mask,
-        is_causal=aligned,
-        scale=scale,
-        enable_gqa=q_TND.shape[1] != k_SKD.shape[1],
-    )[0]
-    return o_NTD.transpose(0, 1)
-
-
-def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Boolean [queries, keys], True where a query may look; the last query is aligned with the last key."""
-    query_position = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-    key_position = torch.arange(num_keys, device=device)[None]
-    allowed = key_position <= query_position
-    return allowed if window is None else allowed & (key_position > query_position - window)
-
-
-def _checked_lengths(
-    q_TND: torch.Tensor,
-    k_SKD: torch.Tensor,
-    v_SKD: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    cu_seqlens_kv: torch.Tensor,
-    window: int | None,
-) -> tuple[list[int], list[int]]:
-    """Lengths of each document in queries and in keys, after every precondition was checked."""
+def _check_tensors(q_TND: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor, window: int | None) -> None:
     if q_TND.dim() != 3 or k_SKD.dim() != 3 or k_SKD.shape != v_SKD.shape or q_TND.shape[2] != k_SKD.shape[2]:
         raise ValueError(
             "packed_attention wants q [T, N, D] and k, v [S, K, D] with the same D; got "
@@ -134,8 +124,13 @@ def _checked_lengths(
         raise ValueError(
             f"window is {window}; it counts the query's own token, so it is at least 1 (or None)"
         )
-    query_lengths = _lengths(cu_seqlens, q_TND.shape[0], "cu_seqlens")
-    key_lengths = _lengths(cu_seqlens_kv, k_SKD.shape[0], "cu_seqlens_kv")
+
+
+def _check_boundaries(
+    cu_seqlens: torch.Tensor, cu_seqlens_kv: torch.Tensor, num_queries: int, num_keys: int
+) -> None:
+    query_lengths = _lengths(cu_seqlens, num_queries, "cu_seqlens")
+    key_lengths = _lengths(cu_seqlens_kv, num_keys, "cu_seqlens_kv")
     if len(query_lengths) != len(key_lengths):
         raise ValueError(
             f"cu_seqlens has {len(query_lengths)} documents and cu_seqlens_kv {len(key_lengths)}; they pair up"
@@ -143,10 +138,13 @@ def _checked_lengths(
     for document, (queries, keys) in enumerate(zip(query_lengths, key_lengths, strict=True)):
         if queries > keys:
             raise ValueError(f"document {document} has {queries} queries but only {keys} keys")
-    return query_lengths, key_lengths
 
 
 def _lengths(cu_seqlens: torch.Tensor, total: int, name: str) -> list[int]:
+    if cu_seqlens.device.type != "cpu":
+        raise ValueError(
+            f"{name} is on {cu_seqlens.device}; keep it on the CPU, as reading it there would wait for the device"
+        )
     bounds = cu_seqlens.tolist()
     if cu_seqlens.dim() != 1 or not bounds or bounds[0] != 0:
         raise ValueError(f"{name} must be a 1-D tensor that starts at 0; got {bounds!r}")

@@ -87,6 +87,7 @@ class Engine:
             pipeline_rank=self.mesh.at.pipeline,
             virtual_rank=virtual_rank,
             padded_vocab_size=self.padded_vocab_size,
+            attention_backend=self.config.train.attention,
         )
         return chunk.to(self.mesh.device)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from meditron_train.config.model_config import ModelConfig, RopeConfig
-from meditron_train.model.rope import cos_sin, rotate
+from meditron_train.model.rope import cos_sin
+from meditron_train.native import Rotation
 
 SCALINGS = {
     "default": ({"rope_type": "default", "rope_theta": 10000.0}, RopeConfig()),
@@ -82,8 +83,12 @@ def test_tables_equal_transformers_for_each_document(scaling):
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     cos, sin = cos_sin(model_config(rope), positions, cu_seqlens)
     expected = [reference_tables(parameters, n) for n in lengths]
-    torch.testing.assert_close(cos, torch.cat([c for c, _ in expected]), rtol=0, atol=2e-5)
-    torch.testing.assert_close(sin, torch.cat([s for _, s in expected]), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        torch.cat((cos, cos), 1), torch.cat([c for c, _ in expected]), rtol=0, atol=2e-5
+    )
+    torch.testing.assert_close(
+        torch.cat((sin, sin), 1), torch.cat([s for _, s in expected]), rtol=0, atol=2e-5
+    )
 
 
 def test_rotation_equals_transformers():
@@ -93,12 +98,16 @@ def test_rotation_equals_transformers():
     q, k = torch.randn(12, 4, 16, generator=generator), torch.randn(12, 2, 16, generator=generator)
     cos, sin = cos_sin(model_config(RopeConfig()), torch.arange(12))
     expected_q, expected_k = apply_rotary_pos_emb(
-        q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[None], sin[None]
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        torch.cat((cos, cos), 1)[None],
+        torch.cat((sin, sin), 1)[None],
     )
-    torch.testing.assert_close(rotate(q, cos, sin), expected_q[0].transpose(0, 1), rtol=0, atol=1e-6)
-    torch.testing.assert_close(rotate(k, cos, sin), expected_k[0].transpose(0, 1), rtol=0, atol=1e-6)
+    rotation = Rotation(cos, sin)
+    torch.testing.assert_close(rotation.apply(q, None), expected_q[0].transpose(0, 1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(rotation.apply(k, None), expected_k[0].transpose(0, 1), rtol=0, atol=1e-6)
 
 
 def test_rotation_keeps_the_dtype():
-    cos, sin = cos_sin(model_config(RopeConfig()), torch.arange(3))
-    assert rotate(torch.ones(3, 1, 16, dtype=torch.bfloat16), cos, sin).dtype == torch.bfloat16
+    rotation = Rotation(*cos_sin(model_config(RopeConfig()), torch.arange(3)))
+    assert rotation.apply(torch.ones(3, 1, 16, dtype=torch.bfloat16), None).dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Packed attention against a float64 softmax written out, and its refusals."""
+"""Packed attention against float64, on every instruction set of this processor, and its refusals."""
 
 from __future__ import annotations
 
@@ -7,103 +7,268 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meditron_train.native import packed_attention
+from meditron_train.native import Rotation, operators, packed_attention
+from meditron_train.native.problem import Problem
+from tests.native.attention_reference import cumulative, example, relative_error
+
+INSTRUCTION_SETS = operators.instruction_sets()
+HEAD_SIZES = [64, 80, 96, 128, 256]
 
 
-def naive(q, k, v, cu_q, cu_k, scale=None, window=None):
-    """Softmax attention, one query at a time, in float64."""
-    group = q.shape[1] // k.shape[1]
-    q, k, v = q.double(), k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    out = torch.zeros_like(q)
-    for d in range(len(cu_q) - 1):
-        num_queries, num_keys = cu_q[d + 1] - cu_q[d], cu_k[d + 1] - cu_k[d]
-        for j in range(num_queries):
-            last = num_keys - num_queries + j
-            first = 0 if window is None else max(0, last - window + 1)
-            rows = slice(cu_k[d] + first, cu_k[d] + last + 1)
-            scores = torch.einsum("nd,snd->ns", q[cu_q[d] + j], k[rows]) * scale
-            out[cu_q[d] + j] = torch.einsum("ns,snd->nd", scores.softmax(-1), v[rows])
-    return out
+def gradient_like(case, seed=99):
+    return torch.randn(case.q.shape, generator=torch.Generator().manual_seed(seed)).to(case.q.dtype)
 
 
-def random_qkv(cu_q, cu_k, heads, kv_heads, dim, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    make = lambda n, h: torch.randn(n, h, dim, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
-    return make(cu_q[-1], heads), make(cu_k[-1], kv_heads), make(cu_k[-1], kv_heads)
+def errors(case, **changes):
+    """Relative errors of output, dq, dk, dv."""
+    grad = gradient_like(case)
+    got, want = case.call_with_gradients(grad, **changes), case.expected_with_gradients(grad)
+    assert all(g.dtype == case.q.dtype for g in got)
+    return [relative_error(g, w) for g, w in zip(got, want, strict=True)]
+
+
+def run_on(case, instruction_set, grad):
+    """Output, dq, dk, dv of one instruction set."""
+    inputs = [x.detach().requires_grad_() for x in (case.q, case.k, case.v)]
+    scale = case.q.shape[2] ** -0.5 if case.scale is None else case.scale
+    problem = Problem(
+        *inputs, torch.tensor(case.cu_q), torch.tensor(case.cu_k), scale, case.window, case.rotation, True
+    )
+    out = operators.attend(problem, instruction_set)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
 @st.composite
-def packings(draw):
-    lengths = draw(st.lists(st.integers(0, 12), min_size=1, max_size=6))
-    extra = draw(st.lists(st.integers(0, 4), min_size=len(lengths), max_size=len(lengths)))
-    cu_q, cu_k = [0], [0]
-    for n, e in zip(lengths, extra, strict=True):
-        cu_q.append(cu_q[-1] + n)
-        cu_k.append(cu_k[-1] + n + e)
-    return cu_q, cu_k
+def examples(draw, largest=300):
+    lengths = draw(st.lists(st.integers(0, largest), min_size=1, max_size=6))
+    extra = draw(st.none() | st.lists(st.integers(0, 150), min_size=len(lengths), max_size=len(lengths)))
+    rotated = draw(st.booleans())
+    return example(
+        lengths,
+        draw(st.sampled_from([(4, 4), (4, 2), (6, 1)])),
+        draw(st.sampled_from(HEAD_SIZES)),
+        extra_keys=extra,
+        window=draw(st.none() | st.integers(1, 400)),
+        rotated=rotated,
+        positions=rotated and draw(st.booleans()),
+        scale=draw(st.none() | st.floats(0.01, 0.06)),
+        seed=draw(st.integers(0, 1000)),
+    )
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    packings(), st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.sampled_from([None, 1, 3, 100]), st.booleans()
-)
-def test_equals_float64_softmax(packing, heads, window, same_keys):
-    cu_q, cu_k = packing
-    cu_k = cu_q if same_keys else cu_k
-    q, k, v = (x.requires_grad_() for x in random_qkv(cu_q, cu_k, *heads, 8))
-    output = packed_attention(
-        q, k, v, torch.tensor(cu_q), cu_seqlens_kv=None if same_keys else torch.tensor(cu_k), window=window
-    )
-    expected = naive(q, k, v, cu_q, cu_k, window=window)
-    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
-    if q.numel():
-        weights = torch.randn_like(expected)
-        got = torch.autograd.grad((output * weights).sum(), (q, k, v))
-        want = torch.autograd.grad((expected * weights).sum(), (q, k, v))
-        for g, w in zip(got, want, strict=True):
-            torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-8)
+@given(examples(), st.sampled_from(INSTRUCTION_SETS))
+def test_equals_float64(case, instruction_set):
+    grad = gradient_like(case)
+    got, want = run_on(case, instruction_set, grad), case.expected_with_gradients(grad)
+    output_error, *gradient_errors = [relative_error(g, w) for g, w in zip(got, want, strict=True)]
+    assert output_error < 1e-6
+    assert max(gradient_errors) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)]
-)
-def test_low_precision_is_close(dtype, tolerance):
-    cu = [0, 7, 20, 52]
-    q, k, v = random_qkv(cu, cu, 8, 2, 64, dtype=dtype)
-    output = packed_attention(q, k, v, torch.tensor(cu, dtype=torch.int32), softmax_scale=0.2)
-    assert output.dtype == dtype
-    torch.testing.assert_close(
-        output.double(), naive(q, k, v, cu, cu, scale=0.2), rtol=tolerance, atol=tolerance
-    )
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_half_precision_is_better_than_pytorch(dtype, head_size, instruction_set):
+    case = example([33, 130, 1, 0, 77], (4, 2), head_size, dtype=dtype, seed=head_size)
+    grad = gradient_like(case)
+    want = case.expected_with_gradients(grad)
+    ours = [relative_error(g, w) for g, w in zip(run_on(case, instruction_set, grad), want, strict=True)]
+    theirs = errors(case, backend="sdpa")
+    assert all(a <= 2 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+def test_one_long_document():
+    output_error, *gradient_errors = errors(example([1500], (2, 1), 128, rotated=True))
+    assert output_error < 1e-6 and max(gradient_errors) < 1e-5
+
+
+def test_many_units_on_few_queries_are_split_the_same_way():
+    """More threads cut long documents into more parts; no bit may change."""
+    case = example([1100, 30], (2, 2), 64)
+    grad = gradient_like(case)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            results.append(case.call_with_gradients(grad))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_sdpa_equals_float64():
+    case = example([5, 0, 30, 7], (4, 2), 64, extra_keys=[2, 3, 0, 1], window=9, rotated=True)
+    assert max(errors(case, backend="sdpa")) < 1e-6
+    aligned = example([5, 0, 30], (4, 2), 40)
+    assert max(errors(aligned, backend="sdpa")) < 1e-6
+
+
+def test_other_head_sizes_and_dtypes_fall_back():
+    case = example([5, 9], (2, 2), 24)
+    assert max(errors(case)) < 1e-6
+    with pytest.raises(ValueError, match="head size 24 is not a multiple of 16"):
+        case.call(backend="native")
+    with pytest.raises(ValueError, match="attention backend 'flash' is not one of auto, "):
+        case.call(backend="flash")
+
+
+def test_strided_inputs_need_no_copy():
+    """q, k and v as slices of one projection, as megatron-core gives them."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(50, 8, 64, generator=generator)
+    q, k, v = qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]
+    cu = torch.tensor([0, 20, 50])
+    got = packed_attention(q, k, v, cu)
+    torch.testing.assert_close(got, packed_attention(q.clone(), k.clone(), v.clone(), cu), rtol=0, atol=0)
+    swapped = q.transpose(0, 2).contiguous().transpose(0, 2)  # channels are not dense
+    torch.testing.assert_close(got, packed_attention(swapped, k, v, cu), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("poisoned", ["q", "k", "v"])
+def test_nan_stays_in_its_document(poisoned, instruction_set):
+    lengths = [19, 140, 33]
+    clean = example(lengths, (2, 1), 64, rotated=True)
+    dirty = example(lengths, (2, 1), 64, rotated=True)
+    getattr(dirty, poisoned)[19:159] = float("nan")
+    grad = gradient_like(clean)
+    want, got = run_on(clean, instruction_set, grad), run_on(dirty, instruction_set, grad)
+    for w, g in zip(want, got, strict=True):
+        assert torch.equal(w[:19], g[:19]) and torch.equal(w[159:], g[159:])
+    assert got[0][19:159].isnan().all()
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_scores_far_apart(instruction_set):
+    """No overflow where one key outweighs all others by e^1000."""
+    case = example([200], (1, 1), 64, scale=100.0)
+    grad = gradient_like(case)
+    got, want = run_on(case, instruction_set, grad), case.expected_with_gradients(grad)
+    assert relative_error(got[0], want[0]) < 1e-4
+    assert all(g.isfinite().all() for g in got)
 
 
 def test_no_tokens():
-    q, k, v = random_qkv([0, 0], [0, 0], 4, 2, 8)
-    assert packed_attention(q, k, v, torch.tensor([0, 0])).shape == (0, 4, 8)
+    case = example([0, 0], (4, 2), 64)
+    out, *gradients = case.call_with_gradients(torch.zeros(0, 4, 64))
+    assert out.shape == (0, 4, 64) and all(g.numel() == 0 for g in gradients)
 
+
+def test_keys_without_queries_get_zero_gradient():
+    case = example([0, 8], (2, 2), 64, extra_keys=[5, 0])
+    _, _, dk, dv = case.call_with_gradients(gradient_like(case))
+    assert not dk[:5].any() and not dv[:5].any() and dk[5:].any()
+    assert max(errors(case)) < 1e-6
+
+
+def test_gradcheck():
+    """Against finite differences: float32, so a large step and a loose tolerance."""
+    case = example([3, 5], (2, 1), 16, rotated=True, seed=5)
+    inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
+    with pytest.warns(UserWarning, match="not a double precision"):
+        assert torch.autograd.gradcheck(
+            lambda q, k, v: packed_attention(q, k, v, torch.tensor(case.cu_q), rotation=case.rotation),
+            inputs,
+            eps=1e-2,
+            atol=2e-3,
+            rtol=1e-2,
+        )
+
+
+# ---------------------------------------------------------------------------------------------- torch's machinery
+
+
+def operator_arguments(case, requires_grad=True):
+    rotation = case.rotation
+    return (
+        *(x.detach().requires_grad_(requires_grad) for x in (case.q, case.k, case.v)),
+        torch.tensor(case.cu_q),
+        torch.tensor(case.cu_k),
+        *((None,) * 4 if rotation is None else (rotation.cos_PC, rotation.sin_PC, None, None)),
+        0.125,
+        case.window or 0,
+        True,
+        None,
+    )
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_opcheck(rotated):
+    case = example([3, 14], (4, 2), 64, rotated=rotated)
+    torch.library.opcheck(torch.ops.meditron.packed_attention, operator_arguments(case))
+    arguments = operator_arguments(case, requires_grad=False)
+    out, lse = torch.ops.meditron.packed_attention(*arguments)
+    torch.library.opcheck(
+        torch.ops.meditron.packed_attention_backward, (torch.ones_like(out), out, lse, *arguments)
+    )
+
+
+def test_compiles_without_a_graph_break():
+    case = example([3, 14], (4, 2), 64, rotated=True)
+    cu = torch.tensor(case.cu_q)
+
+    def function(q, k, v):
+        return packed_attention(q, k, v, cu, rotation=case.rotation).square().sum()
+
+    inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    expected = torch.autograd.grad(function(*inputs), inputs)
+    for got, want in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_checkpointing_gives_the_same_bits():
+    from torch.utils.checkpoint import checkpoint
+
+    case = example([40, 14], (4, 2), 64, rotated=True)
+    inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
+    cu = torch.tensor(case.cu_q)
+
+    def function(q, k, v):
+        return packed_attention(q, k, v, cu, rotation=case.rotation)
+
+    want = torch.autograd.grad(function(*inputs).sum(), inputs)
+    got = torch.autograd.grad(checkpoint(function, *inputs, use_reentrant=False).sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_lse_is_the_logarithm_of_the_sum():
+    case = example([6, 70], (4, 2), 64)
+    _, lse = torch.ops.meditron.packed_attention(*operator_arguments(case, requires_grad=False))
+    scores = (
+        torch.einsum("nd,snd->ns", case.q[75].double(), case.k[6:].double().repeat_interleave(2, 1)) * 0.125
+    )
+    torch.testing.assert_close(lse[:, 75].double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
 
 BAD = {
     "starts late": (dict(cu=[1, 10]), "starts at 0"),
     "decreases": (dict(cu=[0, 6, 4, 10]), "decreases from 6 to 4"),
     "ends early": (dict(cu=[0, 9]), "ends at 9, but there are 10"),
     "heads": (dict(kv_heads=3), "4 query heads are not a multiple of 3"),
-    "dtypes": (dict(k_dtype=torch.float32), "different dtypes"),
+    "dtypes": (dict(k_dtype=torch.float64), "different dtypes"),
     "window": (dict(window=0), "window is 0"),
     "more queries than keys": (
         dict(cu_kv=[0, 4, 10], cu=[0, 5, 10]),
         "document 0 has 5 queries but only 4 keys",
     ),
     "unpaired": (dict(cu_kv=[0, 4, 10]), "1 documents and cu_seqlens_kv 2"),
+    "short tables": (dict(rotation=(9, 32)), "9 rows for 10 tokens: give q_positions"),
+    "wide tables": (dict(rotation=(10, 64)), r"\[positions, 32\] for heads of 64"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_refuses(case):
     change, message = BAD[case]
-    q, k, v = random_qkv([0, 10], [0, 10], 4, change.get("kv_heads", 2), 8)
+    q, k, v = torch.zeros(10, 4, 64), *torch.zeros(2, 10, change.get("kv_heads", 2), 64)
     k = k.to(change.get("k_dtype", k.dtype))
-    cu_kv = change.get("cu_kv")
+    cu_kv, tables = change.get("cu_kv"), change.get("rotation")
     with pytest.raises(ValueError, match=message):
         packed_attention(
             q,
@@ -112,4 +277,36 @@ def test_refuses(case):
             torch.tensor(change.get("cu", [0, 10])),
             cu_seqlens_kv=None if cu_kv is None else torch.tensor(cu_kv),
             window=change.get("window"),
+            rotation=None if tables is None else Rotation(torch.zeros(tables), torch.zeros(tables)),
         )
+
+
+OPERATOR_BAD = {
+    "boundaries": (3, torch.tensor([0, 99]), "cu_seqlens ends at 99, but there are 17"),
+    "key boundaries": (4, torch.tensor([0, 5, 3, 17]), "cu_seqlens_kv decreases from 5 to 3"),
+    "start": (3, torch.tensor([2, 17]), "must start at 0, not at 2"),
+    "kind": (3, torch.tensor([0.0, 17.0]), "must be int32 or int64"),
+    "shape": (1, torch.zeros(17, 2, 32), r"k has the shape \[17, 2, 32\]"),
+    "positions": (7, torch.full((17,), 17), r"q_positions\[0\] is 17, but cos and sin have 17 rows"),
+    "negative position": (8, torch.full((17,), -1), r"k_positions\[0\] is -1"),
+    "instruction set": (12, "avx1024", "instruction set 'avx1024' is not one of: "),
+    "window": (10, -1, "window is -1"),
+}
+
+
+@pytest.mark.parametrize("case", OPERATOR_BAD)
+def test_the_operator_checks_for_itself(case):
+    """It must never read outside, whoever calls it."""
+    place, value, message = OPERATOR_BAD[case]
+    arguments = list(operator_arguments(example([3, 14], (4, 2), 64, rotated=True), requires_grad=False))
+    arguments[place] = value
+    with pytest.raises(ValueError, match=message):
+        torch.ops.meditron.packed_attention(*arguments)
+
+
+def test_boundaries_as_int32_and_int64():
+    case = example([3, 14], (4, 2), 64)
+    want = case.call()
+    for dtype in (torch.int32, torch.int64):
+        cu = torch.tensor(cumulative([3, 14]), dtype=dtype)
+        assert torch.equal(case.call(cu_seqlens_kv=cu), want)

@@ -1,0 +1,169 @@
+"""Who computes packed attention: our kernels, flash-attn, Transformer Engine, or PyTorch document by document.
+
+On a GPU each candidate but PyTorch must first pass a self-test on that very device, dtype and head size; nothing is used
+because it is installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from meditron_train.log import get_logger
+from meditron_train.native import operators, sdpa
+from meditron_train.native.problem import Problem, Rotation
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation. `missing(device, dtype, head_dim)` says why it cannot be used there, or gives None."""
+
+    name: str
+    attend: Callable[[Problem], torch.Tensor]
+    missing: Callable[[torch.device, torch.dtype, int], str | None]
+
+
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def _native_missing(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if operators.LOAD_ERROR is not None:
+        return operators.LOAD_ERROR
+    if device.type == "cpu":
+        if dtype not in (torch.float32, *HALF_PRECISION):
+            return f"no kernel for {dtype}"
+        return None if head_dim % 16 == 0 else f"head size {head_dim} is not a multiple of 16"
+    if device.type != "cuda":
+        return f"no kernel for {device.type}"
+    if not operators.built_with_cuda():
+        return "built without CUDA: install with nvcc on PATH and a CUDA build of torch"
+    if dtype not in HALF_PRECISION:
+        return f"no CUDA kernel for {dtype}"
+    return None if head_dim in (64, 80, 96, 128, 256) else f"no CUDA kernel for head size {head_dim}"
+
+
+def _flash_attn_missing(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device.type != "cuda":
+        return "runs on CUDA only"
+    if dtype not in HALF_PRECISION:
+        return f"does not take {dtype}"
+    if head_dim > 256 or head_dim % 8:
+        return f"does not take head size {head_dim}"
+    return None if importlib.util.find_spec("flash_attn") else "not installed: pip install flash-attn"
+
+
+def _flash_attn(problem: Problem) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    q_TND, k_SKD = problem.rotated()
+    return flash_attn_varlen_func(
+        q_TND,
+        k_SKD,
+        problem.v_SKD,
+        problem.cu_seqlens.to(q_TND.device, torch.int32, non_blocking=True),
+        problem.cu_seqlens_kv.to(q_TND.device, torch.int32, non_blocking=True),
+        int(problem.cu_seqlens.diff().max()),
+        int(problem.cu_seqlens_kv.diff().max()),
+        softmax_scale=problem.softmax_scale,
+        causal=True,  # aligned at the last key of each document, as ours
+        window_size=(-1, -1) if problem.window is None else (problem.window - 1, 0),
+        deterministic=problem.deterministic,
+    )
+
+
+def _sdpa_missing(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    return None
+
+
+# The fastest first, as far as is known: flash-attn's speed on GPUs is published, that of our CUDA kernels not measured yet.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("flash_attn", _flash_attn, _flash_attn_missing),
+        Backend("native", operators.attend, _native_missing),
+        Backend("sdpa", sdpa.attend, _sdpa_missing),
+    )
+}
+
+
+@torch.compiler.assume_constant_result  # whatever is asked and logged, torch.compile keeps only the answer
+def choose_backend(wish: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The name of the backend for such tensors; see `_choose_backend`."""
+    return _choose_backend(wish, device, dtype, head_dim)
+
+
+@functools.cache
+def _choose_backend(wish: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The name of the backend for such tensors; the choice is logged once.
+
+    Args:
+        wish: "auto" for the first of BACKENDS that can, or a name.
+
+    Raises:
+        ValueError: an unknown name, or a wished backend that cannot do it, with the reason.
+    """
+    if wish != "auto":
+        if wish not in BACKENDS:
+            raise ValueError(f"attention backend {wish!r} is not one of auto, {', '.join(BACKENDS)}")
+        reason = why_not(BACKENDS[wish], device, dtype, head_dim)
+        if reason is not None:
+            raise ValueError(f"attention backend {wish!r} cannot be used on {device} with {dtype}: {reason}")
+        return wish
+    reasons = []
+    for backend in BACKENDS.values():
+        reason = why_not(backend, device, dtype, head_dim)
+        if reason is None:
+            log.info(
+                "attention on %s, %s, head size %d: %s%s",
+                device,
+                dtype,
+                head_dim,
+                backend.name,
+                "".join(reasons),
+            )
+            return backend.name
+        reasons.append(f"; {backend.name}: {reason}")
+    raise AssertionError("sdpa takes everything")
+
+
+@functools.cache
+def why_not(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why this backend is not for such tensors (also: it fails its self-test on this GPU), or None."""
+    reason = backend.missing(device, dtype, head_dim)
+    if reason is None and device.type == "cuda" and backend.name != "sdpa":
+        return self_test(backend, device, dtype, head_dim)
+    return reason
+
+
+def self_test(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Compare output and gradients on a small packing with PyTorch in fp32; what differs, or None."""
+    generator = torch.Generator().manual_seed(0)
+    cu_seqlens = torch.tensor([0, 3, 3, 140, 301], dtype=torch.int32)
+    sides = [
+        torch.randn(301, heads, head_dim, generator=generator).to(device, dtype) for heads in (4, 2, 2, 4)
+    ]
+    angles = torch.rand(301, head_dim // 2, generator=generator).to(device)
+    rotation = Rotation(angles.cos(), angles.sin())
+
+    def run(attend: Callable[[Problem], torch.Tensor], in_dtype: torch.dtype) -> list[torch.Tensor]:
+        q, k, v = (side.to(in_dtype).requires_grad_() for side in sides[:3])
+        out = attend(Problem(q, k, v, cu_seqlens, cu_seqlens, head_dim**-0.5, None, rotation, True))
+        return [out, *torch.autograd.grad(out, (q, k, v), sides[3].to(in_dtype))]
+
+    try:
+        results = run(backend.attend, dtype)
+    except Exception as error:  # whatever a foreign kernel raises: it is not used, and the reason is told
+        return f"its self-test failed: {type(error).__name__}: {error}"
+    for name, got, want in zip(
+        ("output", "dq", "dk", "dv"), results, run(sdpa.attend, torch.float32), strict=True
+    ):
+        error_norm = float((got.float() - want).norm() / want.norm())
+        if not error_norm < 0.02:  # bf16 rounds to 0.004; a wrong mask or scale is far above
+            return f"its self-test failed: {name} differs by {error_norm:.1%} from PyTorch in fp32"
+    return None

@@ -1,10 +1,10 @@
 """Builds the C++/CUDA core. Everything else about the package is in pyproject.toml.
 
-Two extensions: `_packing` (pybind11: data loading) and `_operators` (torch operators through LibTorch's stable ABI, so that one
-binary serves every torch from 2.10 on). Environment variables:
+Two extensions: `_packing` (pybind11: data loading) and `_operators` (torch operators through LibTorch's stable ABI,
+so that one binary serves every torch from 2.10 on). Environment variables:
 
-MEDITRON_CUDA        auto (default): CUDA code is built where nvcc is found and the installed torch is a CUDA build; 0: never;
-                     1: always, an error without nvcc.
+MEDITRON_CUDA        auto (default): CUDA code is built where nvcc is found and the installed torch is a CUDA
+                     build; 0: never; 1: always, an error without nvcc.
 MEDITRON_CUDA_ARCHS  for nvcc, default "80;90a;90+PTX".
 MEDITRON_BUILD_JOBS  compilers at a time, default 2.
 MEDITRON_WERROR      1: warnings are errors (continuous integration).
@@ -28,8 +28,8 @@ ROOT = Path(__file__).parent
 WARNINGS = ["-Wall", "-Wextra"] + (["-Werror"] if os.environ.get("MEDITRON_WERROR") == "1" else [])
 TORCH_TARGET = "0x020a000000000000"  # 2.10: the oldest torch whose stable ABI has all that ops.cpp uses
 
-# No -march=native: the wheel must run on every processor of its architecture. Each of these files is compiled for one instruction
-# set, and cpu.cpp looks which of them the processor has.
+# No -march=native: the wheel must run on every processor of its architecture. Each of these files is compiled for one
+# instruction set, and cpu.cpp looks which of them the processor has.
 KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi"]
 INSTRUCTION_SETS = {
     "avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512".split(),

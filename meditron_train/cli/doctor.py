@@ -23,7 +23,7 @@ _GIB = 2**30
 _LEAST_DISK_GIB = 5
 _LEAST_SHARED_MEMORY_GIB = 1
 _LEAST_PYTHON = (3, 10)
-_LEAST_TORCH = (2, 6)
+_LEAST_TORCH = (2, 10)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def examine(directory: Path | None = None) -> list[Finding]:
         *_cpp_core(),
         _apex(),
         _transformer_engine(),
-        _flash_attn(),
+        *_attention(),
         _slurm(),
         _launcher(),
         _space(
@@ -100,7 +100,7 @@ def _python() -> Finding:
 
 
 def _torch() -> Finding:
-    remedy = "pip install 'torch>=2.6'"
+    remedy = "pip install 'torch>=2.10'"
     torch, trouble = _import("torch")
     if torch is None:
         return Finding("torch", False, False, trouble, remedy, required=True)
@@ -180,7 +180,7 @@ def _megatron_core() -> Finding:
 
 
 def _cpp_core() -> list[Finding]:
-    """The compiled module and, if it says that it has one, its CUDA part."""
+    """The two compiled modules."""
     packing, trouble = _import("meditron_train.native._packing")
     core = Finding(
         "C++ core",
@@ -190,18 +190,53 @@ def _cpp_core() -> list[Finding]:
         "" if packing is not None else "in the source directory: pip install -e . (needs a C++17 compiler)",
         required=True,
     )
-    kernels = importlib.util.find_spec("meditron_train.native._cuda") is not None
-    nvcc = shutil.which("nvcc")
+    if packing is None or _import("torch")[0] is None:
+        return [core]
+    operators, trouble = _import("meditron_train.native.operators")
+    trouble = trouble or operators.LOAD_ERROR or ""
+    with_cuda = not trouble and operators.built_with_cuda()
     return [
         core,
         Finding(
-            "C++ core, CUDA part",
-            kernels,
-            kernels,
-            "built" if kernels else "not built; attention uses torch's kernels, document by document",
-            "" if kernels else f"nothing needed{'' if nvcc else ' (there is no nvcc here)'}",
+            "C++ operators",
+            not trouble,
+            not trouble,
+            trouble or f"fused attention; on this processor: {', '.join(operators.instruction_sets())}",
+            "in the source directory: pip install -e . (attention is PyTorch's until then)"
+            if trouble
+            else "",
+        ),
+        Finding(
+            "C++ operators, CUDA part",
+            with_cuda,
+            with_cuda and _import("torch")[0].cuda.is_available(),
+            "built" if with_cuda else "not built",
+            ""
+            if with_cuda
+            else "for a GPU: with nvcc on PATH and a CUDA build of torch, pip install -e . again",
         ),
     ]
+
+
+def _attention() -> list[Finding]:
+    """Who can compute attention here, for bf16 heads of 128, and who does under `train.attention: auto`."""
+    torch, _ = _import("torch")
+    backends, _ = _import("meditron_train.native.backends")
+    if torch is None or backends is None:
+        return []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reasons = {
+        name: backends.why_not(backend, device, torch.bfloat16, 128)
+        for name, backend in backends.BACKENDS.items()
+    }
+    chosen = next(name for name, reason in reasons.items() if reason is None)
+    findings = []
+    for name, reason in reasons.items():
+        detail = reason or ("used" if name == chosen else f"could be used; {chosen} comes first")
+        findings.append(
+            Finding(f"attention: {name}", reason is None, name == chosen, f"on {device.type}: {detail}")
+        )
+    return findings
 
 
 def _apex() -> Finding:
@@ -235,14 +270,6 @@ def _transformer_engine() -> Finding:
         broken = f"{version} cannot be imported ({trouble}); {fallback}"
         return Finding(name, True, False, broken, "pip uninstall transformer-engine, or install it anew")
     return Finding(name, True, True, f"{version}; megatron-core scales gradients with it; {fallback}")
-
-
-def _flash_attn() -> Finding:
-    fallback = "attention is meditron_train.native's"
-    if importlib.util.find_spec("flash_attn") is None:
-        return Finding("flash-attn", False, False, f"not installed and not needed; {fallback}")
-    version = _installed_version("flash-attn") or "unknown version"
-    return Finding("flash-attn", True, False, f"{version}; not used: {fallback}")
 
 
 def _slurm() -> Finding:

@@ -1,7 +1,7 @@
 """Who computes packed attention: our kernels, flash-attn, Transformer Engine, or PyTorch document by document.
 
-On a GPU each candidate but PyTorch must first pass a self-test on that very device, dtype and head size; nothing is used
-because it is installed.
+On a GPU each candidate but PyTorch must first pass a self-test on that very device, dtype and head size: nothing is
+used only because it is installed.
 """
 
 from __future__ import annotations
@@ -66,26 +66,83 @@ def _flash_attn(problem: Problem) -> torch.Tensor:
         q_TND,
         k_SKD,
         problem.v_SKD,
-        problem.cu_seqlens.to(q_TND.device, torch.int32, non_blocking=True),
-        problem.cu_seqlens_kv.to(q_TND.device, torch.int32, non_blocking=True),
-        int(problem.cu_seqlens.diff().max()),
-        int(problem.cu_seqlens_kv.diff().max()),
         softmax_scale=problem.softmax_scale,
         causal=True,  # aligned at the last key of each document, as ours
-        window_size=(-1, -1) if problem.window is None else (problem.window - 1, 0),
+        window_size=_look_back(problem),
         deterministic=problem.deterministic,
+        **_boundaries_on_device(problem, "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
     )
+
+
+def _look_back(problem: Problem) -> tuple[int, int]:
+    """The window as flash-attn and Transformer Engine count it: keys before and after the query's own, -1 for all."""
+    return (-1, 0) if problem.window is None else (problem.window - 1, 0)
+
+
+def _boundaries_on_device(
+    problem: Problem, cu_q: str, cu_kv: str, max_q: str, max_kv: str
+) -> dict[str, torch.Tensor | int]:
+    device = problem.q_TND.device
+    return {
+        cu_q: problem.cu_seqlens.to(device, torch.int32, non_blocking=True),
+        cu_kv: problem.cu_seqlens_kv.to(device, torch.int32, non_blocking=True),
+        max_q: int(problem.cu_seqlens.diff().max()),
+        max_kv: int(problem.cu_seqlens_kv.diff().max()),
+    }
+
+
+def _transformer_engine_missing(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device.type != "cuda":
+        return "runs on CUDA only"
+    if dtype not in HALF_PRECISION:
+        return f"does not take {dtype}"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "not installed: pip install --no-build-isolation 'transformer-engine[pytorch]'"
+    return None
+
+
+@functools.cache
+def _transformer_engine_module(
+    num_heads: int, num_kv_heads: int, head_dim: int, scale: float
+) -> torch.nn.Module:
+    from transformer_engine.pytorch import DotProductAttention
+
+    return DotProductAttention(
+        num_heads,
+        head_dim,
+        num_gqa_groups=num_kv_heads,
+        attention_dropout=0.0,
+        softmax_scale=scale,
+        qkv_format="thd",
+    )
+
+
+def _transformer_engine(problem: Problem) -> torch.Tensor:
+    q_TND, k_SKD = problem.rotated()
+    num_heads, head_dim = q_TND.shape[1:]
+    attend = _transformer_engine_module(num_heads, k_SKD.shape[1], head_dim, problem.softmax_scale)
+    output = attend(
+        q_TND,
+        k_SKD,
+        problem.v_SKD,
+        attn_mask_type="padding_causal_bottom_right",
+        window_size=_look_back(problem),
+        **_boundaries_on_device(problem, "cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv"),
+    )
+    return output.view(q_TND.shape)
 
 
 def _sdpa_missing(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     return None
 
 
-# The fastest first, as far as is known: flash-attn's speed on GPUs is published, that of our CUDA kernels not measured yet.
+# The fastest first, as far as is known: the speeds of flash-attn and Transformer Engine on GPUs are published, that of
+# our CUDA kernels is not measured yet.
 BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("flash_attn", _flash_attn, _flash_attn_missing),
+        Backend("transformer_engine", _transformer_engine, _transformer_engine_missing),
         Backend("native", operators.attend, _native_missing),
         Backend("sdpa", sdpa.attend, _sdpa_missing),
     )
@@ -115,7 +172,7 @@ def _choose_backend(wish: str, device: torch.device, dtype: torch.dtype, head_di
         if reason is not None:
             raise ValueError(f"attention backend {wish!r} cannot be used on {device} with {dtype}: {reason}")
         return wish
-    reasons = []
+    reasons: list[str] = []
     for backend in BACKENDS.values():
         reason = why_not(backend, device, dtype, head_dim)
         if reason is None:
@@ -154,7 +211,7 @@ def self_test(backend: Backend, device: torch.device, dtype: torch.dtype, head_d
     def run(attend: Callable[[Problem], torch.Tensor], in_dtype: torch.dtype) -> list[torch.Tensor]:
         q, k, v = (side.to(in_dtype).requires_grad_() for side in sides[:3])
         out = attend(Problem(q, k, v, cu_seqlens, cu_seqlens, head_dim**-0.5, None, rotation, True))
-        return [out, *torch.autograd.grad(out, (q, k, v), sides[3].to(in_dtype))]
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), sides[3].to(in_dtype))]
 
     try:
         results = run(backend.attend, dtype)

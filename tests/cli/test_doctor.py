@@ -44,8 +44,17 @@ def test_json_is_one_document_on_stdout(capsys):
     assert exit_.value.exit_code == (0 if report["can_train"] else 1)
     names = [entry["name"] for entry in report["findings"]]
     assert len(set(names)) == len(names)
-    wanted = {"python", "torch", "cuda", "nccl", "gloo", "megatron-core", "C++ core", "C++ core, CUDA part"}
-    wanted |= {"apex", "transformer-engine", "flash-attn", "slurm", "launcher", "disk", "/dev/shm"}
+    wanted = {"python", "torch", "cuda", "nccl", "gloo", "megatron-core", "C++ core", "C++ operators"}
+    wanted |= {
+        "C++ operators, CUDA part",
+        "apex",
+        "transformer-engine",
+        "slurm",
+        "launcher",
+        "disk",
+        "/dev/shm",
+    }
+    wanted |= {f"attention: {name}" for name in ("native", "flash_attn", "transformer_engine", "sdpa")}
     assert set(names) == wanted
     for entry in report["findings"]:
         assert set(entry) == {"name", "found", "in_use", "detail", "remedy", "required"}
@@ -58,7 +67,7 @@ def test_table_names_everything(capsys, monkeypatch):
     with pytest.raises(typer.Exit):
         doctor.doctor(json_output=False)
     out = capsys.readouterr().out
-    for name in ("torch", "megatron-core", "flash-attn", "/dev/shm"):
+    for name in ("torch", "megatron-core", "attention: native", "/dev/shm"):
         assert name in out
 
 
@@ -112,17 +121,25 @@ def test_nvidias_apex(plant):
     assert finding("transformer-engine").in_use
 
 
-def test_optional_accelerators_never_block(monkeypatch, plant):
-    plant("flash_attn")
-    found = finding("flash-attn")
-    assert (found.found, found.blocks_training) == (True, False)
-    assert "unknown version" in found.detail
+def test_optional_accelerators_never_block(plant):
     missing = finding("transformer-engine")
     assert (missing.found, missing.blocks_training) == (False, False)
     plant("transformer_engine")  # installed, but its pytorch part is not
     broken = finding("transformer-engine")
     assert (broken.found, broken.in_use, broken.blocks_training) == (True, False, False)
     assert "cannot be imported" in broken.detail
+
+
+def test_attention_table_says_who_attends_and_why_others_do_not(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    used = {name: finding(f"attention: {name}") for name in ("native", "flash_attn", "sdpa")}
+    assert [name for name, entry in used.items() if entry.in_use] == ["native"]
+    assert used["flash_attn"].detail == "on cpu: runs on CUDA only"
+    assert used["sdpa"].found and used["sdpa"].detail == "on cpu: could be used; native comes first"
+
+
+def test_instruction_sets_are_named():
+    assert "portable" in finding("C++ operators").detail
 
 
 def test_slurm_and_launcher(monkeypatch, tmp_path):

@@ -31,8 +31,10 @@ TORCH_TARGET = "0x020a000000000000"  # 2.10: the oldest torch whose stable ABI h
 # No -march=native: the wheel must run on every processor of its architecture. Each of these files is compiled for one
 # instruction set, and cpu.cpp looks which of them the processor has.
 KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi"]
+AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512".split()
 INSTRUCTION_SETS = {
-    "avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512".split(),
+    "avx512.cpp": AVX512,
+    "avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
     "avx2.cpp": ["-mavx2", "-mfma"],
     "portable.cpp": [],
 }
@@ -118,9 +120,7 @@ class BuildCore(build_ext):
 
 def operators(torch: Path, with_cuda: bool) -> Extension:
     x86 = platform.machine() in ("x86_64", "AMD64")
-    kernels = [
-        path for path in sources("attention/cpu") if x86 or not path.endswith(("avx512.cpp", "avx2.cpp"))
-    ]
+    kernels = [path for path in sources("attention/cpu") if x86 or not Path(path).name.startswith("avx")]
     cuda = sources("cuda", "**/*.cu") if with_cuda else []
     return Extension(
         "meditron_train.native._operators",

@@ -20,8 +20,10 @@ std::vector<const CpuKernels*> available_kernels() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
+        __builtin_cpu_supports("avx512dq")) {
+        if (__builtin_cpu_supports("avx512bf16")) kernels.push_back(&avx512bf16_kernels);
         kernels.push_back(&avx512_kernels);
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) kernels.push_back(&avx2_kernels);
 #endif
     kernels.push_back(&portable_kernels);
@@ -131,7 +133,8 @@ const char* cpu_instruction_sets() {
 }
 
 const char* cpu_attention_unsupported(const AttentionProblem& p) {
-    return p.head_dim > 0 && p.head_dim % 16 == 0 ? nullptr : "the head size is not a multiple of 16";
+    return p.head_dim > 0 && p.head_dim % 16 == 0 && p.head_dim <= 512 ? nullptr
+                                                                        : "the head size is not a multiple of 16 up to 512";
 }
 
 void cpu_attention_forward(const AttentionForward& f, const char* instruction_set, const Threads& threads) {

@@ -1,9 +1,13 @@
 // C[m, n] = A[m, k] B[k, n], or += : the one matrix product of which attention's seven are made.
 //
-// B and C are rows of vectors; A is read one number at a time and broadcast, so that it may lie either way round. A tile of
+// B and C are rows of vectors; A is read one element at a time and broadcast, so that it may lie either way round. A tile of
 // MR rows by NV vectors of C stays in registers while k runs.
 
 #pragma once
+
+#ifdef MEDITRON_BF16_PRODUCTS
+#include <immintrin.h>
+#endif
 
 #include "simd.h"
 
@@ -15,13 +19,31 @@ constexpr int MR = 12, NV = 2;  // 24 of 32 registers hold C
 constexpr int MR = 6, NV = 2;  // 12 of 16
 #endif
 
+// What the products compute with. An element is 32 bits: one fp32 number, or a pair of bfloat16 numbers of which k takes both
+// at once. Element (i, k) of A then holds A[i, 2k] and A[i, 2k+1], and element (k, j) of B holds B[2k, j] and B[2k+1, j].
+// Pairs, too, are kept as `float`, but never computed with as such.
+struct Fp32Math {
+    static constexpr int per_element = 1;
+    static MEDITRON_INLINE Vec multiply_add(Vec sum, float left, Vec right) { return sum + left * right; }
+};
+
+#ifdef MEDITRON_BF16_PRODUCTS
+struct Bf16Math {
+    static constexpr int per_element = 2;
+    static MEDITRON_INLINE Vec multiply_add(Vec sum, float left, Vec right) {
+        const __m512bh pair = reinterpret_cast<__m512bh>(_mm512_set1_ps(left));
+        return _mm512_dpbf16_ps(sum, pair, reinterpret_cast<__m512bh>(right));
+    }
+};
+#endif
+
 // A[i, k] is data[i * row + k * step].
 struct Left {
     const float* data;
     int64_t row, step;
 };
 
-template <int rows, int vectors, bool accumulate>
+template <class Math, int rows, int vectors, bool accumulate>
 __attribute__((noinline)) void multiply_tile(int64_t k_size, Left a, const float* b, int64_t ldb, float* c,
                                              int64_t ldc) {
     Vec sum[rows][vectors];
@@ -35,9 +57,8 @@ __attribute__((noinline)) void multiply_tile(int64_t k_size, Left a, const float
         for (int j = 0; j < vectors; ++j) right[j] = load(b + j * VL);
 #pragma GCC unroll 16
         for (int i = 0; i < rows; ++i) {
-            const Vec left = broadcast(a.data[i * a.row]);
 #pragma GCC unroll 16
-            for (int j = 0; j < vectors; ++j) sum[i][j] += left * right[j];
+            for (int j = 0; j < vectors; ++j) sum[i][j] = Math::multiply_add(sum[i][j], a.data[i * a.row], right[j]);
         }
         a.data += a.step;
         b += ldb;
@@ -50,26 +71,23 @@ __attribute__((noinline)) void multiply_tile(int64_t k_size, Left a, const float
 
 using TileFunction = void (*)(int64_t, Left, const float*, int64_t, float*, int64_t);
 
-template <bool accumulate, int rows = MR>
+template <class Math, bool accumulate, int rows = MR>
 MEDITRON_INLINE TileFunction tile_function(int num_rows, int vectors) {
-    if constexpr (rows == 1) {
-        return vectors == NV ? multiply_tile<1, NV, accumulate> : multiply_tile<1, 1, accumulate>;
-    } else {
-        if (num_rows == rows) return vectors == NV ? multiply_tile<rows, NV, accumulate> : multiply_tile<rows, 1, accumulate>;
-        return tile_function<accumulate, rows - 1>(num_rows, vectors);
-    }
+    if constexpr (rows > 1)
+        if (num_rows < rows) return tile_function<Math, accumulate, rows - 1>(num_rows, vectors);
+    return vectors == NV ? multiply_tile<Math, rows, NV, accumulate> : multiply_tile<Math, rows, 1, accumulate>;
 }
 
-// At most MR rows of C; n_size is a multiple of VL.
-template <bool accumulate>
+// At most MR rows of C; n_size is a multiple of VL, k_size counts elements.
+template <class Math, bool accumulate>
 void multiply_rows(int num_rows, int64_t n_size, int64_t k_size, Left a, const float* b, int64_t ldb, float* c,
                    int64_t ldc) {
-    const TileFunction wide = tile_function<accumulate>(num_rows, NV);
+    const TileFunction wide = tile_function<Math, accumulate>(num_rows, NV);
     int64_t n = 0;
     for (; n + NV * VL <= n_size; n += NV * VL) wide(k_size, a, b + n, ldb, c + n, ldc);
     if (n < n_size) {  // NV is 2: one vector is left
         static_assert(NV == 2);
-        tile_function<accumulate>(num_rows, 1)(k_size, a, b + n, ldb, c + n, ldc);
+        tile_function<Math, accumulate>(num_rows, 1)(k_size, a, b + n, ldb, c + n, ldc);
     }
 }
 

@@ -69,21 +69,22 @@ MEDITRON_INLINE void rotate_row(float* x, const float* cos, const float* sin, in
 
 // Rows of one head lie num_heads * D elements apart, which no hardware prefetcher follows: fetch some rows ahead.
 constexpr int64_t rows_ahead = 6;
+constexpr int64_t max_head_dim = 512;
 
 MEDITRON_INLINE void prefetch_row(const void* row, int64_t num_bytes) {
     for (int64_t byte = 0; byte < num_bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(row) + byte);
 }
 
-// Rows begin .. begin + count as fp32 [count, D], rotated, times `scale`.
+// Rows begin .. begin + count as fp32 [count, D], rotated.
 template <class Type>
-void read_rows(const HeadRows& rows, int64_t begin, int64_t count, int64_t head_dim, float scale, float* to) {
+void read_rows(const HeadRows& rows, int64_t begin, int64_t count, int64_t head_dim, float* to) {
     const auto* data = static_cast<const typename Type::Element*>(rows.data);
     for (int64_t r = 0; r < count; ++r) {
         const auto* from = data + (begin + r) * rows.stride;
         if (r + rows_ahead < count)
             prefetch_row(from + rows_ahead * rows.stride, head_dim * static_cast<int64_t>(sizeof(*from)));
         float* row = to + r * head_dim;
-        for (int64_t c = 0; c < head_dim; c += VL) store(row + c, Type::load(from + c) * scale);
+        for (int64_t c = 0; c < head_dim; c += VL) store(row + c, Type::load(from + c));
         if (rows.cos) {
             const int64_t at = rows.table_row(begin + r) * (head_dim / 2);
             rotate_row(row, rows.cos + at, rows.sin + at, head_dim / 2, 1.0f);
@@ -106,14 +107,15 @@ void write_rows(const HeadRows& rows, int64_t begin, int64_t count, int64_t head
     }
 }
 
-// to[c, r] = from[r, c] for `count` rows; columns up to the next multiple of VL become zero. ld is the row length of `to`.
-inline void transpose_rows(const float* from, int64_t count, int64_t head_dim, float* to, int64_t ld) {
+// to[c, r] = from[r, c] for `count` rows of `width` elements; columns up to the next multiple of VL become zero. ld is the
+// row length of `to`.
+inline void transpose_rows(const float* from, int64_t count, int64_t width, float* to, int64_t ld) {
     for (int64_t r = 0; r < count; r += VL) {
-        for (int64_t c = 0; c < head_dim; c += VL) {
+        for (int64_t c = 0; c < width; c += VL) {
             Vec block[VL];
-            for (int i = 0; i < VL; ++i) block[i] = r + i < count ? load(from + (r + i) * head_dim + c) : Vec{};
+            for (int i = 0; i < VL; ++i) block[i] = r + i < count ? load(from + (r + i) * width + c) : Vec{};
             transpose(block);
-            for (int i = 0; i < VL; ++i) store(to + (c + i) * ld + r, block[i]);
+            for (int i = 0; i < VL && c + i < width; ++i) store(to + (c + i) * ld + r, block[i]);
         }
     }
 }

@@ -1,14 +1,13 @@
 // The forward and backward pass of one unit (AttentionUnit) in blocks that stay in the caches.
 //
 // Online softmax after Milakov and Gimelshein 2018, in blocks of keys after Dao et al. 2022 (FlashAttention, algorithms 1 and 4).
-// Scores are computed in base 2: queries are multiplied by softmax_scale * log2(e) when they are read.
+// Scores are in base 2: multiplied by softmax_scale * log2(e).
 // Rows are queries of one head, columns are keys; "block" numbers are local to a block of keys.
 
 #pragma once
 
-#include "gemm.h"
 #include "kernels.h"
-#include "rows.h"
+#include "operands.h"
 
 extern "C" float logf(float);
 
@@ -61,13 +60,13 @@ struct RowState {
     Vec sums;        // of exponentials, lane by lane
 };
 
-// Scores [columns] of one row become exponentials relative to the running maximum.
+// Products q k [columns] of one row become exponentials of the scores, relative to their running maximum.
 template <bool masked>
-MEDITRON_INLINE void softmax_row(float* scores, int64_t columns, int64_t begin, int64_t end, RowState& row) {
+MEDITRON_INLINE void softmax_row(float* scores, int64_t columns, int64_t begin, int64_t end, float scale, RowState& row) {
     Vec largest = broadcast(minus_infinity);
     for (int64_t c = 0; c < columns; c += VL) {
-        const Vec score = visible<masked>(load(scores + c), c, begin, end);
-        if constexpr (masked) store(scores + c, score);
+        const Vec score = visible<masked>(load(scores + c) * scale, c, begin, end);
+        store(scores + c, score);
         largest = larger(score, largest);
     }
     const float before = row.max, block_max = largest_lane(largest);
@@ -88,14 +87,17 @@ MEDITRON_INLINE void scale_row(float* row, int64_t size, float factor) {
     for (int64_t c = 0; c < size; c += VL) store(row + c, load(row + c) * factor);
 }
 
-template <class Type>
+template <class Math, class Type>
 struct Forward {
+    using Operand = Operands<Math, Type>;
+
     const AttentionForward& f;
     const AttentionProblem& p;
     const AttentionUnit& unit;
     const Document document;
-    const int64_t D, keys_begin, keys_end;     // keys_begin is a multiple of key_block
-    float *values, *keys_T, *q, *o, *scores;   // scratch
+    const int64_t D, width, keys_begin, keys_end;    // width: elements of a row; keys_begin is a multiple of key_block
+    const float scale;
+    float *values, *keys_T, *rows, *q, *o, *scores;  // scratch
 
     Forward(const AttentionForward& forward, const AttentionUnit& u, float* scratch)
         : f(forward),
@@ -103,29 +105,36 @@ struct Forward {
           unit(u),
           document(p, u.document),
           D(p.head_dim),
+          width(D / Math::per_element),
           keys_begin(document.keys_begin(u.begin) / key_block * key_block),
-          keys_end(document.keys_end(u.end - 1)) {
-        const int64_t size = round_up(keys_end - keys_begin, key_block) * D;
+          keys_end(document.keys_end(u.end - 1)),
+          scale(p.softmax_scale * log2e) {
+        const int64_t size = round_up(keys_end - keys_begin, key_block) * width;
         values = scratch;
         keys_T = values + size;
-        q = keys_T + size;
+        rows = keys_T + size;
+        q = rows + key_block * D;
         o = q + query_block * D;
         scores = o + query_block * D;
     }
 
     static int64_t scratch_size(const AttentionProblem& p, int64_t max_keys) {
-        return 2 * round_up(max_keys + key_block, key_block) * p.head_dim + 2 * query_block * p.head_dim + MR * key_block;
+        return 2 * round_up(max_keys + key_block, key_block) * (p.head_dim / Math::per_element) +
+               (key_block + 2 * query_block) * p.head_dim + MR * key_block;
     }
 
-    // Block b of the unit's keys as [D, key_block] in keys_T, its values as [key_block, D]; D * key_block floats each.
+    // Each block of the unit's keys: [width, key_block] in keys_T, its values as paired rows; width * key_block elements.
     void read_keys() {
         const HeadRows k(p, f.k, unit.kv_head, document.first_key, p.k_positions, true);
         const HeadRows v(p, f.v, unit.kv_head, document.first_key, nullptr, false);
         for (int64_t block = keys_begin; block < keys_end; block += key_block) {
-            const int64_t count = lesser(key_block, keys_end - block), at = (block - keys_begin) * D;
-            read_rows<Type>(k, block, count, D, 1.0f, values + at);
-            transpose_rows(values + at, count, D, keys_T + at, key_block);
-            read_rows<Type>(v, block, count, D, 1.0f, values + at);
+            const int64_t count = lesser(key_block, keys_end - block), at = (block - keys_begin) * width;
+            Operand::read(k, block, count, D, rows);
+            transpose_rows(rows, count, width, keys_T + at, key_block);
+            // fp32: paired rows are the rows themselves, so they are read into place.
+            float* const value_rows = Math::per_element == 1 ? values + at : rows;
+            Operand::read(v, block, count, D, value_rows);
+            Operand::pair_rows(value_rows, count, D, values + at);
         }
     }
 
@@ -138,8 +147,7 @@ struct Forward {
     }
 
     void queries(int64_t head, int64_t begin, int64_t count) {
-        const HeadRows rows(p, f.q, head, document.first_query, p.q_positions, true);
-        read_rows<Type>(rows, begin, count, D, p.softmax_scale * log2e, q);
+        Operand::read(HeadRows(p, f.q, head, document.first_query, p.q_positions, true), begin, count, D, q);
         RowState state[query_block];
         for (int64_t r = 0; r < count; ++r) state[r] = {minus_infinity, 0.0f, Vec{}};
         const int64_t first = document.keys_begin(begin) / key_block * key_block;
@@ -153,28 +161,30 @@ struct Forward {
 
     // Rows begin + row .. + size against one block of keys.
     void attend(int64_t begin, int64_t row, int size, int64_t block, bool first, RowState* state) {
-        const int64_t at = (block - keys_begin) * D;
+        const int64_t at = (block - keys_begin) * width;
         const int64_t end = lesser(key_block, document.keys_end(begin + row + size - 1) - block);
         if (end <= 0) return;
         const int64_t columns = round_up(end, VL);
         const bool whole = columns <= document.keys_end(begin + row) - block &&
                            document.keys_begin(begin + row + size - 1) <= block;
-        multiply_rows<false>(size, columns, D, {q + row * D, D, 1}, keys_T + at, key_block, scores, key_block);
+        multiply_rows<Math, false>(size, columns, width, {q + row * width, width, 1}, keys_T + at, key_block, scores, key_block);
         for (int r = 0; r < size; ++r) {
             RowState& s = state[row + r];
             const int64_t query = begin + row + r;
             float* x = scores + r * key_block;
             if (whole)
-                softmax_row<false>(x, columns, 0, 0, s);
+                softmax_row<false>(x, columns, 0, 0, scale, s);
             else
-                softmax_row<true>(x, columns, document.keys_begin(query) - block, document.keys_end(query) - block, s);
+                softmax_row<true>(x, columns, document.keys_begin(query) - block, document.keys_end(query) - block, scale, s);
+            Operand::pack(x, columns);
             if (!first && s.rescale != 1.0f) scale_row(o + (row + r) * D, D, s.rescale);
         }
         const Left weights{scores, key_block, 1};
+        const int64_t elements = (end + Math::per_element - 1) / Math::per_element;
         if (first)
-            multiply_rows<false>(size, D, end, weights, values + at, D, o + row * D, D);
+            multiply_rows<Math, false>(size, D, elements, weights, values + at, D, o + row * D, D);
         else
-            multiply_rows<true>(size, D, end, weights, values + at, D, o + row * D, D);
+            multiply_rows<Math, true>(size, D, elements, weights, values + at, D, o + row * D, D);
     }
 
     void write(int64_t head, int64_t begin, int64_t count, const RowState* state) {
@@ -190,27 +200,30 @@ struct Forward {
 
 // --------------------------------------------------------------------------------------------------- backward
 
-// Scores of one row become weights P and, in grad_weights, dS = P * (dP - delta).
+// Products q k of one row become weights P and, in grad_weights, dS = P * (dP - delta).
 template <bool masked>
 MEDITRON_INLINE void softmax_row_backward(float* scores, float* grad_weights, int64_t columns, int64_t begin,
-                                          int64_t end, float lse2, float delta) {
+                                          int64_t end, float scale, float lse2, float delta) {
     for (int64_t c = 0; c < columns; c += VL) {
-        const Vec weight = exp2_of(visible<masked>(load(scores + c), c, begin, end) - lse2);
+        const Vec weight = exp2_of(visible<masked>(load(scores + c) * scale, c, begin, end) - lse2);
         store(scores + c, weight);
         store(grad_weights + c, weight * (load(grad_weights + c) - delta));
     }
 }
 
-template <class Type>
+template <class Math, class Type>
 struct Backward {
+    using Operand = Operands<Math, Type>;
+
     const AttentionBackward& f;
     const AttentionProblem& p;
     const AttentionUnit& unit;
     const Document document;
-    const int64_t D, group;
-    float *keys, *keys_T, *values_T, *dk, *dv;           // one block of keys
-    float *q, *grad_out, *weights, *grad_weights;        // one block of queries
-    float *delta, *dq;                                   // all queries of all heads of the group
+    const int64_t D, width, group;  // width: elements of a row
+    const float scale;
+    float *keys, *keys_T, *values_T, *dk, *dv;                                // one block of keys
+    float *q, *q_pairs, *grad_out, *grad_pairs, *weights, *grad_weights;      // one block of queries
+    float *tile, *delta, *dq;                                                 // a tile; all queries of the group's heads
 
     Backward(const AttentionBackward& backward, const AttentionUnit& u, float* scratch)
         : f(backward),
@@ -218,20 +231,23 @@ struct Backward {
           unit(u),
           document(p, u.document),
           D(p.head_dim),
-          group(p.num_heads / p.num_kv_heads) {
+          width(D / Math::per_element),
+          group(p.num_heads / p.num_kv_heads),
+          scale(p.softmax_scale * log2e) {
         float** const per_key_block[] = {&keys, &keys_T, &values_T, &dk, &dv};
         for (float** buffer : per_key_block) *buffer = scratch, scratch += key_block * D;
-        q = scratch;
-        grad_out = q + query_block * D;
-        weights = grad_out + query_block * D;
+        float** const per_query_block[] = {&q, &q_pairs, &grad_out, &grad_pairs};
+        for (float** buffer : per_query_block) *buffer = scratch, scratch += query_block * D;
+        weights = scratch;
         grad_weights = weights + query_block * key_block;
-        delta = grad_weights + query_block * key_block;
+        tile = grad_weights + query_block * key_block;
+        delta = tile + MR * key_block;
         dq = delta + round_up(group * document.num_queries, VL);
     }
 
     static int64_t scratch_size(const AttentionProblem& p, int64_t max_queries) {
         const int64_t group = p.num_heads / p.num_kv_heads;
-        return 5 * key_block * p.head_dim + 2 * query_block * (p.head_dim + key_block) +
+        return (5 * key_block + 4 * query_block) * p.head_dim + (2 * query_block + MR) * key_block +
                round_up(group * max_queries, VL) + group * max_queries * p.head_dim;
     }
 
@@ -271,10 +287,12 @@ struct Backward {
     void key_gradients(int64_t block, int64_t count) {
         const HeadRows k(p, f.k, unit.kv_head, document.first_key, p.k_positions, true);
         const HeadRows v(p, f.v, unit.kv_head, document.first_key, nullptr, false);
-        read_rows<Type>(v, block, count, D, 1.0f, keys);
-        transpose_rows(keys, count, D, values_T, key_block);
-        read_rows<Type>(k, block, count, D, 1.0f, keys);
-        transpose_rows(keys, count, D, keys_T, key_block);
+        float* const rows = Math::per_element == 1 ? keys : dk;  // pairs: dk is not in use yet
+        Operand::read(v, block, count, D, rows);
+        transpose_rows(rows, count, width, values_T, key_block);
+        Operand::read(k, block, count, D, rows);
+        transpose_rows(rows, count, width, keys_T, key_block);
+        Operand::pair_rows(rows, count, D, keys);
         for (int64_t i = 0; i < count * D; i += VL) store(dk + i, Vec{}), store(dv + i, Vec{});
         const int64_t begin = document.queries_begin(block), end = document.queries_end(block + count - 1);
         for (int64_t g = 0; g < group; ++g)
@@ -282,7 +300,7 @@ struct Backward {
                 accumulate(g, query, lesser(query_block, end - query), block, count);
         const HeadRows dk_rows(p, f.dk, unit.kv_head, document.first_key, p.k_positions, true);
         const HeadRows dv_rows(p, f.dv, unit.kv_head, document.first_key, nullptr, false);
-        write_rows<Type>(dk_rows, block, count, D, ln2, dk);  // q carries scale * log2(e); the scale belongs here
+        write_rows<Type>(dk_rows, block, count, D, p.softmax_scale, dk);
         write_rows<Type>(dv_rows, block, count, D, 1.0f, dv);
     }
 
@@ -290,21 +308,29 @@ struct Backward {
     void accumulate(int64_t g, int64_t begin, int64_t count, int64_t block, int64_t num_keys) {
         const HeadRows q_rows(p, f.q, head(g), document.first_query, p.q_positions, true);
         const HeadRows grad_rows(p, f.grad_out, head(g), document.first_query, nullptr, false);
-        read_rows<Type>(q_rows, begin, count, D, p.softmax_scale * log2e, q);
-        read_rows<Type>(grad_rows, begin, count, D, 1.0f, grad_out);
+        Operand::read(q_rows, begin, count, D, q);
+        Operand::read(grad_rows, begin, count, D, grad_out);
         const RowTiles tiles(count);
-        for (int64_t tile = 0; tile < tiles.num_tiles; ++tile)
-            query_tile(g, begin, tiles.begin(tile), tiles.size(tile), block, num_keys);
+        for (int64_t t = 0; t < tiles.num_tiles; ++t)
+            query_tile(g, begin, tiles.begin(t), tiles.size(t), block, num_keys);
+        const float* const q_right = Operand::pair_rows(q, count, D, q_pairs);
+        const float* const grad_right = Operand::pair_rows(grad_out, count, D, grad_pairs);
+        Operand::pair(weights, count, round_up(num_keys, VL), key_block);
+        Operand::pair(grad_weights, count, round_up(num_keys, VL), key_block);
         const RowTiles key_tiles(num_keys);
-        for (int64_t tile = 0; tile < key_tiles.num_tiles; ++tile) {
-            const int64_t key = key_tiles.begin(tile);
-            const int size = key_tiles.size(tile);
-            const int64_t first = greater(0, document.queries_begin(block + key) - begin);
-            const int64_t last = lesser(count, document.queries_end(block + key + size - 1) - begin);
+        for (int64_t t = 0; t < key_tiles.num_tiles; ++t) {
+            const int64_t key = key_tiles.begin(t);
+            const int size = key_tiles.size(t);
+            // Queries before the first that sees one of these keys have weight 0: a pair may begin with one.
+            constexpr int64_t step = Math::per_element;
+            const int64_t first = greater(0, document.queries_begin(block + key) - begin) / step;
+            const int64_t last = (lesser(count, document.queries_end(block + key + size - 1) - begin) + step - 1) / step;
             if (first >= last) continue;
             const int64_t at = first * key_block + key;
-            multiply_rows<true>(size, D, last - first, {weights + at, 1, key_block}, grad_out + first * D, D, dv + key * D, D);
-            multiply_rows<true>(size, D, last - first, {grad_weights + at, 1, key_block}, q + first * D, D, dk + key * D, D);
+            multiply_rows<Math, true>(size, D, last - first, {weights + at, 1, key_block}, grad_right + first * D, D,
+                                      dv + key * D, D);
+            multiply_rows<Math, true>(size, D, last - first, {grad_weights + at, 1, key_block}, q_right + first * D, D,
+                                      dk + key * D, D);
         }
     }
 
@@ -314,41 +340,52 @@ struct Backward {
         const bool whole = columns <= document.keys_end(begin + row) - block &&
                            document.keys_begin(begin + row + size - 1) <= block;
         float *s = weights + row * key_block, *ds = grad_weights + row * key_block;
-        multiply_rows<false>(size, columns, D, {q + row * D, D, 1}, keys_T, key_block, s, key_block);
-        multiply_rows<false>(size, columns, D, {grad_out + row * D, D, 1}, values_T, key_block, ds, key_block);
+        multiply_rows<Math, false>(size, columns, width, {q + row * width, width, 1}, keys_T, key_block, s, key_block);
+        multiply_rows<Math, false>(size, columns, width, {grad_out + row * width, width, 1}, values_T, key_block, ds, key_block);
+        const float* left = ds;  // dS as the left side of the product that gives dq
         for (int r = 0; r < size; ++r) {
             const int64_t query = begin + row + r;
             const float lse2 = f.lse[head(g) * p.num_queries + document.first_query + query] * log2e;
             const float row_delta = delta[g * document.num_queries + query];
             float *x = s + r * key_block, *dx = ds + r * key_block;
             if (whole)
-                softmax_row_backward<false>(x, dx, columns, 0, 0, lse2, row_delta);
+                softmax_row_backward<false>(x, dx, columns, 0, 0, scale, lse2, row_delta);
             else
                 softmax_row_backward<true>(x, dx, columns, document.keys_begin(query) - block,
-                                           document.keys_end(query) - block, lse2, row_delta);
+                                           document.keys_end(query) - block, scale, lse2, row_delta);
             // Tiles of keys do not end where tiles of queries do: what lies behind must count as 0.
             for (int64_t c = columns; c < all_columns; c += VL) store(x + c, Vec{}), store(dx + c, Vec{});
+            const float* packed = Operand::pack_to(dx, columns, tile + r * key_block);
+            if (r == 0) left = packed;
         }
-        multiply_rows<true>(size, D, end, {ds, key_block, 1}, keys, D, dq + (g * document.num_queries + begin + row) * D, D);
+        multiply_rows<Math, true>(size, D, (end + Math::per_element - 1) / Math::per_element, {left, key_block, 1}, keys, D,
+                                  dq + (g * document.num_queries + begin + row) * D, D);
     }
 };
 
 // ----------------------------------------------------------------------------------------- the table of kernels
 
-template <template <class> class Pass, class Arguments>
+#ifdef MEDITRON_BF16_PRODUCTS
+using MathOfBFloat16 = Bf16Math;
+#else
+using MathOfBFloat16 = Fp32Math;
+#endif
+
+template <template <class, class> class Pass, class Arguments>
 void run_unit(const Arguments& arguments, const AttentionUnit& unit, float* scratch) {
     switch (arguments.problem.dtype) {
-        case DType::float32: return Pass<Float32>(arguments, unit, scratch).run();
-        case DType::bfloat16: return Pass<BFloat16>(arguments, unit, scratch).run();
-        case DType::float16: return Pass<Float16>(arguments, unit, scratch).run();
+        case DType::float32: return Pass<Fp32Math, Float32>(arguments, unit, scratch).run();
+        case DType::bfloat16: return Pass<MathOfBFloat16, BFloat16>(arguments, unit, scratch).run();
+        case DType::float16: return Pass<Fp32Math, Float16>(arguments, unit, scratch).run();
     }
 }
 
 inline int64_t forward_scratch(const AttentionProblem& p, int64_t, int64_t max_keys) {
-    return Forward<Float32>::scratch_size(p, max_keys);
+    return p.dtype == DType::bfloat16 ? Forward<MathOfBFloat16, BFloat16>::scratch_size(p, max_keys)
+                                      : Forward<Fp32Math, Float32>::scratch_size(p, max_keys);
 }
 inline int64_t backward_scratch(const AttentionProblem& p, int64_t max_queries, int64_t) {
-    return Backward<Float32>::scratch_size(p, max_queries);
+    return Backward<Fp32Math, Float32>::scratch_size(p, max_queries);
 }
 
 constexpr CpuKernels make_kernels(const char* name) {

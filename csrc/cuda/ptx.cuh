@@ -47,6 +47,9 @@ __device__ inline uint32_t shared_address(const void* pointer) {
 // All threads of the block.
 __device__ inline void block_sync() { __syncthreads(); }
 
+// The lanes of a warp; what they wrote before is seen after.
+__device__ inline void warp_sync() { __syncwarp(); }
+
 // 16 bytes from global to shared memory; zeros where not valid (then nothing is read).
 __device__ inline void cp_async_16(void* shared, const void* global, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),

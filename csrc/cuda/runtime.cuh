@@ -15,6 +15,14 @@ namespace meditron {
 
 inline const char* message_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
+// The most shared memory that a block can have on the current device; 0 where there is none.
+inline int64_t max_shared_bytes() {
+    int device = 0, bytes = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
+    return bytes;
+}
+
 // Host memory may be reused as soon as this returns. The runtime takes up to 64 KiB of pageable memory without waiting
 // for the stream, so more goes in pieces.
 inline const char* copy_to_device(void* device, const void* host, size_t num_bytes, void* stream) {
@@ -42,6 +50,8 @@ const char* launch(void (*kernel)(Arguments), unsigned num_blocks, unsigned num_
 }
 
 #else
+
+inline int64_t max_shared_bytes() { return 163 << 10; }  // of an A100
 
 inline const char* copy_to_device(void* device, const void* host, size_t num_bytes, void*) {
     if (num_bytes > 0) memcpy(device, host, num_bytes);

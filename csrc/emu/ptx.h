@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -27,6 +28,11 @@ inline unsigned char* shared_memory() { return emu::block().shared; }
 
 inline void block_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     if (!emu::removed("block_sync", file, line)) emu::barrier_sync(0, emu::block().dimensions.x);
+}
+
+inline void warp_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    char nothing = 0;
+    if (!emu::removed("warp_sync", file, line)) emu::meet_warp("warp_sync", nothing, [](char**) {});
 }
 
 inline void cp_async(void* shared, const void* global, bool valid, size_t bytes) {

@@ -187,8 +187,9 @@ struct QueryGradShape {
     static constexpr int shared_bytes = Layout<D>::bytes(2 * tile_queries) + 2 * block_bytes;
 };
 
+// One block on a multiprocessor is all that is asked for: ptxas would spill to make room for a third one.
 template <class T, int D>
-__global__ void __launch_bounds__(QueryGradShape<D>::num_threads)
+__global__ void __launch_bounds__(QueryGradShape<D>::num_threads, 1)
     attention_query_grad_sm80(const __grid_constant__ BackwardArguments arguments) {
     using Shape = QueryGradShape<D>;
     constexpr int n = Shape::block_keys / 8, num_threads = Shape::num_threads;

@@ -20,8 +20,10 @@ struct Layout {
 
     __host__ __device__ static constexpr int bytes(int rows) { return rows * D * 2; }
 
+    // What is xor'ed to the chunks of a row.
+    __device__ static int permutation(int row) { return row % 8 / (8 / spread); }
     __device__ static unsigned char* address(unsigned char* tile, int row, int chunk) {
-        return tile + (row * chunks + (chunk ^ (row % 8 / (8 / spread)))) * 16;
+        return tile + (row * chunks + (chunk ^ permutation(row))) * 16;
     }
 };
 
@@ -39,10 +41,11 @@ __device__ inline Rows rows_of(const Heads& heads, int64_t head, int32_t token, 
 
 // Calls visit(row, chunk) for the calling thread's share of a tile's chunk pairs (chunk, chunk + D / 16). Copying and
 // rotating share the work in the same way, so that a thread rotates what it copied itself: no barrier between.
-template <int D, int rows, int num_threads, class Visit>
+// Unrolled further, these loops take the registers that the accumulators around them need.
+template <int D, int rows, int num_threads, int unroll, class Visit>
 __device__ __forceinline__ void for_my_chunk_pairs(Visit visit) {
     constexpr int half = Layout<D>::chunks / 2, num_pairs = rows * half;
-#pragma unroll
+#pragma unroll unroll
     for (int first = 0; first < num_pairs; first += num_threads) {
         const int pair = first + threadIdx.x;
         if (num_pairs % num_threads == 0 || pair < num_pairs) visit(pair / half, pair % half);
@@ -51,7 +54,7 @@ __device__ __forceinline__ void for_my_chunk_pairs(Visit visit) {
 
 template <int D, int rows, int num_threads>
 __device__ __forceinline__ void start_copy(unsigned char* tile, const Rows& from) {
-    for_my_chunk_pairs<D, rows, num_threads>([&](int row, int chunk) {
+    for_my_chunk_pairs<D, rows, num_threads, 1>([&](int row, int chunk) {
         const bool valid = row < from.num_valid;
         const unsigned char* source = from.first + (valid ? row : 0) * from.stride_bytes;
         cp_async_16(Layout<D>::address(tile, row, chunk), source + 16 * chunk, valid);
@@ -88,7 +91,7 @@ __device__ inline float as_float(uint32_t bits) {
 template <class T, int D, int rows, int num_threads>
 __device__ __forceinline__ void rotate(unsigned char* tile, const Rows& from, const Rotation& rotation) {
     if (rotation.cos == nullptr) return;
-    for_my_chunk_pairs<D, rows, num_threads>([&](int row, int chunk) {
+    for_my_chunk_pairs<D, rows, num_threads, 2>([&](int row, int chunk) {
         if (row >= from.num_valid) return;
         auto* low = reinterpret_cast<Vec16*>(Layout<D>::address(tile, row, chunk));
         auto* high = reinterpret_cast<Vec16*>(Layout<D>::address(tile, row, chunk + Layout<D>::chunks / 2));
@@ -112,19 +115,30 @@ __device__ __forceinline__ void rotate(unsigned char* tile, const Rows& from, co
     });
 }
 
+// Where the calling lane reads a fragment: row `row + lane_row`, chunk `chunk + lane_chunk`, for a multiple of 8 and an even
+// number that are the same for all lanes. The lane's own part is kept apart, so that the addresses of all fragments
+// of a tile are few registers and constants.
+template <int D>
+__device__ __forceinline__ const unsigned char* lane_address(unsigned char* tile, int row, int lane_row, int chunk,
+                                                             int lane_chunk) {
+    constexpr int chunks = Layout<D>::chunks;
+    const int swizzled = lane_chunk ^ Layout<D>::permutation(lane_row);
+    return tile + lane_row * chunks * 16 + (row * chunks + (chunk & ~7)) * 16 + ((chunk & 7) ^ swizzled) * 16;
+}
+
 // Operand fragments of a tile, 16 rows and 16 columns from (row, 8 * chunk) on.
 // As A; and as B of a product over the tile's rows (with ldmatrix_transposed): to[0], to[1] are the first 8 columns.
 template <int D>
 __device__ __forceinline__ const unsigned char* lane_row(unsigned char* tile, int row, int chunk) {
     const int lane = threadIdx.x % 32;
-    return Layout<D>::address(tile, row + lane % 16, chunk + lane / 16);
+    return lane_address<D>(tile, row, lane % 16, chunk, lane / 16);
 }
 
 // As B of a product over the tile's columns: to[0], to[1] are the first 8 rows.
 template <int D>
 __device__ __forceinline__ const unsigned char* lane_row_as_b(unsigned char* tile, int row, int chunk) {
     const int lane = threadIdx.x % 32;
-    return Layout<D>::address(tile, row + lane % 8 + lane / 16 * 8, chunk + lane / 8 % 2);
+    return lane_address<D>(tile, row, lane % 8 + lane / 16 * 8, chunk, lane / 8 % 2);
 }
 
 // c = A B^T over D columns, for 16 * m rows of A from `row` on and 8 * n rows of B.

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from tests.native.reference import Packing
+
 CSRC = Path(__file__).parents[2] / "csrc"
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -97,22 +99,6 @@ def _run(command: list[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Packing:
-    """Which queries and keys belong together, and what is done with them besides softmax attention."""
-
-    cu_queries: tuple[int, ...]
-    cu_keys: tuple[int, ...]
-    window: int = 0
-    softmax_scale: float | None = None
-    cos: torch.Tensor | None = None
-    """fp32 [P, D / 2], as sin."""
-    sin: torch.Tensor | None = None
-    q_positions: torch.Tensor | None = None
-    """int64 [T]."""
-    k_positions: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Site:
     """A barrier or a wait in the kernels."""
 
@@ -161,7 +147,10 @@ class Emulator:
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, packing: Packing
     ) -> torch.Tensor:
-        """Fills out [T, N, D]; returns lse fp32 [N, T]. Raises RuntimeError with what the launcher or the emulator says."""
+        """Fills out [T, N, D]; returns lse fp32 [N, T].
+
+        Raises RuntimeError with what the launcher or the emulator says.
+        """
         problem, _keep_alive = _problem(q, k, packing)
         lse = torch.full((q.shape[1], q.shape[0]), torch.nan)
         given = AttentionForward(problem, *map(_heads, (q, k, v, out)), lse.data_ptr())

@@ -1,0 +1,6 @@
+#include "sm80_backward.cuh"
+
+namespace meditron {
+template const char* launch_backward<BFloat16, 128>(const AttentionBackward&, void*, void*);
+template const char* launch_backward<Float16, 128>(const AttentionBackward&, void*, void*);
+}  // namespace meditron

@@ -5,6 +5,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.meditron-train-installed
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
 .PHONY: help install demo test test-gpu bench lint format docs docs-check clean
@@ -15,8 +16,8 @@ help:
 	@echo "make test        all tests (PYTEST_ARGS='-k layout' for some)"
 	@echo "make test-gpu    the tests that need a GPU"
 	@echo "make bench       the measurements of docs/benchmarks.md"
-	@echo "make lint        ruff and mypy"
-	@echo "make format      let ruff write the layout of the code"
+	@echo "make lint        ruff, mypy and clang-format"
+	@echo "make format      let ruff and clang-format write the layout of the code"
 	@echo "make docs        check every command and file the documents name"
 	@echo "make install     only make $(VENV)"
 	@echo "make clean       remove what was built"
@@ -28,6 +29,7 @@ $(INSTALLED): $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "$(PYTHON) is too old: Python 3.10 or newer is needed; write: make PYTHON=python3.11 ..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch  # csrc/ is built against it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -42,16 +44,20 @@ test-gpu: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
 
 bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.data_loading
 	$(BIN)/python -m benchmarks.train_step
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 docs: docs-check
 

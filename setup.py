@@ -28,16 +28,9 @@ ROOT = Path(__file__).parent
 WARNINGS = ["-Wall", "-Wextra"] + (["-Werror"] if os.environ.get("MEDITRON_WERROR") == "1" else [])
 TORCH_TARGET = "0x020a000000000000"  # 2.10: the oldest torch whose stable ABI has all that ops.cpp uses
 
-# No -march=native: the wheel must run on every processor of its architecture. Each of these files is compiled for one
-# instruction set, and cpu.cpp looks which of them the processor has.
-KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi"]
-AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512".split()
-INSTRUCTION_SETS = {
-    "avx512.cpp": AVX512,
-    "avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
-    "avx2.cpp": ["-mavx2", "-mfma"],
-    "portable.cpp": [],
-}
+# No -march=native: the wheel must run on every processor of its architecture. Files that are compiled for one instruction
+# set, among which cpu.cpp looks for those the processor has, say so in a line of their own.
+COMPILE_WITH = re.compile(r"^// compile with: (.*)$", re.MULTILINE)
 
 
 def sources(folder: str, pattern: str = "*.cpp") -> list[str]:
@@ -102,12 +95,11 @@ class BuildCore(build_ext):
         compile_one = self.compiler._compile
 
         def compile_file(obj, source, extension, cc_args, extra_postargs, pp_opts):  # type: ignore[no-untyped-def]
-            name = os.path.basename(source)
             if source.endswith(".cu"):
                 self.spawn(["nvcc", *nvcc_flags(), *pp_opts, "-c", source, "-o", obj])
                 return
-            if name in INSTRUCTION_SETS:
-                extra_postargs = [*extra_postargs, *KERNEL_FLAGS, *INSTRUCTION_SETS[name]]
+            if own_flags := COMPILE_WITH.search(Path(source).read_text()):
+                extra_postargs = [*extra_postargs, *own_flags[1].split()]
             compile_one(obj, source, extension, cc_args, extra_postargs, pp_opts)
 
         self.compiler.src_extensions.append(".cu")

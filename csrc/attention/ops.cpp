@@ -10,6 +10,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -22,6 +23,7 @@
 #include "cpu/cpu.h"
 #ifdef MEDITRON_WITH_CUDA
 #include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 
 #include "../cuda/launch.h"
 #endif
@@ -157,7 +159,7 @@ private:
             refuse(name, " must be int64 [", tokens, "], not of shape ", shape(*positions));
         if (!(positions->device() == q.device())) refuse(name, " must be on the device of q");
         Tensor dense = torch::stable::contiguous(*positions);
-        if (dense.is_cpu()) {  // on a GPU the kernels clamp: looking at the values here would wait for it
+        if (dense.is_cpu()) {  // to look at the values on a GPU would be to wait for it: there the caller must know
             const auto* values = static_cast<const int64_t*>(dense.const_data_ptr());
             for (int64_t i = 0; i < tokens; ++i)
                 if (values[i] < 0 || values[i] >= rows)
@@ -251,6 +253,73 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(Tensor grad_out, Tensor out, Ten
     return {in.dq, in.dk, in.dv};
 }
 
+// -------------------------------------------------------------------------------------------------------- CUDA
+
+#ifdef MEDITRON_WITH_CUDA
+
+// The kernels load 16 bytes at a time; views that begin elsewhere are copied.
+Tensor aligned(const Tensor& x) {
+    const auto item = static_cast<int64_t>(x.element_size());
+    const auto misfit = reinterpret_cast<int64_t>(x.data_ptr()) | (x.stride(0) * item) | (x.stride(1) * item);
+    if (misfit % 16 == 0) return x;
+    return torch::stable::contiguous(torch::stable::clone(x));
+}
+
+// torch's CUDA library is not linked, as it is not everywhere: it is loaded already wherever there is a CUDA tensor.
+void* current_stream(const Tensor& x) {
+    using Function = AOTITorchError (*)(int32_t, void**);
+    static const auto function = [] {
+        void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+        return reinterpret_cast<Function>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+    }();
+    void* stream = nullptr;
+    if (!function || function(x.get_device_index(), &stream) != 0)
+        refuse("this torch does not tell its current CUDA stream: packed attention by our kernels is not possible with it");
+    return stream;
+}
+
+template <class Arguments>
+void run_cuda(const Tensor& q, const Arguments& arguments, int64_t (*workspace_bytes)(const Arguments*),
+              const char* (*launch)(const Arguments*, void*, void*)) {
+    if (const char* reason = meditron_cuda_attention_unsupported(&arguments.problem))
+        refuse("packed attention on CUDA: ", reason);
+    const Tensor workspace =
+        torch::stable::new_empty(q, {std::max<int64_t>(workspace_bytes(&arguments), 16)}, ScalarType::Byte);
+    if (const char* reason = launch(&arguments, workspace.data_ptr(), current_stream(q)))
+        refuse("packed attention on CUDA: ", reason);
+}
+
+std::tuple<Tensor, Tensor> forward_cuda(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_kv,
+                                        OptionalTensor cos, OptionalTensor sin, OptionalTensor q_positions,
+                                        OptionalTensor k_positions, double softmax_scale, int64_t window, bool,
+                                        std::optional<std::string>) {
+    const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    Inputs in(q, k, v, cu_seqlens, cu_seqlens_kv, cos, sin, q_positions, k_positions, softmax_scale, window);
+    in.q = aligned(in.q), in.k = aligned(in.k), in.v = aligned(in.v);
+    Tensor out = empty_like_heads(q), lse = empty_lse(q);
+    run_cuda<meditron::AttentionForward>(q,
+                                         {in.problem, heads(in.q), heads(in.k), heads(in.v), heads(out),
+                                          static_cast<float*>(lse.data_ptr())},
+                                         meditron_cuda_attention_forward_workspace, meditron_cuda_attention_forward);
+    return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_cuda(Tensor grad_out, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
+                                                 Tensor cu_seqlens, Tensor cu_seqlens_kv, OptionalTensor cos,
+                                                 OptionalTensor sin, OptionalTensor q_positions,
+                                                 OptionalTensor k_positions, double softmax_scale, int64_t window,
+                                                 bool deterministic, std::optional<std::string>) {
+    const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    BackwardInputs in(grad_out, out, lse, q, k, v, cu_seqlens, cu_seqlens_kv, cos, sin, q_positions, k_positions,
+                      softmax_scale, window);
+    for (Tensor* x : {&in.q, &in.k, &in.v, &in.out, &in.grad_out}) *x = aligned(*x);
+    run_cuda<meditron::AttentionBackward>(q, in.arguments(deterministic), meditron_cuda_attention_backward_workspace,
+                                          meditron_cuda_attention_backward);
+    return {in.dq, in.dk, in.dv};
+}
+
+#endif
+
 std::string cpu_instruction_sets() { return meditron::cpu_instruction_sets(); }
 
 bool built_with_cuda() {
@@ -280,6 +349,13 @@ STABLE_TORCH_LIBRARY_IMPL(meditron, CPU, library) {
     library.impl("packed_attention", TORCH_BOX(&forward_cpu));
     library.impl("packed_attention_backward", TORCH_BOX(&backward_cpu));
 }
+
+#ifdef MEDITRON_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(meditron, CUDA, library) {
+    library.impl("packed_attention", TORCH_BOX(&forward_cuda));
+    library.impl("packed_attention_backward", TORCH_BOX(&backward_cuda));
+}
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(meditron, CompositeExplicitAutograd, library) {
     library.impl("cpu_instruction_sets", TORCH_BOX(&cpu_instruction_sets));

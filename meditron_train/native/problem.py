@@ -18,6 +18,7 @@ class Rotation:
     Attributes:
         cos_PC, sin_PC: fp32 [P, D/2] on the device of q. Channel pairs (i, i + D/2) turn by the angle of a row.
         q_positions_T, k_positions_S: int64 rows of the tables for each query and key; None: row t for token t.
+            On a GPU they are not checked against the tables' length, as looking at them would wait for the GPU.
     """
 
     cos_PC: torch.Tensor

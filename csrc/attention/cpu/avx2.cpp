@@ -1,4 +1,5 @@
-// See simd.h. setup.py compiles this file for its instruction set.
+// compile with: -O3 -fno-math-errno -ffp-contract=fast -Wno-psabi -mavx2 -mfma
+// (setup.py reads the line above.) The code is in tiles.h.
 
 #define MEDITRON_ISA avx2
 #define MEDITRON_VECTOR_BYTES 32

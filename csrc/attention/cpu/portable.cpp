@@ -1,4 +1,5 @@
-// See simd.h. setup.py compiles this file for its instruction set.
+// compile with: -O3 -fno-math-errno -ffp-contract=fast -Wno-psabi
+// (setup.py reads the line above.) The code is in tiles.h.
 
 #define MEDITRON_ISA portable
 #define MEDITRON_VECTOR_BYTES 16

@@ -57,6 +57,19 @@ class TensorSpec:
         return (padded_vocab_size, *self.shape[1:]) if self.kind == "vocab" else self.shape
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Rows [start, start + num_rows) of the tensor `source`; of None, zero rows.
+
+    hf_name: the Hugging Face tensor that the rows belong to, None for padding.
+    """
+
+    source: str | None
+    start: int
+    num_rows: int
+    hf_name: str | None
+
+
 class TensorSource(Protocol):
     """What `rank_slice` reads from: `HFSource`, or anything with Hugging Face names."""
 
@@ -171,6 +184,28 @@ def to_hf(spec: TensorSpec, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         name: part.reshape(shape)
         for name, shape, part in zip(spec.hf_names, spec.hf_shapes, parts, strict=True)
     }
+
+
+def megatron_pieces(spec: TensorSpec, padded_vocab_size: int) -> list[Piece]:
+    """The rows of Hugging Face tensors that make up the whole sharded tensor, in order."""
+    heights = [shape[0] // spec.num_groups for shape in spec.hf_shapes]
+    pieces = [
+        Piece(name, group * height, height, name)
+        for group in range(spec.num_groups)
+        for name, height in zip(spec.hf_names, heights, strict=True)
+    ]
+    num_padding_rows = spec.padded_shape(padded_vocab_size)[0] - spec.shape[0]
+    return [*pieces, Piece(None, 0, num_padding_rows, None)] if num_padding_rows else pieces
+
+
+def hf_pieces(spec: TensorSpec, hf_name: str) -> list[Piece]:
+    """The rows of the sharded tensor that make up one of its Hugging Face tensors, in order."""
+    heights = [shape[0] // spec.num_groups for shape in spec.hf_shapes]
+    part = spec.hf_names.index(hf_name)
+    first, step = sum(heights[:part]), sum(heights)
+    return [
+        Piece(spec.name, group * step + first, heights[part], hf_name) for group in range(spec.num_groups)
+    ]
 
 
 def check_source(source: TensorSource, model: ModelConfig, where: str) -> None:

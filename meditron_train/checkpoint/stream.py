@@ -1,0 +1,258 @@
+"""The conversion engine: files made of pieces of other tensors, written front to back in blocks of a few MiB.
+
+What a file will hold is planned from names, shapes and dtypes alone. Writing one then reads rows of the source, casts
+and hashes them and appends them, so that memory depends on the size of a block and never on a tensor or the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import queue
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from meditron_train.checkpoint.hf_map import Piece
+from meditron_train.checkpoint.stored import Range, Shape
+from meditron_train.errors import UserError
+
+_QUEUED_BLOCKS = 2  # read ahead of the writer
+BLOCKS_IN_FLIGHT = _QUEUED_BLOCKS + 3  # and one each at the reader, in its cast, and at the writer
+
+Progress = Callable[[str, int], None]
+_T = TypeVar("_T")
+
+
+class RowSource(Protocol):
+    """What is converted: tensors by name, read by rows, from several threads."""
+
+    def shape(self, name: str) -> Shape: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, rows: Range | None = None) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output.
+
+    pieces: rows of the source that it is made of, in order, cast to `dtype`. before: bytes that precede its data in
+    the file; after: bytes that follow, given the CRC-32 of the data.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: Shape
+    pieces: tuple[Piece, ...]
+    before: bytes = b""
+    after: Callable[[int], bytes] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the data alone."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One file of the output: its tensors in the order of their bytes. num_bytes: of the whole file."""
+
+    name: str
+    tensors: tuple[PlannedTensor, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """What is known of a file once it is written.
+
+    tensors: Hugging Face name -> SHA-256 of the tensor's bytes in C order. nonfinite: Hugging Face name -> where the
+    first NaN or infinity is, of the tensors that have one.
+    """
+
+    num_bytes: int
+    sha256: str
+    tensors: Mapping[str, str]
+    nonfinite: Mapping[str, str] = field(default_factory=dict)
+
+
+class Cancelled(Exception):
+    """Another thread or rank has failed; what this one does has become pointless."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive rows of one tensor. row: the first one's number within its Hugging Face tensor."""
+
+    tensor: PlannedTensor
+    data: torch.Tensor
+    hf_name: str | None
+    row: int
+    is_last: bool
+
+
+def blocks_of(tensor: PlannedTensor, source: RowSource, block_num_bytes: int) -> Iterator[Block]:
+    """The tensor in blocks of at most `block_num_bytes` (or one row), cast to its dtype."""
+    row_shape = tensor.shape[1:]
+    row_elements = math.prod(row_shape)
+    done: dict[str | None, int] = {}
+    num_pieces = len(tensor.pieces)
+    for number, piece in enumerate(tensor.pieces):
+        source_size = source.dtype(piece.source).itemsize if piece.source else 0
+        row_bytes = max(1, row_elements * max(source_size, tensor.dtype.itemsize))
+        height = max(1, block_num_bytes // row_bytes)
+        for start in range(0, max(1, piece.num_rows), height):
+            num_rows = min(height, piece.num_rows - start)
+            if piece.source is None:
+                data = torch.zeros(num_rows, *row_shape, dtype=tensor.dtype)
+            else:
+                first = piece.start + start
+                data = source.read(piece.source, rows=(first, first + num_rows)).to(tensor.dtype)
+            row = done.get(piece.hf_name, 0)
+            done[piece.hf_name] = row + num_rows
+            is_last = number == num_pieces - 1 and start + height >= piece.num_rows
+            yield Block(tensor, data, piece.hf_name, row, is_last)
+
+
+def write_file(
+    path: Path,
+    plan: PlannedFile,
+    source: RowSource,
+    *,
+    block_num_bytes: int,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
+    cancelled: threading.Event | None = None,
+) -> WrittenFile:
+    """Write and sync one planned file. A helper thread reads and hashes tensors ahead of the writer.
+
+    Raises UserError when a value is NaN or infinite (unless allowed) or the source is damaged, OSError when the disk
+    is full, Cancelled soon after the event is set.
+    """
+    digests: dict[str, Any] = {}
+    nonfinite: dict[str, str] = {}
+    whole, num_written = hashlib.sha256(), 0
+
+    def read() -> Iterator[Block]:
+        for tensor in plan.tensors:
+            for block in blocks_of(tensor, source, block_num_bytes):
+                if block.hf_name is not None:
+                    digests.setdefault(block.hf_name, hashlib.sha256()).update(byte_view(block.data))
+                    if block.hf_name not in nonfinite and (index := first_nonfinite(block.data)) is not None:
+                        where = index_text(block, index)
+                        if not allow_nonfinite:
+                            raise nonfinite_error({block.hf_name: where})
+                        nonfinite[block.hf_name] = where
+                yield block
+
+    with path.open("wb", buffering=0) as file:
+
+        def append(data: Any) -> None:
+            nonlocal num_written
+            view = memoryview(data).cast("B")
+            whole.update(view)
+            num_written += len(view)
+            while view:
+                view = view[file.write(view) :]
+
+        crc = 0
+        starts = True
+        for block in _ahead(read()):
+            if cancelled is not None and cancelled.is_set():
+                raise Cancelled
+            if starts:
+                append(block.tensor.before)
+                crc = 0
+            view = byte_view(block.data)
+            append(view)
+            if block.tensor.after is not None:
+                crc = zlib.crc32(view, crc)
+            if progress is not None:
+                progress(block.tensor.name, len(view))
+            starts = block.is_last
+            if block.is_last and block.tensor.after is not None:
+                append(block.tensor.after(crc))
+        if num_written != plan.num_bytes:
+            raise AssertionError(f"{path} has {num_written} bytes, planned were {plan.num_bytes}")
+        os.fsync(file.fileno())
+    return WrittenFile(
+        num_written, whole.hexdigest(), {name: d.hexdigest() for name, d in digests.items()}, nonfinite
+    )
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def first_nonfinite(tensor: torch.Tensor) -> int | None:
+    """Flat index of the first NaN or infinity, None when all values are finite (or integers)."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return None
+    low, high = torch.aminmax(tensor)  # both are NaN where any value is; many times faster than isfinite
+    if math.isfinite(low) and math.isfinite(high):
+        return None
+    return int(torch.isfinite(tensor.reshape(-1)).logical_not().to(torch.uint8).argmax())
+
+
+def index_text(block: Block, index: int) -> str:
+    """ "nan at [3, 7]" for a flat index into a block."""
+    width = max(1, math.prod(block.data.shape[1:]))
+    rest = torch.unravel_index(torch.tensor(index % width), block.data.shape[1:]) if block.data.dim() > 1 else ()
+    return f"{block.data.reshape(-1)[index].item()} at {[block.row + index // width, *(int(i) for i in rest)]}"
+
+
+def nonfinite_error(places: Mapping[str, str]) -> UserError:
+    """The error for weights that hold NaN or infinity: tensor -> first place."""
+    found = ", ".join(f"{name} ({where})" for name, where in places.items())
+    return UserError(
+        f"the weights are not finite: {found}. A model with such weights computes nothing sensible, and a cast to a "
+        "smaller dtype can make them. Find out where they come from, or convert all the same with --allow-nonfinite."
+    )
+
+
+def _ahead(items: Iterator[_T]) -> Iterator[_T]:
+    """The items, produced by another thread a few ahead of the consumer; its exception is raised here."""
+    waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(_QUEUED_BLOCKS)
+    stopped = threading.Event()
+
+    def put(entry: tuple[bool, Any]) -> bool:
+        while not stopped.is_set():
+            try:
+                waiting.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not put((True, item)):
+                    return
+            put((False, None))
+        except BaseException as error:
+            put((False, error))
+
+    thread = threading.Thread(target=produce, name="reader", daemon=True)
+    thread.start()
+    try:
+        while True:
+            is_item, value = waiting.get()
+            if is_item:
+                yield value
+            elif value is None:
+                return
+            else:
+                raise value
+    finally:
+        stopped.set()
+        thread.join()

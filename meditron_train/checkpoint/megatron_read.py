@@ -6,10 +6,9 @@ Whatever tensor and pipeline layout wrote it, each chunk of a tensor is one `tor
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import pickle
+import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from meditron_train.checkpoint.hf_map import tensor_specs
 from meditron_train.checkpoint.manifest import not_intact
+from meditron_train.checkpoint.stored import Range, Shape, StoredTensor, read_stored
+from meditron_train.checkpoint.torch_file import find_tensors
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import UserError
-
-Shape = tuple[int, ...]
 
 
 class MegatronSource:
@@ -46,6 +45,7 @@ class MegatronSource:
             raise UserError(f"{self.directory / 'meta.json'} does not describe a model: {error}") from None
         self._metadata = _read_metadata(self.directory)
         self._chunks = _find_chunks(self._metadata)
+        self._found: dict[_Chunk, StoredTensor] = {}
         if check and (problems := self.problems()):
             raise not_intact(self.directory, problems)
 
@@ -70,19 +70,24 @@ class MegatronSource:
     def dtype(self, name: str) -> torch.dtype:
         return self._entry(name).properties.dtype
 
-    def read(self, name: str) -> torch.Tensor:
-        """The whole tensor (CPU, as stored: vocabulary padded). Raises UserError when a record is damaged."""
+    def read(self, name: str, rows: Range | None = None) -> torch.Tensor:
+        """Rows [start, stop) of the tensor, or all (CPU, as stored: vocabulary padded). May be called from several
+        threads. Raises UserError when a record is damaged."""
         entry = self._entry(name)
         chunks = self._chunks[name]
-        if len(chunks) == 1:
-            return self._read_chunk(name, chunks[0])
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        if len(chunks) == 1 and chunks[0].sizes == tuple(entry.size):
+            return self._read_chunk(name, chunks[0], rows)
+        start, stop = rows or (0, entry.size[0])
+        tensor = torch.empty(stop - start, *entry.size[1:], dtype=entry.properties.dtype)
         num_elements = 0
         for chunk in chunks:
-            part = self._read_chunk(name, chunk)
-            target = tensor
-            for dim, (start, length) in enumerate(zip(chunk.offsets, part.shape, strict=True)):
-                target = target.narrow(dim, start, length)
+            first, last = max(start, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
+            if first >= last:
+                continue
+            part = self._read_chunk(name, chunk, (first - chunk.offsets[0], last - chunk.offsets[0]))
+            target = tensor[first - start : last - start]
+            for dim, (offset, length) in enumerate(zip(chunk.offsets[1:], part.shape[1:], strict=True), 1):
+                target = target.narrow(dim, offset, length)
             target.copy_(part)
             num_elements += part.numel()
         if num_elements != tensor.numel():
@@ -95,18 +100,23 @@ class MegatronSource:
             raise UserError(f"{self.directory}: no tensor {name} in the checkpoint.")
         return entry
 
-    def _read_chunk(self, name: str, chunk: _Chunk) -> torch.Tensor:
+    def _read_chunk(self, name: str, chunk: _Chunk, rows: Range | None) -> torch.Tensor:
         path = self.directory / chunk.file
         try:
-            with path.open("rb") as file:
-                view = io.BufferedReader(_FilePart(file.fileno(), chunk.start, chunk.num_bytes), 1 << 20)
-                tensor = torch.load(view, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            return read_stored(path, self._find(chunk), name, rows)
+        except (OSError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: the record of {name} cannot be read ({first_line}).") from None
-        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
-            raise UserError(f"{path}: the record of {name} is not a tensor of shape {list(chunk.sizes)}.")
-        return tensor.contiguous()
+
+    def _find(self, chunk: _Chunk) -> StoredTensor:
+        """Where the elements lie inside the record; looked up once, as rows are read many times."""
+        if chunk not in self._found:
+            with (self.directory / chunk.file).open("rb") as file:
+                found = find_tensors(file.fileno(), chunk.start, chunk.num_bytes)
+            if not isinstance(found, StoredTensor) or found.shape != chunk.sizes:
+                raise ValueError(f"it is not a tensor of shape {list(chunk.sizes)}")
+            self._found[chunk] = found
+        return self._found[chunk]
 
     def problems(self) -> list[str]:
         """What keeps the model from being read, one line each: files missing or cut off, tensors missing or of
@@ -250,31 +260,3 @@ def _read_metadata(directory: Path) -> Metadata:
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise UserError(f"{path} is not the metadata of a sharded checkpoint.")
     return metadata
-
-
-class _FilePart(io.RawIOBase):
-    """A read-only, seekable window on a file, so that `torch.load` sees one record and copies it once."""
-
-    def __init__(self, descriptor: int, start: int, num_bytes: int) -> None:
-        self._descriptor, self._start, self._num_bytes, self._position = descriptor, start, num_bytes, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._num_bytes}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        view = view[: max(0, self._num_bytes - self._position)]
-        num_bytes = os.preadv(self._descriptor, [view], self._start + self._position) if view else 0
-        self._position += num_bytes
-        return num_bytes

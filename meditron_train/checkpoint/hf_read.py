@@ -295,7 +295,9 @@ def _state_dict(path: Path, value: Any, kind: type[_T]) -> dict[str, _T]:
 
 def _refused(path: Path, global_name: str | None) -> UserError:
     what = (
-        f"the pickle refers to {global_name}, not a tensor" if global_name else "its pickle is not tensors only"
+        f"the pickle refers to {global_name}, not a tensor"
+        if global_name
+        else "its pickle is not tensors only"
     )
     return UserError(f"{path}: {what}. Refused, as it could run code. Use a safetensors version.")
 

@@ -40,10 +40,16 @@ class DamagedTorchFile(ValueError):
     """The file is cut off, or its parts contradict each other."""
 
 
-def find_tensors(descriptor: int, start: int = 0, num_bytes: int | None = None) -> Any:
+def find_tensors(
+    descriptor: int,
+    start: int = 0,
+    num_bytes: int | None = None,
+    stand_in: Callable[[str, str], Any] | None = None,
+) -> Any:
     """What `torch.load` would return for bytes [start, start + num_bytes) of a file, with a StoredTensor (offset from
     the start of the file) for every tensor. No tensor data is read.
 
+    stand_in: gives what to use for a (module, name) that is neither tensor nor dtype, None for what is forbidden.
     Raises ForbiddenGlobal, zipfile.BadZipFile when it is not such a file at all, and DamagedTorchFile.
     """
     if num_bytes is None:
@@ -74,7 +80,7 @@ def find_tensors(descriptor: int, start: int = 0, num_bytes: int | None = None) 
         return start + offset, entry.file_size
 
     try:
-        return _Unpickler(io.BytesIO(raw), place).load()
+        return _Unpickler(io.BytesIO(raw), place, stand_in).load()
     except (pickle.UnpicklingError, DamagedTorchFile):
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
@@ -89,9 +95,14 @@ class _Storage:
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, place: Callable[[str], tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        file: io.BytesIO,
+        place: Callable[[str], tuple[int, int]],
+        stand_in: Callable[[str, str], Any] | None,
+    ) -> None:
         super().__init__(file)
-        self._place = place
+        self._place, self._stand_in = place, stand_in
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -106,6 +117,8 @@ class _Unpickler(pickle.Unpickler):
             return _STORAGES[name]
         found = getattr(torch, name, None) if module == "torch" else None
         if isinstance(found, torch.dtype):
+            return found
+        if self._stand_in is not None and (found := self._stand_in(module, name)) is not None:
             return found
         raise ForbiddenGlobal(f"{module}.{name}")
 
@@ -217,7 +230,9 @@ class _ZipEntry:
     def local_header(self, *, align: bool = False) -> bytes:
         name = self.name.encode()
         extra = struct.pack("<HHQQ", 1, 16, 0, 0)  # zip64: the sizes follow the data
-        if align:  # the data begins at a multiple of 64, as torch wants it; "FB" is the field that torch pads with
+        if (
+            align
+        ):  # the data begins at a multiple of 64, as torch wants it; "FB" is the field that torch pads with
             extra += b"FB" + struct.pack("<H", 0)
             padding = -(self.offset + 30 + len(name) + len(extra)) % _ALIGNMENT
             extra = extra[:-2] + struct.pack("<H", padding) + b"Z" * padding
@@ -230,7 +245,19 @@ class _ZipEntry:
     def central_header(self) -> bytes:
         name = self.name.encode()
         extra = struct.pack("<HHQQQ", 1, 24, self.num_bytes, self.num_bytes, self.offset)
-        fields = (45, 45, _DATA_DESCRIPTOR, 0, 0, 0x21, self.crc, 0xFFFFFFFF, 0xFFFFFFFF, len(name), len(extra))
+        fields = (
+            45,
+            45,
+            _DATA_DESCRIPTOR,
+            0,
+            0,
+            0x21,
+            self.crc,
+            0xFFFFFFFF,
+            0xFFFFFFFF,
+            len(name),
+            len(extra),
+        )
         header = struct.pack("<HHHHHHIIIHHHHHII", *fields, 0, 0, 0, 0, 0xFFFFFFFF)
         return b"PK\1\2" + header + name + extra
 
@@ -271,7 +298,5 @@ class _Pickler(pickle.Pickler):
 
 def _pickle_of(shape: Shape, dtype: torch.dtype) -> bytes:
     file = io.BytesIO()
-    _Pickler(file, protocol=2).dump(
-        _TensorToPickle(tuple(shape), _StorageToPickle(dtype, math.prod(shape)))
-    )
+    _Pickler(file, protocol=2).dump(_TensorToPickle(tuple(shape), _StorageToPickle(dtype, math.prod(shape))))
     return file.getvalue()

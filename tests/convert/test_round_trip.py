@@ -165,8 +165,8 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     rewrite_tensors(source, {**tensors, name: tensors[name].bfloat16()})
     with refused(name, "different dtypes", "--dtype"):
         hf_to_megatron(source, target)
-    change_json(source / "config.json", architectures=["MistralForCausalLM"], model_type="mistral")
-    with refused("MistralForCausalLM is not supported"):
+    change_json(source / "config.json", architectures=["MixtralForCausalLM"], model_type="mixtral")
+    with refused("MixtralForCausalLM is not supported"):
         hf_to_megatron(source, target)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

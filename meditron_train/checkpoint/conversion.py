@@ -64,6 +64,7 @@ def convert_files(
     complete: Callable[[Path], None],
     manifest: Mapping[str, Any],
     entries: Mapping[str, TensorEntry],
+    expected: Mapping[str, str] | None = None,
     limits: Limits = Limits(),
     ranks: Ranks | None = None,
     progress: Progress | None = None,
@@ -72,7 +73,7 @@ def convert_files(
 
     identity: what decides the content, beside the plans: an interrupted attempt with the same identity is continued.
     complete: writes the small files into the directory (rank 0). entries: dtype and shape of each Hugging Face
-    tensor, completed with their hashes in the manifest. Each rank writes every world_size-th file. Raises UserError
+    tensor, completed with their hashes in the manifest. expected: hashes that the source's tensors must have. Each rank writes every world_size-th file. Raises UserError
     when `target` exists and is not empty, the memory is too little, or weights are not finite; MeditronError when the
     disk is full.
     """
@@ -81,7 +82,7 @@ def convert_files(
     schedule = plan_memory((t for plan in plans for t in plan.tensors), source, len(mine), limits)
     identity = {**identity, "version": meditron_train.__version__, "files": [[p.name, p.num_bytes] for p in plans]}
     with workspace(target, plans, identity, ranks) as work:
-        written = _write_all(work, mine, source, schedule, limits, ranks, progress)
+        written = _write_all(work, mine, source, schedule, limits, expected, ranks, progress)
         gathered = ranks.gather({name: asdict(file) for name, file in written.items()})
         everything = {name: WrittenFile(**file) for part in gathered for name, file in part.items()}
 
@@ -153,6 +154,7 @@ def _write_all(
     source: RowSource,
     schedule: Schedule,
     limits: Limits,
+    expected: Mapping[str, str] | None,
     ranks: Ranks,
     progress: Progress | None,
 ) -> dict[str, WrittenFile]:
@@ -177,6 +179,7 @@ def _write_all(
             source,
             block_num_bytes=schedule.block_num_bytes,
             allow_nonfinite=limits.allow_nonfinite,
+            expected=expected,
             progress=advance,
             cancelled=cancelled,
         )

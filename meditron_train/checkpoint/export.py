@@ -14,7 +14,7 @@ from meditron_train.checkpoint.conversion import Limits, Progress, convert_files
 from meditron_train.checkpoint.hf_config import generation_config_of, model_config_to_hf
 from meditron_train.checkpoint.hf_map import hf_pieces, tensor_specs
 from meditron_train.checkpoint.hf_write import INDEX_NAME, parse_num_bytes, plan_safetensors, safetensors_index
-from meditron_train.checkpoint.manifest import TensorEntry, require_intact
+from meditron_train.checkpoint.manifest import TensorEntry, read_tensor_hashes, require_intact
 from meditron_train.checkpoint.megatron_read import MegatronSource
 from meditron_train.checkpoint.stream import PlannedTensor
 from meditron_train.checkpoint.tokenizer_compare import tokenizer_fingerprint
@@ -41,7 +41,8 @@ def export_hf(
 
     dtype: "bf16", "fp16", "fp32", or None / "keep" for each tensor's own. max_shard_size: "5GB", "500MB", … or bytes.
     Vocabulary padding is removed and a tied `lm_head` left out. Memory: blocks of a few MiB. Every file of the
-    checkpoint is hashed before anything is written (by rank 0). An interrupted call is continued by the next one with
+    checkpoint is checked against its manifest: before anything is written or, where it holds hashes of tensors, on the
+    way. An interrupted call is continued by the next one with
     the same arguments. Raises UserError when the output exists and is not empty, the checkpoint is not what its
     manifest says, or weights are not finite; nothing is left behind then.
     """
@@ -49,14 +50,18 @@ def export_hf(
     target = parse_dtype(dtype)
     max_num_bytes = parse_num_bytes(max_shard_size)
     source = MegatronSource(checkpoint)
+    specs = tensor_specs(source.model)
     hf_files = checkpoint / HF_SUBDIRECTORY
     check_tokenizer(hf_files, source.model.vocab_size)
     check_generation_config(hf_files)
     require_absent(hf_directory)
-    (ranks or Alone()).on_first(lambda: require_intact(checkpoint))
+    # Where the manifest has a hash of every tensor, these are checked on the way instead of reading all files twice.
+    hashes = read_tensor_hashes(checkpoint)
+    streamed = {file for spec in specs for file in source.place(spec.name)} if hashes else set()
+    (ranks or Alone()).on_first(lambda: require_intact(checkpoint, unhashed=streamed))
     tensors = [
         PlannedTensor(name, target or source.dtype(spec.name), shape, tuple(hf_pieces(spec, name)))
-        for spec in tensor_specs(source.model)
+        for spec in specs
         for name, shape in zip(spec.hf_names, spec.hf_shapes, strict=True)
     ]
     files = plan_safetensors(tensors, max_num_bytes)
@@ -75,6 +80,7 @@ def export_hf(
         complete=complete,
         manifest=describe_conversion(checkpoint, "sharded", model, hf_files, target, step=source.meta.get("step")),
         entries={tensor.name: TensorEntry(dtype_name(tensor.dtype), tensor.shape) for tensor in tensors},
+        expected=hashes,
         limits=limits,
         ranks=ranks,
         progress=progress,

@@ -57,12 +57,23 @@ def write_manifest(
     return manifest
 
 
-def verify_manifest(directory: Path, *, check_hashes: bool = True) -> list[str]:
+def read_tensor_hashes(directory: Path) -> dict[str, str]:
+    """Hugging Face name -> SHA-256 of the tensor's bytes, from a converted directory's manifest; empty without."""
+    try:
+        tensors = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))["tensors"]
+        return {name: str(entry["sha256"]) for name, entry in tensors.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def verify_manifest(
+    directory: Path, *, check_hashes: bool = True, unhashed: Collection[str] = ()
+) -> list[str]:
     """What is wrong with a finished checkpoint directory, one line per problem; an empty list means intact.
 
     Finds missing, additional, cut off and changed files. Sizes are compared first: a file of the wrong size
-    is not hashed. `check_hashes=False` stops there (fast, but blind to flipped bits). Never raises for bad
-    files.
+    is not hashed. `check_hashes=False` stops there (fast, but blind to flipped bits), for all files or the `unhashed`.
+    Never raises for bad files.
     """
     try:
         manifest = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
@@ -81,6 +92,8 @@ def verify_manifest(directory: Path, *, check_hashes: bool = True) -> list[str]:
         except OSError as error:
             problems.append(f"{name} cannot be read: {error}")
             continue
+        if num_bytes == expected[name][0] and name in unhashed:
+            continue
         if num_bytes == expected[name][0]:
             right_size.append(name)
         else:
@@ -90,9 +103,9 @@ def verify_manifest(directory: Path, *, check_hashes: bool = True) -> list[str]:
     return problems
 
 
-def require_intact(directory: Path, *, check_hashes: bool = True) -> None:
+def require_intact(directory: Path, *, check_hashes: bool = True, unhashed: Collection[str] = ()) -> None:
     """Raise UserError with the lines of `verify_manifest` unless the finished checkpoint is as it was written."""
-    if problems := verify_manifest(directory, check_hashes=check_hashes):
+    if problems := verify_manifest(directory, check_hashes=check_hashes, unhashed=unhashed):
         raise not_intact(directory, problems)
 
 

@@ -90,9 +90,11 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive rows of one tensor. row: the first one's number within its Hugging Face tensor."""
+    """Consecutive rows of one tensor. raw: as stored in the source; data: cast; row: the first one's number within
+    its Hugging Face tensor."""
 
     tensor: PlannedTensor
+    raw: torch.Tensor
     data: torch.Tensor
     hf_name: str | None
     row: int
@@ -112,14 +114,14 @@ def blocks_of(tensor: PlannedTensor, source: RowSource, block_num_bytes: int) ->
         for start in range(0, max(1, piece.num_rows), height):
             num_rows = min(height, piece.num_rows - start)
             if piece.source is None:
-                data = torch.zeros(num_rows, *row_shape, dtype=tensor.dtype)
+                raw = torch.zeros(num_rows, *row_shape, dtype=tensor.dtype)
             else:
                 first = piece.start + start
-                data = source.read(piece.source, rows=(first, first + num_rows)).to(tensor.dtype)
+                raw = source.read(piece.source, rows=(first, first + num_rows))
             row = done.get(piece.hf_name, 0)
             done[piece.hf_name] = row + num_rows
             is_last = number == num_pieces - 1 and start + height >= piece.num_rows
-            yield Block(tensor, data, piece.hf_name, row, is_last)
+            yield Block(tensor, raw, raw.to(tensor.dtype), piece.hf_name, row, is_last)
 
 
 def write_file(
@@ -129,29 +131,25 @@ def write_file(
     *,
     block_num_bytes: int,
     allow_nonfinite: bool = False,
+    expected: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     cancelled: threading.Event | None = None,
 ) -> WrittenFile:
     """Write and sync one planned file. A helper thread reads and hashes tensors ahead of the writer.
 
-    Raises UserError when a value is NaN or infinite (unless allowed) or the source is damaged, OSError when the disk
-    is full, Cancelled soon after the event is set.
+    expected: Hugging Face name -> SHA-256 of its bytes in the source, as the source's manifest has it. Raises
+    UserError when a value is NaN or infinite (unless allowed), the source is damaged or not as expected, OSError when
+    the disk is full, Cancelled soon after the event is set.
     """
-    digests: dict[str, Any] = {}
-    nonfinite: dict[str, str] = {}
+    look = _Inspection(allow_nonfinite, expected or {})
     whole, num_written = hashlib.sha256(), 0
 
     def read() -> Iterator[Block]:
         for tensor in plan.tensors:
             for block in blocks_of(tensor, source, block_num_bytes):
-                if block.hf_name is not None:
-                    digests.setdefault(block.hf_name, hashlib.sha256()).update(byte_view(block.data))
-                    if block.hf_name not in nonfinite and (index := first_nonfinite(block.data)) is not None:
-                        where = index_text(block, index)
-                        if not allow_nonfinite:
-                            raise nonfinite_error({block.hf_name: where})
-                        nonfinite[block.hf_name] = where
+                look.add(block)
                 yield block
+            look.end(tensor)
 
     with path.open("wb", buffering=0) as file:
 
@@ -183,9 +181,44 @@ def write_file(
         if num_written != plan.num_bytes:
             raise AssertionError(f"{path} has {num_written} bytes, planned were {plan.num_bytes}")
         os.fsync(file.fileno())
-    return WrittenFile(
-        num_written, whole.hexdigest(), {name: d.hexdigest() for name, d in digests.items()}, nonfinite
-    )
+    return WrittenFile(num_written, whole.hexdigest(), look.digests(), look.nonfinite)
+
+
+class _Inspection:
+    """What is seen of the tensors on their way: hashes, and values that are not finite."""
+
+    def __init__(self, allow_nonfinite: bool, expected: Mapping[str, str]) -> None:
+        self.nonfinite: dict[str, str] = {}
+        self._allow_nonfinite = allow_nonfinite
+        self._expected = expected
+        self._digests: dict[str, Any] = {}
+        self._raw_digests: dict[str, Any] = {}  # of tensors that are cast and expected
+
+    def add(self, block: Block) -> None:
+        name = block.hf_name
+        if name is None:
+            return
+        self._digests.setdefault(name, hashlib.sha256()).update(byte_view(block.data))
+        if name in self._expected and block.raw is not block.data:
+            self._raw_digests.setdefault(name, hashlib.sha256()).update(byte_view(block.raw))
+        if name not in self.nonfinite and (index := first_nonfinite(block.data)) is not None:
+            where = index_text(block, index)
+            if not self._allow_nonfinite:
+                raise nonfinite_error({name: where})
+            self.nonfinite[name] = where
+
+    def end(self, tensor: PlannedTensor) -> None:
+        """All of the tensor has been seen."""
+        for name in {piece.hf_name for piece in tensor.pieces} & self._expected.keys():
+            found = self._raw_digests.get(name, self._digests[name]).hexdigest()
+            if found != self._expected[name]:
+                raise UserError(
+                    f"{name} has changed since the checkpoint was written: its SHA-256 is {found[:12]}… instead of "
+                    f"{self._expected[name][:12]}…, as the manifest has it. Use another copy of the checkpoint."
+                )
+
+    def digests(self) -> dict[str, str]:
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:

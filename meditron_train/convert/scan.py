@@ -37,7 +37,7 @@ def scan_tensor(side: FullSide, name: str, dtype: torch.dtype | None = None) -> 
             data = side.read(name, rows).to(plan.dtype)
             digest.update(byte_view(data))
             if nonfinite is None and (index := first_nonfinite(data)) is not None:
-                nonfinite = index_text(Block(plan, data, name, rows[0] if rows else 0, False), index)
+                nonfinite = index_text(Block(plan, data, data, name, rows[0] if rows else 0, False), index)
     except UserError as error:
         return ScannedTensor(problem=str(error))
     return ScannedTensor(digest.hexdigest(), nonfinite)

@@ -11,9 +11,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+if TYPE_CHECKING:
+    from meditron_train.convert.logits import LogitComparison
 
 from meditron_train.checkpoint.export import parse_dtype
 from meditron_train.checkpoint.hf_config import read_hf_config
@@ -22,7 +25,6 @@ from meditron_train.checkpoint.hf_read import is_hf_directory
 from meditron_train.checkpoint.manifest import MANIFEST_NAME, verify_manifest
 from meditron_train.checkpoint.tokenizer_compare import compare_fingerprints, compare_tokenizers
 from meditron_train.convert.bits import BitComparison
-from meditron_train.convert.logits import LogitComparison, compare_logits
 from meditron_train.convert.scan import in_parallel, scan_tensor
 from meditron_train.convert.side import HFSide, ManifestSide, MegatronSide, Side, open_side, row_blocks
 from meditron_train.errors import UserError
@@ -206,6 +208,8 @@ def _compare_tokenizers(side_a: AnySide, side_b: AnySide) -> list[Difference]:
 
 
 def _compare_logits(side_a: AnySide, side_b: AnySide) -> tuple[LogitComparison | None, list[Difference]]:
+    from meditron_train.convert.logits import compare_logits  # imports the model and transformers
+
     if isinstance(side_a, ManifestSide) or isinstance(side_b, ManifestSide):
         raise UserError("--logits needs the weights of both sides, and one of them is only a manifest.")
     try:

@@ -13,7 +13,8 @@ import torch
 
 from meditron_train.checkpoint.export import export_hf
 from meditron_train.convert.hf_to_megatron import hf_to_megatron
-from meditron_train.convert.verify import Comparison, compare_bits, verify
+from meditron_train.convert.bits import compare_bits
+from meditron_train.convert.verify import Comparison, verify
 from tests.checkpoint.tiny_llama import change_json, read_tensors, rewrite_tensors, write_tiny_llama
 from tests.checkpoint.tiny_tokenizer import write_tokenizer_model
 from tests.refusal import refused
@@ -35,11 +36,10 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def back(models: Path, tmp_path: Path) -> Path:
-    """A copy of back/ to spoil."""
+    """A copy of back/ to spoil, without its manifest, which would see every change of a file."""
     target = tmp_path / "back"
-    target.mkdir()
-    for path in (models / "back").iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(models / "back", target)
+    (target / "manifest.json").unlink()
     return target
 
 
@@ -57,7 +57,7 @@ def test_equal_in_any_format(models: Path) -> None:
     seen: dict[str, int] = {}
     for a in ("hf", "checkpoint", "back"):
         for b in ("hf", "checkpoint", "back"):
-            result = verify(models / a, models / b, progress=seen.__setitem__)
+            result = verify(models / a, models / b, progress=lambda name, num, total: seen.setdefault(name, num))
             assert result.differences == ()
             assert result.num_tensors == len(seen) == 21
 
@@ -226,12 +226,15 @@ def test_a_truncated_side_is_a_difference_by_name(models: Path, tmp_path: Path) 
 def test_logits(models: Path, back: Path) -> None:
     result = verify(models / "checkpoint", back, logits=True)
     assert result.differences == ()
-    assert (result.max_logit_difference, result.kl_divergence) == (0.0, 0.0)
+    assert result.logits is not None
+    assert (result.logits.max_difference, result.logits.kl_divergence) == (0.0, 0.0)
+    assert result.logits.ours_max_difference < 1e-5 * result.logits.largest
     spoil(back, lambda t: t[UP].zero_())
     result = verify(models / "hf", back, logits=True)
-    assert result.max_logit_difference > 1e-3
-    assert result.kl_divergence > 0
-    assert [difference.kind for difference in result.differences] == ["tensor", "logits"]
+    assert result.logits is not None
+    assert result.logits.max_difference > 1e-3 and result.logits.ours_max_difference > 1e-3
+    assert result.logits.kl_divergence > 0 and result.logits.ours_kl_divergence > 0
+    assert [difference.kind for difference in result.differences] == ["tensor", "logits", "logits"]
 
 
 def test_logits_draw_no_progress_bar(models: Path, back: Path, capfd) -> None:
@@ -247,11 +250,12 @@ def test_logits_of_a_damaged_checkpoint_do_not_hide_the_other_differences(
 ) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(models / "checkpoint", checkpoint)
-    (checkpoint / "manifest.json").unlink()
+    path = checkpoint / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:-3000])
     result = verify(models / "hf", checkpoint, logits=True)
-    assert result.max_logit_difference is None
-    assert "manifest.json is missing" in named(result)["of B"]
-    assert "cannot be computed" in named(result)["transformers fp32"]
+    assert result.logits is None
+    assert "instead of" in named(result)["of B"]
+    assert "cannot be computed" in named(result)["fp32"]
 
 
 def test_what_is_not_a_model(models: Path, tmp_path: Path) -> None:
@@ -279,7 +283,7 @@ def test_bits_not_values() -> None:
 
 
 def test_differences_beyond_the_first_block(monkeypatch) -> None:
-    monkeypatch.setattr("meditron_train.convert.verify._BLOCK_ELEMENTS", 10)
+    monkeypatch.setattr("meditron_train.convert.bits._BLOCK_ELEMENTS", 10)
     a = torch.zeros(10, 10)
     b = a.clone()
     b[4, 3], b[9, 9] = 1.0, -3.0

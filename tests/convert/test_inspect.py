@@ -58,8 +58,9 @@ def test_a_flipped_bit_is_found_by_its_hash(checkpoint: Path) -> None:
     raw = bytearray((checkpoint / "__0_0.distcp").read_bytes())
     raw[50_000] ^= 1
     (checkpoint / "__0_0.distcp").write_bytes(raw)
-    (problem,) = inspect_directory(checkpoint)["problems"]
-    assert problem.startswith("manifest: __0_0.distcp has changed")
+    file, tensor = inspect_directory(checkpoint)["problems"]
+    assert file.startswith("manifest: __0_0.distcp has changed")
+    assert tensor.endswith(".weight has changed: its SHA-256 is not that of the manifest")
 
 
 def test_a_cut_off_checkpoint(checkpoint: Path) -> None:

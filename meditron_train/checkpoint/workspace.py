@@ -166,9 +166,10 @@ def _prepare(target: Path, temporary: Path, digest: str, plans: Sequence[Planned
     try:
         if existed and _identity_of(temporary) != digest:
             _log.info("starting anew: %s holds parts of another conversion", temporary)
-            _clear(temporary)
+            _clear(temporary, keep=set())
         elif existed:
             _log.info("continuing with what an interrupted conversion left in %s", temporary)
+            _clear(temporary, keep={plan.name for plan in plans})
         _check_free_space(temporary, plans)
         write_text_atomically(temporary / _IDENTITY, json.dumps({"sha256": digest}) + "\n")
     except BaseException:
@@ -211,9 +212,10 @@ def _identity_of(temporary: Path) -> str | None:
     return None
 
 
-def _clear(temporary: Path) -> None:
+def _clear(temporary: Path, keep: set[str]) -> None:
+    """Remove all but the lock and, where files are kept, the journals that say which of them are finished."""
     for path in temporary.iterdir():
-        if path.name == _LOCK:
+        if path.name == _LOCK or path.name in keep or (keep and path.name.startswith(_FINISHED)):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -227,7 +229,8 @@ def _read_journals(temporary: Path) -> dict[str, WrittenFile]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError, KeyError, TypeError):  # the last line of a killed attempt may be torn
                 entry = json.loads(line)
-                known[entry.pop("name")] = WrittenFile(**entry)
+                name = entry.pop("name")
+                known[name] = WrittenFile(**entry)
     return known
 
 

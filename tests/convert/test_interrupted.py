@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,39 +20,45 @@ from meditron_train.convert.hf_to_megatron import hf_to_megatron
 from meditron_train.convert.verify import verify
 from tests.checkpoint.tiny_llama import change_json, write_tiny_llama
 
-# Every call that changes the disk is a moment at which the process may die: before it, or after it.
-KILLED_AT_A_MOMENT = """
-import builtins, os, pathlib, signal, sys
-from meditron_train.checkpoint import megatron_write
-from meditron_train.checkpoint.export import export_hf
-from meditron_train.convert.hf_to_megatron import hf_to_megatron
-
-direction, source, target, moment = sys.argv[1:]
-megatron_write._MAX_FILE_BYTES = 30_000
-left = int(moment)
-
-def deadly(function):
-    def call(*arguments, **options):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-    return call
-
-for name in ("fsync", "replace", "rename", "unlink", "mkdir"):
-    setattr(os, name, deadly(getattr(os, name)))
-for name in ("unlink", "rename", "mkdir", "write_text"):
-    setattr(pathlib.Path, name, deadly(getattr(pathlib.Path, name)))
-options = {"max_shard_size": "30KB"} if direction == "from" else {}
-{"to": hf_to_megatron, "from": export_hf}[direction](source, target, **options)
-print(left)
-"""
+def attempt(direction: str, source: Path, target: Path, moment: int) -> int | None:
+    """Convert in a forked process that kills itself at a moment: before the call of that number, counted from 1, of
+    those that change the disk. None when it was killed, else how many such calls there were."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            left = _convert(direction, source, target, moment)
+            os.write(writer, str(moment - left).encode())
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with open(reader) as pipe:
+        said = pipe.read()
+    _, status = os.waitpid(child, 0)
+    assert said or os.WTERMSIG(status) == signal.SIGKILL
+    return int(said) if said else None
 
 
-def attempt(direction: str, source: Path, target: Path, moment: int) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", KILLED_AT_A_MOMENT, direction, str(source), str(target), str(moment)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def _convert(direction: str, source: Path, target: Path, moment: int) -> int:
+    left = moment
+
+    def deadly(function: Callable) -> Callable:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return call
+
+    for name in ("fsync", "replace", "rename", "unlink", "mkdir"):
+        setattr(os, name, deadly(getattr(os, name)))
+    for name in ("unlink", "rename", "mkdir", "write_text"):
+        setattr(Path, name, deadly(getattr(Path, name)))
+    options: dict[str, Any] = {"max_shard_size": "30KB"} if direction == "from" else {}
+    {"to": hf_to_megatron, "from": export_hf}[direction](source, target, **options)
+    return left
 
 
 @pytest.fixture
@@ -62,39 +70,41 @@ def sources(tmp_path: Path, monkeypatch) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("direction", ["to", "from"])
-def test_killed_at_random_moments_and_run_again(
+def test_killed_at_every_moment_and_run_again(
     tmp_path: Path, sources: dict[str, Path], direction: str
 ) -> None:
     source, target = sources[direction], tmp_path / "target"
     before = {path.name for path in tmp_path.iterdir()}
-    probe = attempt(direction, source, tmp_path / "probe", 1_000_000)
-    num_moments = 1_000_000 - int(probe.stdout)
-    assert num_moments > 30
-    dice = random.Random(direction)
-    moment, num_kills = dice.randint(4, 12), 0
-    while (run := attempt(direction, source, target, moment)).returncode == -signal.SIGKILL:
-        assert not target.exists()
+    num_moments = attempt(direction, source, target, 1_000_000)
+    assert num_moments is not None and num_moments > 25
+    names = {path.relative_to(target) for path in target.rglob("*")}
+    for moment in range(1, num_moments + 1):
+        if target.exists():
+            shutil.rmtree(target)
+        if attempt(direction, source, target, moment) is None and target.exists():
+            assert verify_manifest(target) == []  # killed after the rename: it is finished
+            continue
+        if not target.exists():
+            assert attempt(direction, source, target, 1_000_000) is not None
+        assert {path.name for path in tmp_path.iterdir()} == {*before, "target"}
+        assert {path.relative_to(target) for path in target.rglob("*")} == names
+        assert verify_manifest(target) == []
+        assert verify(source, target).differences == ()
+
+
+@pytest.mark.parametrize("direction", ["to", "from"])
+def test_killed_again_and_again_it_is_completed(
+    tmp_path: Path, sources: dict[str, Path], direction: str
+) -> None:
+    source, target = sources[direction], tmp_path / "target"
+    dice, num_kills = random.Random(direction), 0
+    moment = dice.randint(6, 12)
+    while attempt(direction, source, target, moment) is None and not target.exists():
         num_kills += 1
-        moment += dice.randint(6, 16)  # each attempt has less to do, so this ends
-    assert run.returncode == 0, run.stderr
+        moment = dice.randint(6, 12 + 3 * num_kills)
     assert num_kills >= 2
-    assert {path.name for path in tmp_path.iterdir()} == {*before, "probe", "target"}
     assert verify_manifest(target) == []
     assert verify(source, target).differences == ()
-    names = {path.name for path in (tmp_path / "probe").rglob("*")}
-    assert {path.name for path in target.rglob("*")} == names
-
-
-def test_killed_just_before_it_is_published(tmp_path: Path, sources: dict[str, Path]) -> None:
-    target = tmp_path / "target"
-    num_moments = 1_000_000 - int(attempt("to", sources["to"], tmp_path / "probe", 1_000_000).stdout)
-    for moment in range(num_moments - 6, num_moments + 1):  # the last removals, syncs and the rename
-        assert attempt("to", sources["to"], target, moment).returncode in (0, -signal.SIGKILL)
-        if target.exists():
-            break
-    else:
-        hf_to_megatron(sources["to"], target)
-    assert verify_manifest(target) == []
     assert not (tmp_path / "target.tmp").exists()
 
 
@@ -113,7 +123,7 @@ def written_files(monkeypatch) -> list[str]:
 
 def interrupt(sources: dict[str, Path], target: Path, moment: int = 12) -> list[str]:
     """Kill a conversion and return the files that it, or an attempt before, had finished."""
-    assert attempt("to", sources["to"], target, moment).returncode == -signal.SIGKILL
+    assert attempt("to", sources["to"], target, moment) is None
     return sorted(Workspace(target.with_name(target.name + ".tmp"), 0)._known)
 
 

@@ -24,11 +24,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
 MODELS = {
-    "tiny": dict(vocab_size=1000, hidden_size=64, intermediate_size=172, num_layers=4, num_heads=8, num_kv_heads=2),
-    "7b": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, num_kv_heads=32),
-    "70b": dict(vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64, num_kv_heads=8),
-}  # fmt: skip
+    name: dict(zip(_SIZES, sizes, strict=True))
+    for name, sizes in {
+        "tiny": (1000, 64, 172, 4, 8, 2),
+        "7b": (32000, 4096, 11008, 32, 32, 32),
+        "70b": (32000, 8192, 28672, 80, 64, 8),
+    }.items()
+}
 OURS = (sys.executable, "-m", "meditron_train", "convert")
 MODEL_PROGRAM = (sys.executable, "-m", "benchmarks.convert_model")
 TRANSFORMERS = """

@@ -22,7 +22,12 @@ from benchmarks.convert import MODELS
 from meditron_train.checkpoint.conversion import Limits
 from meditron_train.checkpoint.export import export_hf, write_hf_files
 from meditron_train.checkpoint.hf_map import Piece, hf_shapes, megatron_pieces, tensor_specs
-from meditron_train.checkpoint.hf_write import INDEX_NAME, parse_num_bytes, plan_safetensors, safetensors_index
+from meditron_train.checkpoint.hf_write import (
+    INDEX_NAME,
+    parse_num_bytes,
+    plan_safetensors,
+    safetensors_index,
+)
 from meditron_train.checkpoint.megatron_read import MegatronSource
 from meditron_train.checkpoint.megatron_write import plan_distcp
 from meditron_train.checkpoint.stored import Range, Shape
@@ -40,7 +45,10 @@ class Pattern:
         self._starts = {name: 977 * number for number, name in enumerate(shapes)}
         generator = torch.Generator().manual_seed(0)
         values = (torch.randn(1 << 22, generator=generator) * 0.02).bfloat16()
-        self._num_values, self._values = len(values), values.repeat(3)  # a block of 8 MiB fits behind any start
+        self._num_values, self._values = (
+            len(values),
+            values.repeat(3),
+        )  # a block of 8 MiB fits behind any start
 
     def shape(self, name: str) -> Shape:
         return self._shapes[name]
@@ -93,7 +101,7 @@ def write_holes(path: Path, plan: PlannedFile) -> None:
         file.truncate(plan.num_bytes)
 
 
-class emptying_files:  # noqa: N801 - reads as a verb
+class emptying_files:
     """While it lasts, conversions empty each file once it is finished."""
 
     def __enter__(self) -> None:

@@ -47,6 +47,9 @@ class Limits:
     allow_nonfinite: bool = False
 
 
+NO_LIMITS = Limits()
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How many files are written at a time, in blocks of how many bytes."""
@@ -65,7 +68,7 @@ def convert_files(
     manifest: Mapping[str, Any],
     entries: Mapping[str, TensorEntry],
     expected: Mapping[str, str] | None = None,
-    limits: Limits = Limits(),
+    limits: Limits = NO_LIMITS,
     ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -73,14 +76,18 @@ def convert_files(
 
     identity: what decides the content, beside the plans: an interrupted attempt with the same identity is continued.
     complete: writes the small files into the directory (rank 0). entries: dtype and shape of each Hugging Face
-    tensor, completed with their hashes in the manifest. expected: hashes that the source's tensors must have. Each rank writes every world_size-th file. Raises UserError
-    when `target` exists and is not empty, the memory is too little, or weights are not finite; MeditronError when the
-    disk is full.
+    tensor, completed with their hashes in the manifest. expected: hashes that the source's tensors must have.
+    Each rank writes every world_size-th file. Raises UserError when `target` exists and is not empty, the memory is
+    too little, or weights are not finite; MeditronError when the disk is full.
     """
     ranks = ranks or Alone()
     mine = plans[ranks.rank :: ranks.world_size]
     schedule = plan_memory((t for plan in plans for t in plan.tensors), source, len(mine), limits)
-    identity = {**identity, "version": meditron_train.__version__, "files": [[p.name, p.num_bytes] for p in plans]}
+    identity = {
+        **identity,
+        "version": meditron_train.__version__,
+        "files": [[p.name, p.num_bytes] for p in plans],
+    }
     with workspace(target, plans, identity, ranks) as work:
         written = _write_all(work, mine, source, schedule, limits, expected, ranks, progress)
         gathered = ranks.gather({name: asdict(file) for name, file in written.items()})

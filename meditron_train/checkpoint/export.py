@@ -10,10 +10,15 @@ from typing import Any
 
 import torch
 
-from meditron_train.checkpoint.conversion import Limits, Progress, convert_files, files_identity
+from meditron_train.checkpoint.conversion import NO_LIMITS, Limits, Progress, convert_files, files_identity
 from meditron_train.checkpoint.hf_config import generation_config_of, model_config_to_hf
 from meditron_train.checkpoint.hf_map import hf_pieces, tensor_specs
-from meditron_train.checkpoint.hf_write import INDEX_NAME, parse_num_bytes, plan_safetensors, safetensors_index
+from meditron_train.checkpoint.hf_write import (
+    INDEX_NAME,
+    parse_num_bytes,
+    plan_safetensors,
+    safetensors_index,
+)
 from meditron_train.checkpoint.manifest import TensorEntry, read_tensor_hashes, require_intact
 from meditron_train.checkpoint.megatron_read import MegatronSource
 from meditron_train.checkpoint.stream import PlannedTensor
@@ -33,7 +38,7 @@ def export_hf(
     *,
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
-    limits: Limits = Limits(),
+    limits: Limits = NO_LIMITS,
     ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -78,7 +83,9 @@ def export_hf(
         source,
         identity={"to": "hugging-face", "dtype": dtype or "keep", "source": files_identity(checkpoint)},
         complete=complete,
-        manifest=describe_conversion(checkpoint, "sharded", model, hf_files, target, step=source.meta.get("step")),
+        manifest=describe_conversion(
+            checkpoint, "sharded", model, hf_files, target, step=source.meta.get("step")
+        ),
         entries={tensor.name: TensorEntry(dtype_name(tensor.dtype), tensor.shape) for tensor in tensors},
         expected=hashes,
         limits=limits,

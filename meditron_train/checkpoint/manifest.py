@@ -153,7 +153,7 @@ def _file_names(directory: Path) -> set[str]:
 
 
 def describe_file(path: Path, *, sync: bool = False) -> dict[str, int | str]:
-    """ {"num_bytes", "sha256"} of a file; with `sync`, it is on the disk afterwards."""
+    """{"num_bytes", "sha256"} of a file; with `sync`, it is on the disk afterwards."""
     digest = hashlib.sha256()
     num_bytes = 0
     buffer = memoryview(bytearray(_BLOCK_BYTES))

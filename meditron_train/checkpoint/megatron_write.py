@@ -1,4 +1,4 @@
-"""Sharded checkpoints (megatron-core's `torch_dist`) without process groups or a model: which tensor lies in which file.
+"""Sharded checkpoints (megatron-core's `torch_dist`) without process groups or a model: which tensor lies where.
 
 Each tensor is one torch.save record in a `.distcp` file, and `.metadata` says where. torch's own writer would keep
 every tensor of a file in memory until the file ends.

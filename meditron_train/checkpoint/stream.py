@@ -223,7 +223,8 @@ class _Inspection:
 
     def end(self, tensor: PlannedTensor) -> None:
         """All of the tensor has been seen."""
-        for name in {piece.hf_name for piece in tensor.pieces} & self._expected.keys():
+        for name in {piece.hf_name for piece in tensor.pieces if piece.hf_name in self._expected}:
+            assert name is not None
             found = self._raw_digests.get(name, self._digests[name]).hexdigest()
             if found != self._expected[name]:
                 raise UserError(
@@ -253,8 +254,12 @@ def first_nonfinite(tensor: torch.Tensor) -> int | None:
 def index_text(block: Block, index: int) -> str:
     """ "nan at [3, 7]" for a flat index into a block."""
     width = max(1, math.prod(block.data.shape[1:]))
-    rest = torch.unravel_index(torch.tensor(index % width), block.data.shape[1:]) if block.data.dim() > 1 else ()
-    return f"{block.data.reshape(-1)[index].item()} at {[block.row + index // width, *(int(i) for i in rest)]}"
+    rest = (
+        torch.unravel_index(torch.tensor(index % width), block.data.shape[1:]) if block.data.dim() > 1 else ()
+    )
+    return (
+        f"{block.data.reshape(-1)[index].item()} at {[block.row + index // width, *(int(i) for i in rest)]}"
+    )
 
 
 def nonfinite_error(places: Mapping[str, str]) -> UserError:

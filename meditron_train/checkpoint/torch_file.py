@@ -279,7 +279,7 @@ class _TensorToPickle:
 
     def __reduce__(self) -> Any:
         stride = _dense_strides(self._shape)
-        arguments = (self._storage, 0, self._shape, stride, False, collections.OrderedDict())
+        arguments: tuple[Any, ...] = (self._storage, 0, self._shape, stride, False, collections.OrderedDict())
         return torch._utils._rebuild_tensor_v2, arguments
 
 

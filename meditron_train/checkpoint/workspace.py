@@ -133,7 +133,9 @@ def publish(
 ) -> None:
     """Complete the workspace with manifest.json and give it its final name. Rank 0 only."""
     target, temporary = Path(os.path.abspath(target)), work.directory
-    known = {name: {"num_bytes": file.num_bytes, "sha256": file.sha256} for name, file in written.items()}
+    known: dict[str, dict[str, int | str]] = {
+        name: {"num_bytes": file.num_bytes, "sha256": file.sha256} for name, file in written.items()
+    }
     journals = sorted(temporary.glob(f"{_FINISHED}*"))
     own = {path.name for path in [*journals, temporary / _IDENTITY, temporary / _LOCK]}
     write_manifest(temporary, known=known, extra=manifest, leave_out=own)

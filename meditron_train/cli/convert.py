@@ -91,7 +91,8 @@ def verify_command(
     a: Annotated[Path, typer.Argument(metavar="A", help=_SIDE)],
     b: Annotated[Path, typer.Argument(metavar="B", help=_SIDE)],
     dtype: Annotated[
-        str, typer.Option("--dtype", help="Compare after a cast to bf16, fp16 or fp32; keep: none is declared.")
+        str,
+        typer.Option("--dtype", help="Compare after a cast to bf16, fp16 or fp32; keep: none is declared."),
     ] = "keep",
     logits: Annotated[
         bool,
@@ -160,8 +161,9 @@ def _print_comparison(result: Comparison) -> None:
         print(f"… and {len(result.differences) - _MAX_LISTED} more (all of them with --json)")
     if logits := result.logits:
         print(
-            f"logits: max |Δ| {logits.max_difference:.3e}, KL {logits.kl_divergence:.3e} nats per token (transformers); "
-            f"max |Δ| {logits.ours_max_difference:.3e}, KL {logits.ours_kl_divergence:.3e} (A by transformers, B by ours)"
+            f"logits: max |Δ| {logits.max_difference:.3e}, KL {logits.kl_divergence:.3e} nats per token\n"
+            f"  A by transformers, B by meditron-train: max |Δ| {logits.ours_max_difference:.3e}, "
+            f"KL {logits.ours_kl_divergence:.3e}"
         )
     if result.differences:
         print(

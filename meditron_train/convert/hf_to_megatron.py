@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from meditron_train.checkpoint.conversion import Limits, Progress, convert_files, files_identity
+from meditron_train.checkpoint.conversion import NO_LIMITS, Limits, Progress, convert_files, files_identity
 from meditron_train.checkpoint.export import (
     HF_SUBDIRECTORY,
     common_dtype,
@@ -32,7 +32,7 @@ def hf_to_megatron(
     *,
     dtype: str | None = None,
     vocab_multiple: int = 128,
-    limits: Limits = Limits(),
+    limits: Limits = NO_LIMITS,
     ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> None:

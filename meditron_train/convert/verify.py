@@ -148,9 +148,7 @@ def _without_reading(side_a: AnySide, side_b: AnySide, name: str) -> str:
     """What differs by presence and shape, or nothing."""
     missing = [label for label, side in (("A", side_a), ("B", side_b)) if name not in side.names]
     if missing and name == "lm_head.weight" and side_a.model.tie_embeddings and side_b.model.tie_embeddings:
-        return (
-            f"tied to the embedding, and left out in {missing[0]}, but stored with other values on the other side"
-        )
+        return f"tied to the embedding, and left out in {missing[0]}, but stored with other values on the other side"
     if missing:
         return f"missing in {' and '.join(missing)}"
     for label, side in (("A", side_a), ("B", side_b)):
@@ -168,7 +166,9 @@ def _compare_values(side_a: AnySide, side_b: AnySide, name: str, dtype: torch.dt
     comparison = BitComparison(side_a.shape(name))
     label = "A"
     try:
-        for rows in row_blocks(side_a.shape(name), max(side_a.dtype(name), side_b.dtype(name), key=_itemsize)):
+        for rows in row_blocks(
+            side_a.shape(name), max(side_a.dtype(name), side_b.dtype(name), key=_itemsize)
+        ):
             label, block_a = "A", side_a.read(name, rows).to(dtype)
             label, block_b = "B", side_b.read(name, rows).to(dtype)
             comparison.add(block_a, block_b, rows[0] if rows else 0)
@@ -192,7 +192,9 @@ def _compare_hashes(side_a: AnySide, side_b: AnySide, name: str, dtype: torch.dt
         elif side.dtype(name) == dtype:
             hashes.append(side.sha256(name))
         else:
-            return f"{label} has a hash for {side.dtype(name)} only, which says nothing after a cast to {dtype}"
+            return (
+                f"{label} has a hash for {side.dtype(name)} only, which says nothing after a cast to {dtype}"
+            )
     return "" if hashes[0] == hashes[1] else f"SHA-256 {hashes[0][:16]}… against {hashes[1][:16]}…"
 
 

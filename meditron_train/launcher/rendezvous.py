@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from meditron_train.errors import MeditronError, UserError
 from meditron_train.launcher.environment import LaunchEnvironment
@@ -30,7 +31,7 @@ class Ranks:
     silence_s: how long a rank may give no sign of life before the others give up.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, silence_s: float = 300.0) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, silence_s: float = 300.0) -> None:
         self.rank, self.world_size = rank, world_size
         self._store, self._silence_s = store, silence_s
         self._number = 0  # of the meeting
@@ -58,10 +59,9 @@ class Ranks:
             failure = json.loads(self._store.get(_FAILED)) if failed else None
         except RuntimeError as error:
             raise MeditronError(f"the store at rank 0 has gone: {error}") from None
-        if failure is not None:
-            if failure["rank"] != self.rank:
-                kind = UserError if failure["user"] else MeditronError
-                raise kind(f"rank {failure['rank']} failed: {failure['message']}")
+        if failure is not None and failure["rank"] != self.rank:
+            kind = UserError if failure["user"] else MeditronError
+            raise kind(f"rank {failure['rank']} failed: {failure['message']}")
 
     def beat(self) -> None:
         self._store.set(f"beat/{self.rank}", str(time.monotonic()))
@@ -142,21 +142,21 @@ def meet(place: LaunchEnvironment, timeout_s: float = 600.0) -> Iterator[Ranks |
         ranks.leave()
 
 
-def _open_store(place: LaunchEnvironment, timeout_s: float) -> dist.Store:
+def _open_store(place: LaunchEnvironment, timeout_s: float) -> Store:
     try:
         if place.kind == "torchrun":  # its agent may already hold a store at the address
             timeout = timedelta(seconds=timeout_s)
-            store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))
+            store, _, _ = next(rendezvous("env://", place.rank, place.world_size, timeout=timeout))
         else:
-            store = dist.TCPStore(
+            store = TCPStore(
                 place.master_addr,
                 place.master_port,
                 place.world_size,
                 is_master=place.rank == 0,
                 timeout=timedelta(seconds=timeout_s),
             )
-    except (dist.DistError, RuntimeError, ValueError) as error:
+    except (DistError, RuntimeError, ValueError) as error:
         raise MeditronError(
             f"the {place.world_size} ranks could not meet at {place.master_addr}:{place.master_port}: {error}"
         ) from None
-    return dist.PrefixStore("meditron-train/convert", store)
+    return PrefixStore("meditron-train/convert", store)

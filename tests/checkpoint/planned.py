@@ -36,10 +36,17 @@ def planned(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = Non
 
 
 def write_planned(
-    directory: Path, files: Iterable[PlannedFile], tensors: Mapping[str, torch.Tensor], block_num_bytes: int = 100
+    directory: Path,
+    files: Iterable[PlannedFile],
+    tensors: Mapping[str, torch.Tensor],
+    block_num_bytes: int = 100,
 ) -> None:
     for file in files:
         written = write_file(
-            directory / file.name, file, MemorySource(tensors), block_num_bytes=block_num_bytes, allow_nonfinite=True
+            directory / file.name,
+            file,
+            MemorySource(tensors),
+            block_num_bytes=block_num_bytes,
+            allow_nonfinite=True,
         )
         assert written.num_bytes == (directory / file.name).stat().st_size == file.num_bytes

@@ -11,7 +11,13 @@ import torch
 
 from meditron_train.checkpoint.conversion import Limits, plan_memory, resident_num_bytes
 from meditron_train.checkpoint.hf_map import Piece
-from meditron_train.checkpoint.stream import Cancelled, PlannedFile, PlannedTensor, first_nonfinite, write_file
+from meditron_train.checkpoint.stream import (
+    Cancelled,
+    PlannedFile,
+    PlannedTensor,
+    first_nonfinite,
+    write_file,
+)
 from tests.checkpoint.planned import MemorySource
 from tests.refusal import refused
 
@@ -21,7 +27,10 @@ JOINT = PlannedTensor(
     "joint",
     torch.bfloat16,
     (12, 5),
-    (Piece("a", 0, 3, "A"), Piece("b", 0, 2, "B"), Piece("a", 3, 3, "A"), Piece("b", 2, 2, "B"), Piece(None, 0, 2, None)),
+    (
+        Piece("a", 0, 3, "A"), Piece("b", 0, 2, "B"), Piece("a", 3, 3, "A"), Piece("b", 2, 2, "B"),
+        Piece(None, 0, 2, None),
+    ),
     before=b"head",
     after=lambda crc: crc.to_bytes(4, "little"),
 )  # fmt: skip

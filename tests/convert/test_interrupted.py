@@ -20,6 +20,7 @@ from meditron_train.convert.hf_to_megatron import hf_to_megatron
 from meditron_train.convert.verify import verify
 from tests.checkpoint.tiny_llama import change_json, write_tiny_llama
 
+
 def attempt(direction: str, source: Path, target: Path, moment: int) -> int | None:
     """Convert in a forked process that kills itself at a moment: before the call of that number, counted from 1, of
     those that change the disk. None when it was killed, else how many such calls there were."""

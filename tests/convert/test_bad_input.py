@@ -134,7 +134,10 @@ TENSORS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
         "LoRA weights left in",
     ),
     "extra": (lambda t: t.update({"score.weight": torch.zeros(2)}), "score.weight"),
-    "wrong-shape": (lambda t: t.update({UP: t[UP][:40]}), f"{UP} has shape [40, 48], the config says [80, 48]"),
+    "wrong-shape": (
+        lambda t: t.update({UP: t[UP][:40]}),
+        f"{UP} has shape [40, 48], the config says [80, 48]",
+    ),
     "missing": (lambda t: t.pop(UP), f"missing tensors: {UP}"),
 }
 

@@ -56,7 +56,9 @@ def test_files_are_shared_out(tmp_path: Path, direction: str, monkeypatch) -> No
     assert all(shares)
     written = [name for share in shares for name in share]
     assert len(written) == len(set(written))
-    assert set(written) == {p.name for p in (tmp_path / "target").iterdir() if p.suffix in (".distcp", ".safetensors")}
+    assert set(written) == {
+        p.name for p in (tmp_path / "target").iterdir() if p.suffix in (".distcp", ".safetensors")
+    }
     assert {path.name for path in tmp_path.iterdir()} == {*before, "target"}
     assert verify_manifest(tmp_path / "target") == []
     assert verify(source, tmp_path / "target").differences == ()

@@ -253,7 +253,11 @@ def test_layers_swapped_in_the_weights(models: Path, back: Path) -> None:
 def test_a_manifest_stands_for_its_directory(models: Path, tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
     shutil.copy(models / "back" / "manifest.json", tmp_path / "alone")
-    for manifest in (models / "checkpoint" / "manifest.json", models / "back" / "manifest.json", tmp_path / "alone"):
+    for manifest in (
+        models / "checkpoint" / "manifest.json",
+        models / "back" / "manifest.json",
+        tmp_path / "alone",
+    ):
         for other in ("hf", "checkpoint", "back"):
             assert verify(models / other, manifest).differences == ()
             assert verify(manifest, models / other).differences == ()
@@ -269,8 +273,12 @@ def test_what_differs_from_a_manifest_is_named(models: Path, back: Path) -> None
     spoil(back, lambda t: (t.pop(UP), t.update({Q: t[Q].float()})))
     differences = named(verify(manifest, back))
     assert differences[UP] == "missing in B"
-    assert differences[Q].startswith("dtype torch.bfloat16 against torch.float32; after a cast to torch.bfloat16: equal")
-    change_json(back / "config.json", rope_theta=5e5, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    assert differences[Q].startswith(
+        "dtype torch.bfloat16 against torch.float32; after a cast to torch.bfloat16: equal"
+    )
+    change_json(
+        back / "config.json", rope_theta=5e5, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}
+    )
     assert named(verify(manifest, back))["rope.theta"] == "10000.0 against 500000.0"
 
 

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from meditron_train.checkpoint.conversion import NO_LIMITS, Limits, Progress, convert_files, files_identity
 from meditron_train.checkpoint.hf_config import generation_config_of, model_config_to_hf
-from meditron_train.checkpoint.hf_map import Shape, tensor_specs, to_hf
-from meditron_train.checkpoint.hf_write import HFWriter, TensorPlan, format_num_bytes, parse_num_bytes
-from meditron_train.checkpoint.manifest import require_intact
+from meditron_train.checkpoint.hf_map import hf_pieces, tensor_specs
+from meditron_train.checkpoint.hf_write import (
+    INDEX_NAME,
+    parse_num_bytes,
+    plan_safetensors,
+    safetensors_index,
+)
+from meditron_train.checkpoint.manifest import TensorEntry, read_tensor_hashes, require_intact
 from meditron_train.checkpoint.megatron_read import MegatronSource
-from meditron_train.checkpoint.publish import publish, require_absent
+from meditron_train.checkpoint.stream import PlannedTensor
+from meditron_train.checkpoint.tokenizer_compare import tokenizer_fingerprint
 from meditron_train.checkpoint.tokenizer_files import check_tokenizer, copy_tokenizer, read_json_object
+from meditron_train.checkpoint.workspace import Alone, Ranks, require_absent
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import UserError
 
@@ -30,43 +38,77 @@ def export_hf(
     *,
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
-    max_ram_num_bytes: int | None = None,
-    progress: Callable[[str, int], None] | None = None,
+    limits: Limits = NO_LIMITS,
+    ranks: Ranks | None = None,
+    progress: Progress | None = None,
 ) -> None:
-    """Write the model of a finished sharded checkpoint as a Hugging Face directory.
+    """Write the model of a finished sharded checkpoint as a Hugging Face directory with manifest.json.
 
     dtype: "bf16", "fp16", "fp32", or None / "keep" for each tensor's own. max_shard_size: "5GB", "500MB", … or bytes.
-    progress: called with each Hugging Face tensor's name and its bytes once it is written. Vocabulary padding is
-    removed and a tied `lm_head` left out. Memory: the largest tensor three times, refused when that is more than
-    max_ram_num_bytes. Every file of the checkpoint is hashed before anything is written. Raises UserError when the
-    output exists and is not empty, or the checkpoint is not what its manifest says; nothing is left behind then.
+    Vocabulary padding is removed and a tied `lm_head` left out. Memory: blocks of a few MiB. Every file of the
+    checkpoint is checked against its manifest: before anything is written or, where it holds hashes of tensors, on the
+    way. An interrupted call is continued by the next one with
+    the same arguments. Raises UserError when the output exists and is not empty, the checkpoint is not what its
+    manifest says, or weights are not finite; nothing is left behind then.
     """
     checkpoint = Path(checkpoint)
     target = parse_dtype(dtype)
     max_num_bytes = parse_num_bytes(max_shard_size)
     source = MegatronSource(checkpoint)
-    check_tokenizer(checkpoint / HF_SUBDIRECTORY, source.model.vocab_size)
     specs = tensor_specs(source.model)
-    plans = [
-        TensorPlan(name, target or source.dtype(spec.name), shape)
+    hf_files = checkpoint / HF_SUBDIRECTORY
+    check_tokenizer(hf_files, source.model.vocab_size)
+    check_generation_config(hf_files)
+    require_absent(hf_directory)
+    # Where the manifest has a hash of every tensor, these are checked on the way instead of reading all files twice.
+    hashes = read_tensor_hashes(checkpoint)
+    streamed = {file for spec in specs for file in source.place(spec.name)} if hashes else set()
+    (ranks or Alone()).on_first(lambda: require_intact(checkpoint, unhashed=streamed))
+    tensors = [
+        PlannedTensor(name, target or source.dtype(spec.name), shape, tuple(hf_pieces(spec, name)))
         for spec in specs
         for name, shape in zip(spec.hf_names, spec.hf_shapes, strict=True)
     ]
-    require_memory(
-        [(source.shape(spec.name), target or source.dtype(spec.name)) for spec in specs], max_ram_num_bytes
+    files = plan_safetensors(tensors, max_num_bytes)
+    model = source.model.model_copy(update={"dtype": common_dtype([tensor.dtype for tensor in tensors])})
+
+    def complete(directory: Path) -> None:
+        if index := safetensors_index(files):
+            (directory / INDEX_NAME).write_text(index, encoding="utf-8")
+        write_hf_files(directory, model, hf_files)
+
+    convert_files(
+        hf_directory,
+        files,
+        source,
+        identity={"to": "hugging-face", "dtype": dtype or "keep", "source": files_identity(checkpoint)},
+        complete=complete,
+        manifest=describe_conversion(
+            checkpoint, "sharded", model, hf_files, target, step=source.meta.get("step")
+        ),
+        entries={tensor.name: TensorEntry(dtype_name(tensor.dtype), tensor.shape) for tensor in tensors},
+        expected=hashes,
+        limits=limits,
+        ranks=ranks,
+        progress=progress,
     )
-    check_generation_config(checkpoint / HF_SUBDIRECTORY)
-    require_absent(hf_directory)
-    require_intact(checkpoint)
-    with publish(hf_directory, num_bytes=sum(plan.num_bytes for plan in plans)) as temporary:
-        with HFWriter(temporary, plans, max_num_bytes) as writer:
-            for spec in specs:
-                for name, tensor in to_hf(spec, source.read(spec.name)).items():
-                    writer.write(name, tensor)
-                    if progress is not None:
-                        progress(name, tensor.numel() * (target or tensor.dtype).itemsize)
-        model = source.model.model_copy(update={"dtype": common_dtype([plan.dtype for plan in plans])})
-        write_hf_files(temporary, model, checkpoint / HF_SUBDIRECTORY)
+
+
+def describe_conversion(
+    directory: Path, form: str, model: ModelConfig, hf_files: Path, cast: torch.dtype | None, **source: Any
+) -> dict[str, Any]:
+    """What a converted directory's manifest says beside its hashes: source, cast, model and tokenizer."""
+    return {
+        "source": {"directory": directory.resolve().name, "format": form, **source},
+        "cast": None if cast is None else dtype_name(cast),
+        "model": model.model_dump(mode="json"),
+        "tokenizer": tokenizer_fingerprint(hf_files),
+    }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def write_hf_files(
@@ -107,20 +149,6 @@ def parse_dtype(dtype: str | None) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
-def require_memory(tensors: Iterable[tuple[Shape, torch.dtype]], max_ram_num_bytes: int | None) -> None:
-    """Raise UserError when the largest of the tensors, held three times over, exceeds the memory allowed.
-
-    Three times: as read, rearranged, and cast.
-    """
-    needed = 3 * max(math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
-    if max_ram_num_bytes is not None and needed > max_ram_num_bytes:
-        raise UserError(
-            f"--max-ram is {format_num_bytes(max_ram_num_bytes)}, but the largest tensor needs "
-            f"{format_num_bytes(needed)} (three times its size). "
-            f"Write --max-ram {math.ceil(needed / 2**20)}MiB or more."
-        )
-
-
 def common_dtype(dtypes: Sequence[torch.dtype]) -> str:
     """The dtype that config.json states for these tensors: the one that most of them have."""
-    return str(max(set(dtypes), key=list(dtypes).count)).removeprefix("torch.")
+    return dtype_name(max(set(dtypes), key=list(dtypes).count))

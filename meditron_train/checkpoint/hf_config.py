@@ -13,31 +13,20 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from meditron_train.checkpoint.families import HFFamily, family_keys, find_family, read_window
 from meditron_train.config.model_config import ModelConfig, RopeConfig
 from meditron_train.errors import UserError
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
 SUPPORTED_ROPE_KINDS = ("default", "linear", "dynamic", "llama3")
 DTYPES = ("float32", "bfloat16", "float16")
 
 # The version whose keys are written; readers use it only to choose migrations, and the file carries both spellings.
 TRANSFORMERS_VERSION = "4.57.1"
 
-# LlamaConfig's defaults in transformers, for keys that a file may leave out.
-_DEFAULTS: dict[str, Any] = {
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-}
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_SIZES = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
+_SIZES = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 _NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta")
-_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 _ROPE_NUMBERS = (
     "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
 )  # fmt: skip
@@ -45,7 +34,7 @@ _OBJECTS = ("rope_parameters", "rope_scaling")
 
 
 def read_hf_config(directory: str | Path) -> ModelConfig:
-    """Read `directory/config.json`. Raises UserError when it is missing, not JSON, or not a supported Llama."""
+    """Read `directory/config.json`. Raises UserError when it is missing, not JSON, or not of a supported family."""
     return model_config_from_hf(load_config_json(directory), where=str(Path(directory) / "config.json"))
 
 
@@ -77,30 +66,29 @@ def load_config_json(directory: str | Path) -> dict[str, Any]:
 def model_config_from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig:
     """`ModelConfig` of a Hugging Face config dict (transformers 4.x or 5.x).
 
-    Source of the defaults: `LlamaConfig` of transformers. Raises UserError, naming `where` and the key, for another
-    architecture, a missing key, or a feature that the model does not have (biases, other activations, other RoPE).
+    Raises UserError, naming `where` and the key, for an unknown architecture, a missing key, or a feature that the
+    model does not have (biases on other layers than its family's, other activations, other RoPE).
     """
-    _check_architecture(config, where)
+    family = find_family(config, where)
     _check_types(config, where)
     missing = [key for key in _REQUIRED if config.get(key) is None]
     if missing:
-        raise UserError(f"{where}: missing {', '.join(missing)}. A Llama config must state them.")
+        raise UserError(f"{where}: missing {', '.join(missing)}. A {family.architecture} must state them.")
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             raise UserError(
-                f"{where}: {key} is true, but linear layers here have no bias. Only {key}: false is supported."
+                f"{where}: {key} is true, but only Qwen2's query, key and value may have a bias here. "
+                f"Only {key}: false is supported."
             )
     if config.get("quantization_config"):
         raise UserError(
             f"{where}: the weights are quantized (quantization_config). Use the unquantized model."
         )
-    value = {**_DEFAULTS, **config}
+    value = {**family.defaults, **config}
     if value["hidden_act"] != "silu":
-        raise UserError(
-            f"{where}: hidden_act is {value['hidden_act']!r}; a Llama uses 'silu', nothing else is supported."
-        )
+        raise UserError(f"{where}: hidden_act is {value['hidden_act']!r}; nothing but 'silu' is supported.")
     hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
-    num_kv_heads = config.get("num_key_value_heads") or num_heads
+    num_kv_heads = value.get("num_key_value_heads") or num_heads
     if num_heads % num_kv_heads:
         raise UserError(
             f"{where}: num_attention_heads = {num_heads} is not a multiple of num_key_value_heads = {num_kv_heads}."
@@ -118,7 +106,7 @@ def model_config_from_hf(config: dict[str, Any], where: str = "config.json") -> 
     eos = value["eos_token_id"]
     try:
         return _build(
-            config, value, num_kv_heads, head_dim, tuple(eos) if isinstance(eos, list) else eos, where
+            family, value, num_kv_heads, head_dim, tuple(eos) if isinstance(eos, list) else eos, where
         )
     except ValidationError as error:
         details = "; ".join(
@@ -128,25 +116,30 @@ def model_config_from_hf(config: dict[str, Any], where: str = "config.json") -> 
 
 
 def _build(
-    config: dict[str, Any], value: dict[str, Any], num_kv_heads: int, head_dim: int, eos: Any, where: str
+    family: HFFamily, value: dict[str, Any], num_kv_heads: int, head_dim: int, eos: Any, where: str
 ) -> ModelConfig:
+    num_layers = value["num_hidden_layers"]
+    sliding_window, num_full_attention_layers = read_window(family, value, num_layers, where)
     return ModelConfig(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
+        family=family.name,
+        vocab_size=value["vocab_size"],
+        hidden_size=value["hidden_size"],
+        intermediate_size=value["intermediate_size"],
+        num_layers=num_layers,
+        num_heads=value["num_attention_heads"],
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=value["max_position_embeddings"],
         rms_norm_eps=value["rms_norm_eps"],
-        rope=_read_rope(config, where),
+        rope=_read_rope(value, where),
         tie_embeddings=bool(value["tie_word_embeddings"]),
+        sliding_window=sliding_window,
+        num_full_attention_layers=num_full_attention_layers,
         initializer_range=value["initializer_range"],
         bos_token_id=value["bos_token_id"],
         eos_token_id=eos,
         pad_token_id=value["pad_token_id"],
-        dtype=_read_dtype(config, where),
+        dtype=_read_dtype(value, where),
     )
 
 
@@ -158,26 +151,21 @@ def model_config_to_hf(model: ModelConfig, dtype: str | None = None) -> dict[str
     """
     eos = model.eos_token_id
     dtype = dtype or model.dtype
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
+    keys = {
+        **family_keys(model),
         "attention_dropout": 0.0,
         "bos_token_id": model.bos_token_id,
         "dtype": dtype,
         "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
-        "head_dim": model.head_dim,
         "hidden_act": "silu",
         "hidden_size": model.hidden_size,
         "initializer_range": model.initializer_range,
         "intermediate_size": model.intermediate_size,
         "max_position_embeddings": model.max_position_embeddings,
-        "mlp_bias": False,
-        "model_type": "llama",
         "num_attention_heads": model.num_heads,
         "num_hidden_layers": model.num_layers,
         "num_key_value_heads": model.num_kv_heads,
         "pad_token_id": model.pad_token_id,
-        "pretraining_tp": 1,
         "rms_norm_eps": model.rms_norm_eps,
         "rope_parameters": _rope_parameters(model.rope),
         "rope_scaling": _rope_scaling(model.rope),
@@ -188,6 +176,7 @@ def model_config_to_hf(model: ModelConfig, dtype: str | None = None) -> dict[str
         "use_cache": True,
         "vocab_size": model.vocab_size,
     }
+    return dict(sorted(keys.items()))  # as transformers writes them
 
 
 def generation_config_of(model: ModelConfig) -> dict[str, Any]:
@@ -204,7 +193,7 @@ def generation_config_of(model: ModelConfig) -> dict[str, Any]:
 
 
 def _check_types(config: dict[str, Any], where: str) -> None:
-    """Raise UserError for values of another JSON type than a Llama config has; null counts as left out.
+    """Raise UserError for values of another JSON type than transformers gives them; null counts as left out.
 
     Python would let some through with another meaning: "false" is true, and true is 1.
     """
@@ -213,7 +202,9 @@ def _check_types(config: dict[str, Any], where: str) -> None:
     values += [
         ("eos_token_id", i) for i in (token_ids if isinstance(token_ids, list | tuple) else [token_ids])
     ]
+    layers = config.get("max_window_layers")
     expected = [
+        ("an integer from 0", [("max_window_layers", layers)], lambda v: _is_integer(v) and v >= 0),
         (
             "a positive integer",
             [(key, config.get(key)) for key in _SIZES],
@@ -240,21 +231,6 @@ def _is_integer(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_architecture(config: dict[str, Any], where: str) -> None:
-    supported = ", ".join(SUPPORTED_ARCHITECTURES)
-    architectures = config.get("architectures") or []
-    if not isinstance(architectures, list):
-        raise UserError(f"{where}: architectures = {architectures!r}: must be a list.")
-    model_type = config.get("model_type", "llama" if architectures else None)
-    if architectures and architectures[0] not in SUPPORTED_ARCHITECTURES:
-        raise UserError(f"{where}: architecture {architectures[0]} is not supported. Supported: {supported}.")
-    if model_type != "llama":
-        found = f"model_type {model_type!r}" if model_type else "neither architectures nor model_type"
-        raise UserError(
-            f"{where}: {found} found, which is not supported. Supported: {supported} (model_type 'llama')."
-        )
 
 
 def _read_dtype(config: dict[str, Any], where: str) -> Any:

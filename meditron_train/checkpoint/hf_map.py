@@ -1,10 +1,10 @@
-"""The one table between the tensors of a Hugging Face Llama and those of a sharded checkpoint, for both directions.
+"""The one table between the tensors of a Hugging Face model and those of a sharded checkpoint, for both directions.
 
 A sharded tensor is made of the rows of one or more Hugging Face tensors ("parts"), interleaved over `num_groups`:
-group g holds rows g of the first part, then of the second, and so on. Three cases cover a Llama:
+group g holds rows g of the first part, then of the second, and so on. Three cases cover every family:
 
 - one part: the same tensor (embedding and output layer are padded with zero rows at the end);
-- query|key|value: one group per KV head: its query heads, its key head, its value head;
+- query|key|value, weights or biases: one group per KV head: its query heads, its key head, its value head;
 - gate|up: one group; a tensor-parallel rank holds its share of gate, then its share of up.
 
 RoPE rotates halves on both sides, so query and key rows keep their order within a head.
@@ -21,7 +21,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from meditron_train.config.model_config import ModelConfig
+from meditron_train.config.model_config import Family, ModelConfig
 from meditron_train.errors import UserError
 
 Shape = tuple[int, ...]
@@ -57,6 +57,19 @@ class TensorSpec:
         return (padded_vocab_size, *self.shape[1:]) if self.kind == "vocab" else self.shape
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Rows [start, start + num_rows) of the tensor `source`; of None, zero rows.
+
+    hf_name: the Hugging Face tensor that the rows belong to, None for padding.
+    """
+
+    source: str | None
+    start: int
+    num_rows: int
+    hf_name: str | None
+
+
 class TensorSource(Protocol):
     """What `rank_slice` reads from: `HFSource`, or anything with Hugging Face names."""
 
@@ -72,52 +85,86 @@ class TensorSource(Protocol):
     ) -> torch.Tensor: ...
 
 
+@dataclass(frozen=True)
+class _Row:
+    """One tensor of a layer: its name there, its parts in Hugging Face, and what `TensorSpec` says of it.
+
+    Shapes are spelled in letters: H hidden, F feed-forward, Q all query heads, K all KV heads.
+    """
+
+    name: str
+    hf_names: tuple[str, ...]
+    hf_shapes: tuple[str, ...]
+    tp_dim: int | None = None
+    kind: Literal["direct", "qkv", "gate_up"] = "direct"
+
+
+_LLAMA_ROWS = (
+    _Row("input_layernorm.weight", ("input_layernorm.weight",), ("H",)),
+    _Row(
+        "self_attention.linear_qkv.weight",
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        ("QH", "KH", "KH"),
+        tp_dim=0,
+        kind="qkv",
+    ),
+    _Row("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), ("HQ",), tp_dim=1),
+    _Row("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), ("H",)),
+    _Row(
+        "mlp.linear_fc1.weight",
+        ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        ("FH", "FH"),
+        tp_dim=0,
+        kind="gate_up",
+    ),
+    _Row("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), ("HF",), tp_dim=1),
+)
+_QKV_BIAS = _Row(
+    "self_attention.linear_qkv.bias",
+    ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    ("Q", "K", "K"),
+    tp_dim=0,
+    kind="qkv",
+)
+LAYER_ROWS: dict[Family, tuple[_Row, ...]] = {
+    "llama": _LLAMA_ROWS,
+    "mistral": _LLAMA_ROWS,
+    "qwen2": (*_LLAMA_ROWS, _QKV_BIAS),
+}
+
+
 def tensor_specs(model: ModelConfig) -> list[TensorSpec]:
     """Every tensor of the model's sharded checkpoint, in the order of the layers."""
-    H, F, D = model.hidden_size, model.intermediate_size, model.head_dim
-    N, K, V = model.num_heads, model.num_kv_heads, model.vocab_size
-    specs = [
-        _single("embedding.word_embeddings.weight", "model.embed_tokens.weight", (V, H), 0, kind="vocab")
-    ]
-    for i in range(model.num_layers):
-        ours, theirs = f"decoder.layers.{i}", f"model.layers.{i}"
-        specs += [
-            _single(f"{ours}.input_layernorm.weight", f"{theirs}.input_layernorm.weight", (H,), None, i),
-            TensorSpec(
-                f"{ours}.self_attention.linear_qkv.weight",
-                tuple(f"{theirs}.self_attn.{part}_proj.weight" for part in "qkv"),
-                ((N * D, H), (K * D, H), (K * D, H)),
-                "qkv",
-                ((N + 2 * K) * D, H),
-                tp_dim=0,
-                num_groups=K,
-                layer=i,
-            ),
-            _single(
-                f"{ours}.self_attention.linear_proj.weight",
-                f"{theirs}.self_attn.o_proj.weight",
-                (H, N * D),
-                1,
-                i,
-            ),
-            _single(
-                f"{ours}.pre_mlp_layernorm.weight", f"{theirs}.post_attention_layernorm.weight", (H,), None, i
-            ),
-            TensorSpec(
-                f"{ours}.mlp.linear_fc1.weight",
-                (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight"),
-                ((F, H), (F, H)),
-                "gate_up",
-                (2 * F, H),
-                tp_dim=0,
-                layer=i,
-            ),
-            _single(f"{ours}.mlp.linear_fc2.weight", f"{theirs}.mlp.down_proj.weight", (H, F), 1, i),
-        ]
-    specs.append(_single("decoder.final_layernorm.weight", "model.norm.weight", (H,), None))
+    V, H = model.vocab_size, model.hidden_size
+    embedding = ("embedding.word_embeddings.weight", "model.embed_tokens.weight")
+    specs = [_vocabulary_spec(*embedding, (V, H))]
+    for layer in range(model.num_layers):
+        specs += [_layer_spec(row, layer, model) for row in LAYER_ROWS[model.family]]
+    norm = "model.norm.weight"
+    specs.append(TensorSpec("decoder.final_layernorm.weight", (norm,), ((H,),), "direct", (H,), None))
     if not model.tie_embeddings:
-        specs.append(_single("output_layer.weight", "lm_head.weight", (V, H), 0, kind="vocab"))
+        specs.append(_vocabulary_spec("output_layer.weight", "lm_head.weight", (V, H)))
     return specs
+
+
+def _layer_spec(row: _Row, layer: int, model: ModelConfig) -> TensorSpec:
+    heads = {"Q": model.num_heads * model.head_dim, "K": model.num_kv_heads * model.head_dim}
+    sizes = {"H": model.hidden_size, "F": model.intermediate_size, **heads}
+    shapes = tuple(tuple(sizes[letter] for letter in letters) for letters in row.hf_shapes)
+    return TensorSpec(
+        f"decoder.layers.{layer}.{row.name}",
+        tuple(f"model.layers.{layer}.{name}" for name in row.hf_names),
+        shapes,
+        row.kind,
+        (sum(shape[0] for shape in shapes), *shapes[0][1:]),
+        row.tp_dim,
+        num_groups=model.num_kv_heads if row.kind == "qkv" else 1,
+        layer=layer,
+    )
+
+
+def _vocabulary_spec(name: str, hf_name: str, shape: Shape) -> TensorSpec:
+    return TensorSpec(name, (hf_name,), (shape,), "vocab", shape, tp_dim=0)
 
 
 def hf_shapes(model: ModelConfig) -> dict[str, Shape]:
@@ -173,6 +220,28 @@ def to_hf(spec: TensorSpec, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+def megatron_pieces(spec: TensorSpec, padded_vocab_size: int) -> list[Piece]:
+    """The rows of Hugging Face tensors that make up the whole sharded tensor, in order."""
+    heights = [shape[0] // spec.num_groups for shape in spec.hf_shapes]
+    pieces = [
+        Piece(name, group * height, height, name)
+        for group in range(spec.num_groups)
+        for name, height in zip(spec.hf_names, heights, strict=True)
+    ]
+    num_padding_rows = spec.padded_shape(padded_vocab_size)[0] - spec.shape[0]
+    return [*pieces, Piece(None, 0, num_padding_rows, None)] if num_padding_rows else pieces
+
+
+def hf_pieces(spec: TensorSpec, hf_name: str) -> list[Piece]:
+    """The rows of the sharded tensor that make up one of its Hugging Face tensors, in order."""
+    heights = [shape[0] // spec.num_groups for shape in spec.hf_shapes]
+    part = spec.hf_names.index(hf_name)
+    first, step = sum(heights[:part]), sum(heights)
+    return [
+        Piece(spec.name, group * step + first, heights[part], hf_name) for group in range(spec.num_groups)
+    ]
+
+
 def check_source(source: TensorSource, model: ModelConfig, where: str) -> None:
     """Raise one UserError that lists every missing, unexpected or wrongly shaped tensor of a Hugging Face source."""
     expected = hf_shapes(model)
@@ -194,23 +263,12 @@ def check_source(source: TensorSource, model: ModelConfig, where: str) -> None:
             if any("lora_" in n for n in extra)
             else ""
         )
-        problems.append(f"tensors that a Llama of this config does not have: {_some(extra)}{hint}")
+        problems.append(f"tensors that a model of this config does not have: {_some(extra)}{hint}")
     if wrong:
         problems.append(f"wrong shapes: {_some(wrong)}")
     if problems:
         advice = "The weights and config.json do not belong together; fetch both from the same place again."
         raise UserError(f"{where}: " + "; ".join(problems) + f". {advice}")
-
-
-def _single(
-    name: str,
-    hf_name: str,
-    shape: Shape,
-    tp_dim: int | None,
-    layer: int | None = None,
-    kind: Literal["direct", "vocab"] = "direct",
-) -> TensorSpec:
-    return TensorSpec(name, (hf_name,), (shape,), kind, shape, tp_dim, layer=layer)
 
 
 def _interleave(parts: Sequence[torch.Tensor], num_groups: int) -> torch.Tensor:

@@ -1,8 +1,7 @@
 """Read the tensors of a Hugging Face directory one slice at a time, without building the model.
 
-safetensors files (one, or shards with an index) are parsed here and read with `pread`: a mapped page would count as
-resident memory, and the header has to be checked against the file's size anyway. Older `pytorch_model*.bin` files go
-through `torch.load(weights_only=True, mmap=True)`: no code in a pickle is ever run.
+safetensors files (one, or shards with an index) are parsed here, as the header has to be checked against the file's
+size anyway; of older `pytorch_model*.bin` files only the index inside is read: no code in a pickle is ever run.
 """
 
 from __future__ import annotations
@@ -13,27 +12,25 @@ import os
 import pickle
 import re
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from meditron_train.checkpoint.hf_config import load_config_json, model_config_from_hf
 from meditron_train.checkpoint.hf_map import check_source
+from meditron_train.checkpoint.stored import Range, Shape, StoredTensor, read_stored
+from meditron_train.checkpoint.torch_file import ForbiddenGlobal, find_tensors
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import UserError
-
-Shape = tuple[int, ...]
-Range = tuple[int, int]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_BLOCK_BYTES = 16 << 20  # column slices are cut out of row blocks of this size
 
 
 class _Shard(Protocol):
@@ -42,7 +39,7 @@ class _Shard(Protocol):
     path: Path
 
     @property
-    def names(self) -> Sequence[str]: ...
+    def names(self) -> Collection[str]: ...
 
     def shape(self, name: str) -> Shape: ...
 
@@ -165,65 +162,35 @@ def _open_shard(path: Path) -> _Shard:
         raise UserError(f"{path} is a link to a file that does not exist. Fetch the model again.")
     if not path.is_file():
         raise UserError(f"{path} is not a file.")
-    return _SafetensorsShard(path) if path.suffix == ".safetensors" else _TorchShard(path)
+    if path.suffix == ".safetensors":
+        return _StreamedShard(path, _read_safetensors_header(path))
+    if zipfile.is_zipfile(path):
+        return _StreamedShard(path, _find_torch_tensors(path))
+    return _LoadedShard(path)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    dtype: torch.dtype
-    shape: Shape
-    offset: int  # bytes from the start of the file
+class _StreamedShard:
+    """A file of which any rows can be read by themselves."""
 
-
-class _SafetensorsShard:
-    """One safetensors file, read with `pread`."""
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, StoredTensor]) -> None:
         self.path = path
-        self._entries = _read_safetensors_header(path)
-        self._file = path.open("rb")
+        self._tensors = tensors
 
     @property
-    def names(self) -> Sequence[str]:
-        return list(self._entries)
+    def names(self) -> Collection[str]:
+        return self._tensors.keys()
 
     def shape(self, name: str) -> Shape:
-        return self._entries[name].shape
+        return self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._entries[name].dtype
+        return self._tensors[name].dtype
 
     def read(self, name: str, rows: Range | None, columns: Range | None) -> torch.Tensor:
-        entry = self._entries[name]
-        if not entry.shape:
-            return self._read_rows(name, 0, 1).reshape(())
-        start, stop = rows or (0, entry.shape[0])
-        if columns is None:
-            return self._read_rows(name, start, stop)
-        tensor = torch.empty(stop - start, columns[1] - columns[0], dtype=entry.dtype)
-        height = max(1, _BLOCK_BYTES // max(1, entry.shape[1] * entry.dtype.itemsize))
-        for row in range(start, stop, height):
-            block = self._read_rows(name, row, min(row + height, stop))
-            tensor[row - start : row - start + block.shape[0]] = block[:, columns[0] : columns[1]]
-        return tensor
-
-    def _read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        entry = self._entries[name]
-        width = math.prod(entry.shape[1:])
-        tensor = torch.empty((stop - start) * width, dtype=entry.dtype)
-        view = memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        offset = entry.offset + start * width * entry.dtype.itemsize
-        while view:  # the kernel reads at most 2 GiB at once
-            num_bytes = os.preadv(self._file.fileno(), [view], offset)
-            if num_bytes == 0:
-                raise UserError(
-                    f"{self.path} ended while reading {name}: the file was truncated. Fetch it again."
-                )
-            view, offset = view[num_bytes:], offset + num_bytes
-        return tensor.view(stop - start, *entry.shape[1:])
+        return read_stored(self.path, self._tensors[name], name, rows, columns)
 
 
-def _read_safetensors_header(path: Path) -> dict[str, _Entry]:
+def _read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
     """Name -> entry. Checks sizes and offsets against the file, so that a cut-off download is seen before any work."""
     file_size = path.stat().st_size
     if file_size < 8:
@@ -265,23 +232,32 @@ def _read_safetensors_header(path: Path) -> dict[str, _Entry]:
             raise UserError(
                 f"{path} is truncated: {name} ends at byte {data_start + stop} of {file_size}. Fetch it again."
             )
-        entries[name] = _Entry(_DTYPES[dtype_name], shape, data_start + start)
+        entries[name] = StoredTensor(_DTYPES[dtype_name], shape, data_start + start)
     return entries
 
 
-class _TorchShard:
-    """One `pytorch_model*.bin`."""
+def _find_torch_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Name -> place of the tensors of a `.bin` as torch has written it since 1.6."""
+    try:
+        with path.open("rb") as file:
+            found = find_tensors(file.fileno())
+    except ForbiddenGlobal as error:
+        raise _refused(path, str(error)) from None
+    except (OSError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise _damaged(path, error) from None
+    return _state_dict(path, found, StoredTensor)
+
+
+class _LoadedShard:
+    """A `.bin` in the format before torch 1.6, which cannot be read in parts: it is held in memory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        tensors = _load_torch_file(path)
-        if not isinstance(tensors, dict):
-            raise UserError(f"{path} does not hold a state dict, but a {type(tensors).__name__}.")
-        self._tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+        self._tensors = _state_dict(path, _load_old_torch_file(path), torch.Tensor)
 
     @property
-    def names(self) -> Sequence[str]:
-        return list(self._tensors)
+    def names(self) -> Collection[str]:
+        return self._tensors.keys()
 
     def shape(self, name: str) -> Shape:
         return tuple(self._tensors[name].shape)
@@ -298,26 +274,34 @@ class _TorchShard:
         return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _load_torch_file(path: Path) -> Any:
+def _load_old_torch_file(path: Path) -> Any:
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = (
-            f"the pickle refers to {found.group(1)}, not a tensor"
-            if found
-            else "its pickle is not tensors only"
-        )
-        raise UserError(
-            f"{path}: {what}. Refused, as it could run code. Use a safetensors version."
-        ) from None
+        raise _refused(path, found.group(1) if found else None) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
-        first_line = (str(error).splitlines() or ["unreadable"])[0]
-        raise UserError(
-            f"{path} cannot be read ({first_line}). It is truncated or damaged: fetch it again."
-        ) from None
+        raise _damaged(path, error) from None
+
+
+_T = TypeVar("_T")
+
+
+def _state_dict(path: Path, value: Any, kind: type[_T]) -> dict[str, _T]:
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a state dict, but a {type(value).__name__}.")
+    return {str(name): tensor for name, tensor in value.items() if isinstance(tensor, kind)}
+
+
+def _refused(path: Path, global_name: str | None) -> UserError:
+    what = (
+        f"the pickle refers to {global_name}, not a tensor"
+        if global_name
+        else "its pickle is not tensors only"
+    )
+    return UserError(f"{path}: {what}. Refused, as it could run code. Use a safetensors version.")
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    first_line = (str(error).splitlines() or ["unreadable"])[0]
+    return UserError(f"{path} cannot be read ({first_line}). It is truncated or damaged: fetch it again.")

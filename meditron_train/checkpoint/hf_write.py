@@ -1,26 +1,21 @@
-"""Write safetensors shards with an index, as transformers names them, one tensor at a time into its final place.
+"""Safetensors shards with an index, as transformers names them: which tensor lies in which file at which byte.
 
-The plan (which tensor in which file at which byte) follows from names, shapes and dtypes alone, so headers are
-written first and tensors may come in any order, from several threads.
+All of it follows from names, shapes and dtypes alone, before any tensor is read.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import struct
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
+from meditron_train.checkpoint.stream import PlannedFile, PlannedTensor
 from meditron_train.errors import UserError
-
-Shape = tuple[int, ...]
 
 _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -32,104 +27,53 @@ _UNITS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TensorPlan:
-    """Name, dtype and shape of a tensor that will be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: Shape
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+INDEX_NAME = "model.safetensors.index.json"
 
 
-class HFWriter:
-    """Writes the planned tensors into `directory`; a context manager that ends with the index.
+def plan_safetensors(
+    tensors: Iterable[PlannedTensor], max_shard_num_bytes: int = 5 * 10**9
+) -> list[PlannedFile]:
+    """The files that hold the tensors, filled in their order.
 
     A model that fits into `max_shard_num_bytes` becomes `model.safetensors`, a larger one
-    `model-00001-of-0000N.safetensors` … with `model.safetensors.index.json`, filled in the order of the plans.
-    Leaving the block without an error raises ValueError if a planned tensor was not written.
+    `model-00001-of-0000N.safetensors` …, to which `safetensors_index` belongs.
     """
+    shards = _split(list(tensors), max_shard_num_bytes)
+    many = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    names = many if len(shards) > 1 else ["model.safetensors"]
+    return [_plan_file(name, shard) for name, shard in zip(names, shards, strict=True)]
 
-    def __init__(
-        self, directory: Path, plans: Iterable[TensorPlan], max_shard_num_bytes: int = 5 * 10**9
-    ) -> None:
-        self.directory = directory
-        shards = _split(list(plans), max_shard_num_bytes)
-        self._plans = {plan.name: plan for shard in shards for plan in shard}
-        self._file_of: dict[str, str] = {}
-        self._places: dict[str, tuple[int, int]] = {}  # name -> (file descriptor, offset)
-        self._descriptors: list[int] = []
-        self._missing = set(self._plans)
-        for number, shard in enumerate(shards, start=1):
-            many = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            self._start_file(many if len(shards) > 1 else "model.safetensors", shard)
-        self._num_shards = len(shards)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor at its place, cast to its planned dtype. Raises OSError when the disk is full."""
-        plan = self._plans[name]
-        if tuple(tensor.shape) != plan.shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, planned was {list(plan.shape)}")
-        descriptor, offset = self._places[name]
-        flat = tensor.detach().to(plan.dtype).contiguous().reshape(-1)
-        view = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        while view:
-            num_bytes = os.pwrite(descriptor, view[: 1 << 30], offset)
-            view, offset = view[num_bytes:], offset + num_bytes
-        self._missing.discard(name)
+def safetensors_index(files: Sequence[PlannedFile]) -> str | None:
+    """The content of `model.safetensors.index.json`; None for a single file, which has none."""
+    if len(files) == 1:
+        return None
+    tensors = [tensor for file in files for tensor in file.tensors]
+    sizes = {
+        "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+        "total_size": sum(tensor.num_bytes for tensor in tensors),
+    }
+    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
+    return json.dumps({"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
 
-    def __enter__(self) -> HFWriter:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                self._finish()
-        finally:
-            for descriptor in self._descriptors:
-                os.close(descriptor)
-
-    def _finish(self) -> None:
-        if self._missing:
-            raise ValueError(f"tensors planned but not written: {sorted(self._missing)[:5]}")
-        for descriptor in self._descriptors:
-            os.fsync(descriptor)
-        if self._num_shards > 1:
-            plans = self._plans.values()
-            sizes = {
-                "total_parameters": sum(math.prod(plan.shape) for plan in plans),
-                "total_size": sum(plan.num_bytes for plan in plans),
-            }
-            index = {"metadata": sizes, "weight_map": dict(sorted(self._file_of.items()))}
-            path = self.directory / "model.safetensors.index.json"
-            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-    def _start_file(self, file_name: str, shard: list[TensorPlan]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offsets, end = {}, 0
-        for plan in sorted(
-            shard, key=lambda plan: -plan.dtype.itemsize
-        ):  # wide types first keeps all aligned
-            offsets[plan.name] = end
-            end += plan.num_bytes
-            header[plan.name] = {
-                "dtype": _DTYPE_NAMES[plan.dtype],
-                "shape": list(plan.shape),
-                "data_offsets": [offsets[plan.name], end],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        descriptor = os.open(self.directory / file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        self._descriptors.append(descriptor)
-        os.pwrite(descriptor, struct.pack("<Q", len(text)) + text, 0)
-        for plan in shard:
-            self._file_of[plan.name] = file_name
-            self._places[plan.name] = (descriptor, 8 + len(text) + offsets[plan.name])
+def _plan_file(file_name: str, shard: Sequence[PlannedTensor]) -> PlannedFile:
+    # Wide types first keep every tensor aligned, as the library that reads them wants it.
+    ordered = sorted(shard, key=lambda tensor: -tensor.dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in ordered:
+        start, end = end, end + tensor.num_bytes
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    before = struct.pack("<Q", len(text)) + text
+    tensors = (replace(ordered[0], before=before), *ordered[1:])
+    return PlannedFile(file_name, tensors, len(before) + end)
 
 
 def parse_num_bytes(text: str | int) -> int:
@@ -150,9 +94,9 @@ def format_num_bytes(num_bytes: int) -> str:
     return f"{num_bytes} bytes"
 
 
-def _split(plans: list[TensorPlan], max_num_bytes: int) -> list[list[TensorPlan]]:
+def _split(plans: list[PlannedTensor], max_num_bytes: int) -> list[list[PlannedTensor]]:
     """Consecutive plans per file, each file at most `max_num_bytes` of data unless one tensor alone is larger."""
-    shards: list[list[TensorPlan]] = [[]]
+    shards: list[list[PlannedTensor]] = [[]]
     num_bytes = 0
     for plan in plans:
         if shards[-1] and num_bytes + plan.num_bytes > max_num_bytes:

@@ -1,30 +1,21 @@
-"""Read a sharded checkpoint (megatron-core's `torch_dist`) one tensor at a time, without process groups or a model.
-
-Whatever tensor and pipeline layout wrote it, each chunk of a tensor is one `torch.save` record at a place that
-`.metadata` names. `.metadata` is a pickle: it is read with an allow-list of classes, never executed.
-"""
+"""Read a sharded checkpoint of ours (megatron-core's `torch_dist` with meta.json) by tensors and rows, without process
+groups or a model."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import pickle
-from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from meditron_train.checkpoint.hf_map import tensor_specs
 from meditron_train.checkpoint.manifest import not_intact
+from meditron_train.checkpoint.stored import Range, Shape
+from meditron_train.checkpoint.torch_dist import TorchDistTensors
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import UserError
-
-Shape = tuple[int, ...]
 
 
 class MegatronSource:
@@ -44,8 +35,7 @@ class MegatronSource:
             self.padded_vocab_size = int(self.meta["padded_vocab_size"])
         except (KeyError, TypeError, ValueError, ValidationError) as error:
             raise UserError(f"{self.directory / 'meta.json'} does not describe a model: {error}") from None
-        self._metadata = _read_metadata(self.directory)
-        self._chunks = _find_chunks(self._metadata)
+        self._tensors = TorchDistTensors(self.directory)
         if check and (problems := self.problems()):
             raise not_intact(self.directory, problems)
 
@@ -56,82 +46,37 @@ class MegatronSource:
 
     def place(self, name: str) -> list[str]:
         """The files that hold the tensor."""
-        return sorted({chunk.file for chunk in self._chunks.get(name, [])})
+        return self._tensors.place(name)
 
     @property
     def all_names(self) -> list[str]:
         """Every tensor in the files, optimizer state included."""
-        entries = self._metadata.state_dict_metadata.items()
-        return [name for name, entry in entries if isinstance(entry, TensorStorageMetadata)]
+        return self._tensors.names
 
     def shape(self, name: str) -> Shape:
-        return tuple(self._entry(name).size)
+        return self._tensors.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._entry(name).properties.dtype
+        return self._tensors.dtype(name)
 
-    def read(self, name: str) -> torch.Tensor:
-        """The whole tensor (CPU, as stored: vocabulary padded). Raises UserError when a record is damaged."""
-        entry = self._entry(name)
-        chunks = self._chunks[name]
-        if len(chunks) == 1:
-            return self._read_chunk(name, chunks[0])
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        num_elements = 0
-        for chunk in chunks:
-            part = self._read_chunk(name, chunk)
-            target = tensor
-            for dim, (start, length) in enumerate(zip(chunk.offsets, part.shape, strict=True)):
-                target = target.narrow(dim, start, length)
-            target.copy_(part)
-            num_elements += part.numel()
-        if num_elements != tensor.numel():
-            raise UserError(f"{self.directory}: the chunks of {name} do not cover it.")
-        return tensor
-
-    def _entry(self, name: str) -> TensorStorageMetadata:
-        entry = self._metadata.state_dict_metadata.get(name)
-        if not isinstance(entry, TensorStorageMetadata):
-            raise UserError(f"{self.directory}: no tensor {name} in the checkpoint.")
-        return entry
-
-    def _read_chunk(self, name: str, chunk: _Chunk) -> torch.Tensor:
-        path = self.directory / chunk.file
-        try:
-            with path.open("rb") as file:
-                view = io.BufferedReader(_FilePart(file.fileno(), chunk.start, chunk.num_bytes), 1 << 20)
-                tensor = torch.load(view, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path}: the record of {name} cannot be read ({first_line}).") from None
-        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
-            raise UserError(f"{path}: the record of {name} is not a tensor of shape {list(chunk.sizes)}.")
-        return tensor.contiguous()
+    def read(self, name: str, rows: Range | None = None) -> torch.Tensor:
+        """Rows [start, stop) of the tensor, or all (CPU, as stored: vocabulary padded). May be called from several
+        threads. Raises UserError when a record is damaged."""
+        return self._tensors.read(name, rows)
 
     def problems(self) -> list[str]:
         """What keeps the model from being read, one line each: files missing or cut off, tensors missing or of
         another shape than meta.json says. Empty when the checkpoint can be read. No tensor is read for it."""
-        problems = []
-        ends: dict[str, int] = defaultdict(int)
-        for chunks in self._chunks.values():
-            for chunk in chunks:
-                ends[chunk.file] = max(ends[chunk.file], chunk.start + chunk.num_bytes)
-        for file, end in sorted(ends.items()):
-            path = self.directory / file
-            if Path(file).name != file:
-                problems.append(f".metadata names {file!r}, outside the directory")
-            elif not path.is_file():
-                problems.append(f"{file} is missing")
-            elif path.stat().st_size < end:
-                problems.append(f"{file} is cut off: {path.stat().st_size} bytes, {end} expected")
+        problems, stored = self._tensors.problems(), set(self._tensors.names)
         for spec in tensor_specs(self.model):
-            entry = self._metadata.state_dict_metadata.get(spec.name)
             shape = spec.padded_shape(self.padded_vocab_size)
-            if not isinstance(entry, TensorStorageMetadata):
+            if spec.name not in stored:
                 problems.append(f"{spec.name} is missing")
-            elif tuple(entry.size) != shape:
-                problems.append(f"{spec.name} has shape {list(entry.size)}, meta.json says {list(shape)}")
-            elif not self._chunks.get(spec.name):
+            elif self.shape(spec.name) != shape:
+                problems.append(
+                    f"{spec.name} has shape {list(self.shape(spec.name))}, meta.json says {list(shape)}"
+                )
+            elif not self.place(spec.name):
                 problems.append(f"{spec.name} has no data")
         return problems
 
@@ -166,115 +111,3 @@ def read_meta(directory: str | Path) -> dict[str, Any]:
     if not isinstance(meta, dict) or not str(meta.get("format", "")).startswith("meditron-train/"):
         raise UserError(f'{path} does not say "format": "meditron-train/1".')
     return meta
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """One record: a box of a tensor, in bytes [start, start + num_bytes) of a file."""
-
-    offsets: Shape
-    sizes: Shape
-    file: str
-    start: int
-    num_bytes: int
-
-
-def _find_chunks(metadata: Metadata) -> dict[str, list[_Chunk]]:
-    places = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
-    found: dict[str, list[_Chunk]] = {}
-    for name, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            continue
-        found[name] = []
-        for chunk in entry.chunks:
-            place = places.get((name, tuple(chunk.offsets)))
-            if place is not None:
-                found[name].append(
-                    _Chunk(
-                        tuple(chunk.offsets),
-                        tuple(chunk.sizes),
-                        place.relative_path,
-                        place.offset,
-                        place.length,
-                    )
-                )
-    return found
-
-
-_DCP = "torch.distributed.checkpoint."
-_ALLOWED_IN_METADATA = frozenset(
-    {("collections", "OrderedDict"), ("builtins", "set"), ("torch", "Size"), ("torch.serialization", "_get_layout")}
-    | {("pathlib", name) for name in ("Path", "PosixPath", "PurePosixPath")}
-    | {(_DCP + "filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")}
-    | {
-        (_DCP + "metadata", name)
-        for name in (
-            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-        )
-    }
-    | {
-        (_DCP + "planner", name)
-        for name in ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
-    }
-)  # fmt: skip
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Builds the plain data classes of torch's checkpoint metadata and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("megatron."):
-            return type(
-                name, (), {}
-            )  # markers that some versions of megatron-core leave; nothing here needs them
-        if (module, name) in _ALLOWED_IN_METADATA:
-            return super().find_class(module, name)
-        found = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(found, torch.dtype | torch.layout | torch.memory_format):
-            return found
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in checkpoint metadata")
-
-
-def _read_metadata(directory: Path) -> Metadata:
-    path = directory / ".metadata"
-    try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing: the checkpoint was cut off or copied without hidden files."
-        ) from None
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise UserError(f"{path} is not the metadata of a sharded checkpoint.")
-    return metadata
-
-
-class _FilePart(io.RawIOBase):
-    """A read-only, seekable window on a file, so that `torch.load` sees one record and copies it once."""
-
-    def __init__(self, descriptor: int, start: int, num_bytes: int) -> None:
-        self._descriptor, self._start, self._num_bytes, self._position = descriptor, start, num_bytes, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._num_bytes}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        view = view[: max(0, self._num_bytes - self._position)]
-        num_bytes = os.preadv(self._descriptor, [view], self._start + self._position) if view else 0
-        self._position += num_bytes
-        return num_bytes

@@ -1,17 +1,17 @@
-"""Write a sharded checkpoint (megatron-core's `torch_dist`) one tensor at a time, without process groups or a model.
+"""Sharded checkpoints (megatron-core's `torch_dist`) without process groups or a model: which tensor lies where.
 
-torch's own FileSystemWriter keeps every tensor of a file in memory until the file ends, so the files are written
-here: each tensor is one `torch.save` record in a `.distcp` file, and `.metadata` says where it lies.
+Each tensor is one torch.save record in a `.distcp` file, and `.metadata` says where. torch's own writer would keep
+every tensor of a file in memory until the file ends.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, BinaryIO, cast
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 import meditron_train
+from meditron_train.checkpoint.stream import PlannedFile, PlannedTensor
+from meditron_train.checkpoint.torch_file import frame_record
 from meditron_train.config.model_config import ModelConfig
 
 META_FORMAT = "meditron-train/1"
@@ -35,68 +37,49 @@ _BACKENDS = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_MAX_FILE_BYTES = 4 << 30
+# Small enough that several are written at a time and that little is lost by a kill.
+_MAX_FILE_BYTES = 512 << 20
 
 
-class MegatronWriter:
-    """Adds tensors to a sharded checkpoint in a directory; a context manager that completes it at the end.
+def plan_distcp(tensors: Iterable[PlannedTensor]) -> list[PlannedFile]:
+    """The `.distcp` files that hold the tensors, filled in their order."""
+    files: list[list[PlannedTensor]] = [[]]
+    sizes = [0]
+    for tensor in tensors:
+        frame = frame_record(tensor.shape, tensor.dtype)
+        if files[-1] and sizes[-1] + frame.num_bytes > _MAX_FILE_BYTES:
+            files.append([])
+            sizes.append(0)
+        files[-1].append(replace(tensor, before=frame.before, after=frame.after))
+        sizes[-1] += frame.num_bytes
+    return [
+        PlannedFile(f"__0_{number}.distcp", tuple(members), num_bytes)
+        for number, (members, num_bytes) in enumerate(zip(files, sizes, strict=True))
+    ]
 
-    The directory must exist. On leaving the block without an error it holds `*.distcp`, `.metadata`, `common.pt`
-    and `metadata.json`; `meta.json` and the manifest are the caller's.
-    """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._tensors: dict[str, TensorStorageMetadata] = {}
-        self._places: dict[MetadataIndex, _StorageInfo] = {}
-        self._file: _ErrorKeepingFile | None = None
-        self._num_files = 0
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append one whole tensor (CPU, any dtype) under its global name. Raises OSError when the disk is full."""
-        if name in self._tensors:
-            raise ValueError(f"{name} was written before")
-        file = self._current_file()
-        start = file.tell()
-        file.save(tensor.detach().clone() if _is_view(tensor) else tensor.detach())
-        origin = torch.Size([0] * tensor.dim())
-        self._tensors[name] = TensorStorageMetadata(
-            properties=TensorProperties(dtype=tensor.dtype),
-            size=tensor.shape,
-            chunks=[ChunkStorageMetadata(offsets=origin, sizes=tensor.shape)],
-        )
-        place = _StorageInfo(file.path.name, start, file.tell() - start)
-        self._places[MetadataIndex(name, origin, 0)] = place
-
-    def __enter__(self) -> MegatronWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
-        if error is None:
-            self._finish()
-
-    def _finish(self) -> None:
-        metadata = Metadata(
-            state_dict_metadata=dict(self._tensors), planner_data=None, storage_data=self._places
-        )
-        with (self.directory / ".metadata").open("wb") as file:
-            pickle.dump(metadata, file)
-        with (self.directory / "common.pt").open("wb") as raw:
-            torch.save({"content_metadata": {"non_homogeneous_layers": True}}, raw)
-        (self.directory / "metadata.json").write_text(json.dumps(_BACKENDS))
-
-    def _current_file(self) -> _ErrorKeepingFile:
-        if self._file is not None and self._file.tell() >= _MAX_FILE_BYTES:
-            self._file.close()
-            self._file = None
-        if self._file is None:
-            self._file = _ErrorKeepingFile(self.directory / f"__0_{self._num_files}.distcp")
-            self._num_files += 1
-        return self._file
+def write_index(directory: Path, files: Sequence[PlannedFile]) -> None:
+    """Write `.metadata`, `common.pt` and `metadata.json`, by which torch and megatron-core find the tensors."""
+    tensors: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for file in files:
+        start = 0
+        for tensor in file.tensors:
+            size, origin = torch.Size(tensor.shape), torch.Size([0] * len(tensor.shape))
+            num_bytes = frame_record(tensor.shape, tensor.dtype).num_bytes
+            tensors[tensor.name] = TensorStorageMetadata(
+                properties=TensorProperties(dtype=tensor.dtype),
+                size=size,
+                chunks=[ChunkStorageMetadata(offsets=origin, sizes=size)],
+            )
+            places[MetadataIndex(tensor.name, origin, 0)] = _StorageInfo(file.name, start, num_bytes)
+            start += num_bytes
+    metadata = Metadata(state_dict_metadata=tensors, planner_data=None, storage_data=places)
+    with (directory / ".metadata").open("wb") as raw:
+        pickle.dump(metadata, raw)
+    with (directory / "common.pt").open("wb") as raw:
+        torch.save({"content_metadata": {"non_homogeneous_layers": True}}, raw)
+    (directory / "metadata.json").write_text(json.dumps(_BACKENDS))
 
 
 def meta_json(
@@ -123,48 +106,3 @@ def meta_json(
         "versions": {"meditron_train": meditron_train.__version__, "torch": torch.__version__},
         "contains": list(contains),
     }
-
-
-class _ErrorKeepingFile:
-    """A file for `torch.save`, which turns a full disk into a RuntimeError: the OSError is kept and raised again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: BinaryIO = path.open("wb", buffering=0)
-        self._error: OSError | None = None
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def save(self, tensor: torch.Tensor) -> None:
-        try:
-            torch.save(tensor, cast("IO[bytes]", self))
-        except (RuntimeError, OSError):
-            if self._error is not None:
-                raise self._error from None
-            raise
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[self._file.write(view) :]
-        except OSError as error:
-            self._error = error
-            raise
-        return len(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-
-def _is_view(tensor: torch.Tensor) -> bool:
-    """Whether the storage holds more than the tensor: `torch.save` would write all of it."""
-    return (
-        not tensor.is_contiguous()
-        or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from meditron_train.checkpoint.tokenizer_files import (
     has_tokenizer,
     named_tokens,
     read_json_object,
+    sentencepiece_ids,
     vocabularies,
 )
 from meditron_train.errors import UserError
@@ -33,6 +36,48 @@ def compare_tokenizers(a: str | Path, b: str | Path) -> list[tuple[str, str]]:
         return [*_compare_vocabularies(a, b), *_compare_encoding(a, b)]
     except UserError as error:
         return [("tokenizer", str(error))]
+
+
+def tokenizer_fingerprint(directory: str | Path) -> dict[str, Any] | None:
+    """What identifies a directory's tokenizer in a manifest: JSON-ready, None without a tokenizer.
+
+    The same for every directory that holds the same tokenizer, whichever of its files are there: num_tokens, the
+    named tokens, SHA-256 of the vocabulary (token -> id) and of the ids of probe texts, and of the merges where
+    sentencepiece does not decide them. Raises UserError when a file is damaged.
+    """
+    directory = Path(directory)
+    if not has_tokenizer(directory):
+        return None
+    vocabulary = next(iter(vocabularies(directory).values()))
+    model, tokenizer = (directory / name for name in TOKENIZER_FILES)
+    return {
+        "num_tokens": len(vocabulary),
+        "named_tokens": named_tokens(directory),
+        "vocabulary_sha256": _digest(sorted(vocabulary.items())),
+        "probe_ids_sha256": _digest(sentencepiece_ids(model) if model.is_file() else _probe_ids(tokenizer)),
+        "merges_sha256": None if model.is_file() else _digest(_merges(tokenizer)),
+    }
+
+
+def compare_fingerprints(a: dict[str, Any] | None, b: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """(what, description) of each difference between two fingerprints."""
+    if a is None or b is None:
+        return [] if a is b else [("tokenizer", f"missing in {'A' if a is None else 'B'}")]
+    found = [
+        (key, f"{_short(a.get(key))} against {_short(b.get(key))}")
+        for key in ("num_tokens", "vocabulary_sha256", "probe_ids_sha256", "merges_sha256")
+        if a.get(key) != b.get(key)
+    ]
+    names_a, names_b = (value.get("named_tokens") or {} for value in (a, b))
+    return found + [
+        (key, f"{names_a.get(key)!r} against {names_b.get(key)!r}")
+        for key in NAMED_TOKENS
+        if names_a.get(key) != names_b.get(key)
+    ]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _compare_vocabularies(a: Path, b: Path) -> list[tuple[str, str]]:

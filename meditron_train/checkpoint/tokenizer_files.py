@@ -233,6 +233,12 @@ def _load_sentencepiece(path: Path) -> Any:
         raise UserError(f"{path} is not a sentencepiece model: {error}") from None
 
 
+def sentencepiece_ids(model_file: Path) -> list[list[int]]:
+    """The ids that sentencepiece gives for the probe texts."""
+    processor = _load_sentencepiece(model_file)
+    return [processor.encode(text) for text in PROBE_TEXTS]
+
+
 def _sentencepiece_vocabulary(path: Path) -> dict[str, int]:
     processor = _load_sentencepiece(path)
     return {processor.id_to_piece(number): number for number in range(processor.get_piece_size())}

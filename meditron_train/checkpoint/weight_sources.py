@@ -25,7 +25,7 @@ def _part(tensor: torch.Tensor, rows: Range | None, columns: Range | None) -> to
 
 
 class RandomSource:
-    """Fresh weights: norms 1, matrices normal with standard deviation `initializer_range`, as transformers does.
+    """Fresh weights as transformers makes them: norms 1, biases 0, matrices normal with std `initializer_range`.
 
     Each tensor is a function of the seed and its name alone. fp32 on CPU; a read makes the whole tensor.
     """
@@ -48,7 +48,7 @@ class RandomSource:
     def read(self, name: str, rows: Range | None = None, columns: Range | None = None) -> torch.Tensor:
         shape = self._shapes[name]
         if len(shape) == 1:
-            return _part(torch.ones(shape), rows, columns)
+            return _part(torch.full(shape, 0.0 if name.endswith(".bias") else 1.0), rows, columns)
         digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return _part(torch.empty(shape).normal_(std=self._std, generator=generator), rows, columns)

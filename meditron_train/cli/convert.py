@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from meditron_train.checkpoint.conversion import Limits, Progress
+    from meditron_train.checkpoint.workspace import Ranks
     from meditron_train.convert.verify import Comparison
 
 app = typer.Typer(
@@ -19,12 +21,15 @@ app = typer.Typer(
 )
 
 _MAX_LISTED = 50
+_SIDE = "Hugging Face directory, sharded checkpoint, or a converted directory's manifest.json alone."
 
 Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16, fp32, or keep: each tensor's own.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 MaxRam = Annotated[
-    str,
-    typer.Option("--max-ram", help="Memory the conversion may use; at least three times the largest tensor."),
+    str, typer.Option("--max-ram", help="Memory that may be resident, this program's own included.")
+]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Convert weights that hold NaN or infinity, and say so.")
 ]
 
 
@@ -34,15 +39,19 @@ def hf_to_megatron_command(
     ckpt_dir: Annotated[Path, typer.Argument(metavar="CKPT_DIR", help="Sharded checkpoint to write.")],
     dtype: Dtype = "keep",
     max_ram: MaxRam = "4GiB",
+    allow_nonfinite: AllowNonfinite = False,
 ) -> None:
-    """Write a Hugging Face model as a sharded checkpoint that any parallel layout loads."""
-    from meditron_train.checkpoint.hf_write import parse_num_bytes
+    """Write a Hugging Face model as a sharded checkpoint that any parallel layout loads.
+
+    Interrupted, the same command goes on where it was. Under torchrun or srun the processes share the work.
+    """
     from meditron_train.convert.hf_to_megatron import hf_to_megatron
 
-    max_num_bytes = parse_num_bytes(max_ram)
-    with _progress("converting") as advance:
-        hf_to_megatron(hf_dir, ckpt_dir, dtype=dtype, max_ram_num_bytes=max_num_bytes, progress=advance)
-    _say(f"Wrote {ckpt_dir}. Check it with: meditron-train convert verify {hf_dir} {ckpt_dir}")
+    limits = _limits(max_ram, allow_nonfinite)
+    with _ranks() as ranks, _progress("converting", hidden=not _is_first(ranks)) as advance:
+        hf_to_megatron(hf_dir, ckpt_dir, dtype=dtype, limits=limits, ranks=ranks, progress=advance)
+    if _is_first(ranks):
+        _say(f"Wrote {ckpt_dir}. Check it with: meditron-train convert verify {hf_dir} {ckpt_dir}")
 
 
 @app.command("megatron-to-hf")
@@ -54,38 +63,48 @@ def megatron_to_hf_command(
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", help="Largest safetensors file.")
     ] = "5GB",
+    allow_nonfinite: AllowNonfinite = False,
 ) -> None:
-    """Write a sharded checkpoint as a Hugging Face directory that transformers loads."""
-    from meditron_train.checkpoint.export import export_hf
-    from meditron_train.checkpoint.hf_write import parse_num_bytes
+    """Write a sharded checkpoint as a Hugging Face directory that transformers loads.
 
-    max_num_bytes = parse_num_bytes(max_ram)
-    with _progress("converting") as advance:
+    Interrupted, the same command goes on where it was. Under torchrun or srun the processes share the work.
+    """
+    from meditron_train.checkpoint.export import export_hf
+
+    limits = _limits(max_ram, allow_nonfinite)
+    with _ranks() as ranks, _progress("converting", hidden=not _is_first(ranks)) as advance:
         export_hf(
             ckpt_dir,
             hf_dir,
             dtype=dtype,
             max_shard_size=max_shard_size,
-            max_ram_num_bytes=max_num_bytes,
+            limits=limits,
+            ranks=ranks,
             progress=advance,
         )
-    _say(f"Wrote {hf_dir}. Check it with: meditron-train convert verify {ckpt_dir} {hf_dir}")
+    if _is_first(ranks):
+        _say(f"Wrote {hf_dir}. Check it with: meditron-train convert verify {ckpt_dir} {hf_dir}")
 
 
 @app.command("verify")
 def verify_command(
-    a: Annotated[Path, typer.Argument(metavar="A", help="Hugging Face directory or sharded checkpoint.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Hugging Face directory or sharded checkpoint.")],
+    a: Annotated[Path, typer.Argument(metavar="A", help=_SIDE)],
+    b: Annotated[Path, typer.Argument(metavar="B", help=_SIDE)],
+    dtype: Annotated[
+        str,
+        typer.Option("--dtype", help="Compare after a cast to bf16, fp16 or fp32; keep: none is declared."),
+    ] = "keep",
     logits: Annotated[
-        bool, typer.Option("--logits", help="Also run both through transformers in fp32.")
+        bool,
+        typer.Option("--logits", help="Also run both in fp32, through transformers and our own code."),
     ] = False,
     json_output: Json = False,
 ) -> None:
     """Compare two models bit for bit; exit 0 only if they are equal, else 1 and what differs."""
     from meditron_train.convert.verify import verify
 
-    with _progress("comparing") as advance:
-        result = verify(a, b, logits=logits, progress=advance)
+    with _progress("comparing", hidden=json_output) as advance:
+        result = verify(a, b, dtype=dtype, logits=logits, progress=advance)
     if json_output:
         _print_json(_comparison_json(a, b, result))
     else:
@@ -109,7 +128,8 @@ def inspect_command(
     """
     from meditron_train.convert.inspect import inspect_directory
 
-    description = inspect_directory(directory, hashes=hashes)
+    with _progress("reading", hidden=json_output) as advance:
+        description = inspect_directory(directory, hashes=hashes, progress=advance)
     if json_output:
         _print_json(description)
     else:
@@ -118,14 +138,18 @@ def inspect_command(
 
 
 def _comparison_json(a: Path, b: Path, result: Comparison) -> dict[str, Any]:
+    logits = result.logits
     return {
         "a": str(a),
         "b": str(b),
         "equal": not result.differences,
         "num_tensors": result.num_tensors,
         "num_bytes": result.num_bytes,
-        "max_logit_difference": result.max_logit_difference,
-        "kl_divergence": result.kl_divergence,
+        "cast": result.cast,
+        "max_logit_difference": logits and logits.max_difference,
+        "kl_divergence": logits and logits.kl_divergence,
+        "ours_max_logit_difference": logits and logits.ours_max_difference,
+        "ours_kl_divergence": logits and logits.ours_kl_divergence,
         "differences": [{"kind": d.kind, "name": d.name, "message": d.message} for d in result.differences],
     }
 
@@ -135,17 +159,20 @@ def _print_comparison(result: Comparison) -> None:
         print(difference)
     if len(result.differences) > _MAX_LISTED:
         print(f"… and {len(result.differences) - _MAX_LISTED} more (all of them with --json)")
-    if result.max_logit_difference is not None:
+    if logits := result.logits:
         print(
-            f"logits: max |Δ| {result.max_logit_difference:.3e}, KL {result.kl_divergence:.3e} nats per token"
+            f"logits: max |Δ| {logits.max_difference:.3e}, KL {logits.kl_divergence:.3e} nats per token\n"
+            f"  A by transformers, B by meditron-train: max |Δ| {logits.ours_max_difference:.3e}, "
+            f"KL {logits.ours_kl_divergence:.3e}"
         )
     if result.differences:
         print(
             f"different: {len(result.differences)} differences in {result.num_tensors} tensors, config and tokenizer"
         )
     else:
+        cast = f" after the declared cast to {result.cast}" if result.cast else ""
         print(
-            f"equal: {result.num_tensors} tensors ({_size(result.num_bytes)}) bit for bit, config, tokenizer"
+            f"equal: {result.num_tensors} tensors ({_size(result.num_bytes)}) bit for bit{cast}, config, tokenizer"
         )
 
 
@@ -197,22 +224,53 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def _limits(max_ram: str, allow_nonfinite: bool) -> Limits:
+    from meditron_train.checkpoint.conversion import Limits
+    from meditron_train.checkpoint.hf_write import parse_num_bytes
+
+    return Limits(parse_num_bytes(max_ram), allow_nonfinite)
+
+
 @contextmanager
-def _progress(verb: str) -> Iterator[Callable[[str, int], None] | None]:
-    """A line of bytes and rate on stderr while the block runs; nothing when stderr is not a terminal."""
-    if not sys.stderr.isatty():
+def _ranks() -> Iterator[Ranks | None]:
+    """The processes that convert together under torchrun or srun; None for one."""
+    from meditron_train.launcher.environment import detect_launcher
+    from meditron_train.launcher.rendezvous import meet
+
+    with meet(detect_launcher()) as ranks:
+        yield ranks
+
+
+def _is_first(ranks: Ranks | None) -> bool:
+    return ranks is None or ranks.rank == 0
+
+
+@contextmanager
+def _progress(verb: str, *, hidden: bool = False) -> Iterator[Progress | None]:
+    """Bytes, rate and time left on stderr while the block runs; nothing when stderr is not a terminal."""
+    if hidden or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bar
 
     columns = (
-        SpinnerColumn(),
         TextColumn(verb),
+        BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
-        yield lambda name, num_bytes: bar.update(task, advance=num_bytes, description=name)
+        yield lambda name, num_bytes, total: bar.update(
+            task, advance=num_bytes, total=total, description=name
+        )

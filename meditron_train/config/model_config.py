@@ -1,4 +1,4 @@
-"""The shape of a Llama model, independent of any file format."""
+"""The shape of a model of the Llama kind, independent of any file format."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Size = Annotated[int, Field(ge=1)]
+Family = Literal["llama", "mistral", "qwen2"]
 
 
 class RopeConfig(BaseModel):
@@ -24,10 +25,16 @@ class RopeConfig(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """Sizes and constants of one Llama model, as its checkpoint states them (vocabulary unpadded)."""
+    """Sizes and constants of one model, as its checkpoint states them (vocabulary unpadded).
+
+    family: llama (also Code Llama, TinyLlama, Llama 3.x), mistral, qwen2 (also Qwen2.5: query, key and value have a
+    bias). sliding_window: how many keys a query sees at most, its own included; None: all of its document.
+    num_full_attention_layers: that many first layers have no window (Qwen2's max_window_layers).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    family: Family = "llama"
     vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
@@ -39,6 +46,8 @@ class ModelConfig(BaseModel):
     rms_norm_eps: float = Field(gt=0)
     rope: RopeConfig = RopeConfig()
     tie_embeddings: bool = False
+    sliding_window: Size | None = None
+    num_full_attention_layers: Annotated[int, Field(ge=0)] = 0
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -60,16 +69,31 @@ class ModelConfig(BaseModel):
         return -(-self.vocab_size // step) * step
 
     @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the query, key and value projections add a bias."""
+        return self.family == "qwen2"
+
+    def has_window(self, layer: int) -> bool:
+        """Whether attention in this layer (from 0) is limited to the sliding window."""
+        return self.sliding_window is not None and layer >= self.num_full_attention_layers
+
+    @property
     def num_embedding_parameters(self) -> int:
         """Parameters of the input embedding alone (unpadded)."""
         return self.vocab_size * self.hidden_size
 
     @property
+    def num_layer_vector_parameters(self) -> int:
+        """Parameters of one transformer layer outside its matrices: two norms, and biases where there are any."""
+        biases = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim if self.has_qkv_bias else 0
+        return 2 * self.hidden_size + biases
+
+    @property
     def num_layer_parameters(self) -> int:
-        """Parameters of one transformer layer: attention, SwiGLU and its two norms."""
+        """Parameters of one transformer layer: attention, SwiGLU, norms and biases."""
         attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim * self.hidden_size
         mlp = 3 * self.intermediate_size * self.hidden_size
-        return attention + mlp + 2 * self.hidden_size
+        return attention + mlp + self.num_layer_vector_parameters
 
     @property
     def num_parameters(self) -> int:

@@ -1,26 +1,28 @@
-"""From a Hugging Face directory to a sharded checkpoint, one tensor at a time, without building the model."""
+"""From a Hugging Face directory to a sharded checkpoint, by blocks of rows, without building the model."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from meditron_train.checkpoint.conversion import NO_LIMITS, Limits, Progress, convert_files, files_identity
 from meditron_train.checkpoint.export import (
     HF_SUBDIRECTORY,
     common_dtype,
+    describe_conversion,
+    dtype_name,
     parse_dtype,
-    require_memory,
     write_hf_files,
 )
-from meditron_train.checkpoint.hf_map import TensorSpec, rank_slice, tensor_specs
+from meditron_train.checkpoint.hf_map import TensorSpec, megatron_pieces, tensor_specs
 from meditron_train.checkpoint.hf_read import HFSource, open_hf_model
-from meditron_train.checkpoint.megatron_write import MegatronWriter, meta_json
-from meditron_train.checkpoint.publish import publish
+from meditron_train.checkpoint.manifest import TensorEntry
+from meditron_train.checkpoint.megatron_write import meta_json, plan_distcp, write_index
+from meditron_train.checkpoint.stream import PlannedTensor
 from meditron_train.checkpoint.tokenizer_files import check_tokenizer
+from meditron_train.checkpoint.workspace import Ranks, require_absent
 from meditron_train.errors import UserError
 
 
@@ -30,38 +32,60 @@ def hf_to_megatron(
     *,
     dtype: str | None = None,
     vocab_multiple: int = 128,
-    max_ram_num_bytes: int | None = None,
-    progress: Callable[[str, int], None] | None = None,
+    limits: Limits = NO_LIMITS,
+    ranks: Ranks | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write the model of a Hugging Face directory as a sharded checkpoint that any parallel layout can load.
 
     dtype: "bf16", "fp16", "fp32", or None / "keep" for each tensor's own. vocab_multiple: the embedding is padded
-    with zero rows to a multiple of it. progress: called with each tensor's name and bytes once it is written.
-    Memory: the largest tensor three times, refused when that is more than max_ram_num_bytes. Raises UserError when
-    the model is not a supported Llama, is damaged, or the output exists and is not empty; nothing is left behind then.
+    with zero rows to a multiple of it. Memory: blocks of a few MiB. An interrupted call is continued by the next one
+    with the same arguments. Raises UserError when the model is not supported, is damaged, has weights that are not
+    finite, or the output exists and is not empty; nothing is left behind then.
     """
     hf_directory = Path(hf_directory)
     target = parse_dtype(dtype)
+    require_absent(checkpoint)
     model, source = open_hf_model(hf_directory)
     check_tokenizer(hf_directory, model.vocab_size)
     padded_vocab_size = model.padded_vocab_size(tp=1, multiple=vocab_multiple)
     specs = tensor_specs(model)
     dtypes = [target or _dtype_of(spec, source) for spec in specs]
     model = model.model_copy(update={"dtype": common_dtype(dtypes)})
-    shapes = [spec.padded_shape(padded_vocab_size) for spec in specs]
-    require_memory(zip(shapes, dtypes, strict=True), max_ram_num_bytes)
-    num_bytes = sum(math.prod(shape) * each.itemsize for shape, each in zip(shapes, dtypes, strict=True))
-    with publish(checkpoint, num_bytes=num_bytes, with_manifest=True) as temporary:
-        with MegatronWriter(temporary) as writer:
-            for spec, tensor_dtype in zip(specs, dtypes, strict=True):
-                tensor = rank_slice(spec, source, padded_vocab_size=padded_vocab_size).to(tensor_dtype)
-                writer.write(spec.name, tensor)
-                if progress is not None:
-                    progress(spec.name, tensor.numel() * tensor_dtype.itemsize)
+    files = plan_distcp(
+        PlannedTensor(
+            spec.name,
+            tensor_dtype,
+            spec.padded_shape(padded_vocab_size),
+            tuple(megatron_pieces(spec, padded_vocab_size)),
+        )
+        for spec, tensor_dtype in zip(specs, dtypes, strict=True)
+    )
+    entries = {
+        name: TensorEntry(dtype_name(tensor_dtype), shape)
+        for spec, tensor_dtype in zip(specs, dtypes, strict=True)
+        for name, shape in zip(spec.hf_names, spec.hf_shapes, strict=True)
+    }
+
+    def complete(directory: Path) -> None:
+        write_index(directory, files)
         meta = json.dumps(meta_json(model, padded_vocab_size), indent=2) + "\n"
-        (temporary / "meta.json").write_text(meta, encoding="utf-8")
-        (temporary / HF_SUBDIRECTORY).mkdir()
-        write_hf_files(temporary / HF_SUBDIRECTORY, model, hf_directory)
+        (directory / "meta.json").write_text(meta, encoding="utf-8")
+        (directory / HF_SUBDIRECTORY).mkdir(exist_ok=True)
+        write_hf_files(directory / HF_SUBDIRECTORY, model, hf_directory)
+
+    convert_files(
+        checkpoint,
+        files,
+        source,
+        identity={"to": "sharded", "dtype": dtype or "keep", "source": files_identity(hf_directory)},
+        complete=complete,
+        manifest=describe_conversion(hf_directory, "hugging-face", model, hf_directory, target),
+        entries=entries,
+        limits=limits,
+        ranks=ranks,
+        progress=progress,
+    )
 
 
 def _dtype_of(spec: TensorSpec, source: HFSource) -> torch.dtype:

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from meditron_train.checkpoint.conversion import Progress
 from meditron_train.checkpoint.hf_map import check_source
-from meditron_train.checkpoint.manifest import MANIFEST_NAME, verify_manifest
+from meditron_train.checkpoint.manifest import MANIFEST_NAME, describe_file, verify_manifest
 from meditron_train.checkpoint.tokenizer_files import check_tokenizer
-from meditron_train.convert.side import HFSide, MegatronSide, open_side
+from meditron_train.convert.scan import in_parallel, scan_tensor
+from meditron_train.convert.side import FullSide, HFSide, MegatronSide, open_full_side
 from meditron_train.errors import UserError
 
-_BLOCK_BYTES = 1 << 22
 
-
-def inspect_directory(directory: str | Path, *, hashes: bool = True) -> dict[str, Any]:
+def inspect_directory(
+    directory: str | Path, *, hashes: bool = True, progress: Progress | None = None
+) -> dict[str, Any]:
     """A JSON-ready description of a Hugging Face directory or a sharded checkpoint.
 
     Keys: directory, format ("hugging-face" or "sharded"), intact, problems (one line each), model (ModelConfig),
     num_parameters, num_bytes, dtypes (dtype -> number of tensors), tensors (name, shape, dtype, files), files (name,
     num_bytes, sha256), and for a sharded checkpoint step, tokens, samples, layout, contains, padded_vocab_size,
-    versions. `hashes=False` skips reading the files. Raises UserError when the directory is not a model at all.
+    versions. With `hashes`, files and tensors are read, hashed and looked through for NaN and
+    infinity, in blocks. Raises UserError when the directory is not a model at all.
     """
     directory = Path(directory)
-    side = open_side(directory)
+    side = open_full_side(directory)
     description: dict[str, Any] = {"directory": str(directory), "format": side.format}
     if isinstance(side, MegatronSide):
         problems, tensors, facts = _sharded(side)
-        problems += _manifest_problems(directory, hashes)
     else:
         problems, tensors, facts = _hugging_face(side)
+    manifest = _read_manifest(directory)
+    if manifest is not None or isinstance(side, MegatronSide):
+        problems += [f"manifest: {problem}" for problem in verify_manifest(directory, check_hashes=hashes)]
+    if hashes:
+        problems += _tensor_problems(side, manifest or {}, progress)
     try:
         check_tokenizer(side.hf_files, side.model.vocab_size)
     except UserError as error:
@@ -49,7 +55,7 @@ def inspect_directory(directory: str | Path, *, hashes: bool = True) -> dict[str
         "num_bytes": sum(tensor["num_bytes"] for tensor in tensors),
         "dtypes": dict(Counter(tensor["dtype"] for tensor in tensors)),
         "tensors": tensors,
-        "files": _files(directory, hashes),
+        "files": _files(directory, hashes, manifest or {}),
     }
 
 
@@ -87,35 +93,51 @@ def _tensor(name: str, shape: tuple[int, ...], dtype: str, itemsize: int, files:
     return {"name": name, "shape": list(shape), "dtype": dtype, "num_bytes": num_bytes, "files": files}
 
 
-def _manifest_problems(directory: Path, hashes: bool) -> list[str]:
-    return [f"manifest: {problem}" for problem in verify_manifest(directory, check_hashes=hashes)]
+def _tensor_problems(side: FullSide, manifest: dict[str, Any], progress: Progress | None) -> list[str]:
+    """Tensors that cannot be read, hold NaN or infinity, or differ from the manifest: each is read once."""
+    recorded = manifest.get("tensors") or {}
+    problems = []
+    sizes = {name: _num_bytes_of(side, name) for name in side.names}
+    for name, found in in_parallel(lambda name: scan_tensor(side, name), side.names):
+        if found.problem:
+            problems.append(f"{name}: {found.problem}")
+        elif name in recorded and found.sha256 != recorded[name].get("sha256"):
+            problems.append(f"{name} has changed: its SHA-256 is not that of the manifest")
+        if found.nonfinite:
+            problems.append(f"{name} is not finite: {found.nonfinite}")
+        if progress is not None:
+            progress(name, sizes[name], sum(sizes.values()))
+    return problems
 
 
-def _files(directory: Path, hashes: bool) -> list[dict[str, Any]]:
-    recorded = {}
-    if (directory / MANIFEST_NAME).is_file():
-        try:
-            entries = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
-            recorded = {name: str(entry["sha256"]) for name, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            recorded = {}  # _manifest_problems says so
+def _num_bytes_of(side: FullSide, name: str) -> int:
+    try:
+        return math.prod(side.shape(name)) * side.dtype(name).itemsize
+    except UserError:
+        return 0  # scan_tensor says why
+
+
+def _read_manifest(directory: Path) -> dict[str, Any] | None:
+    """None without one; an empty one when it is damaged, which verify_manifest says."""
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return manifest if isinstance(manifest["files"], dict) else {}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _files(directory: Path, hashes: bool, manifest: dict[str, Any]) -> list[dict[str, Any]]:
     files = []
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
         entry: dict[str, Any] = {"name": name, "num_bytes": path.stat().st_size}
-        if name in recorded:
-            entry["sha256"] = recorded[
-                name
-            ]  # as published; a file that differs from it is among the problems
+        recorded = (manifest.get("files") or {}).get(name)
+        if isinstance(recorded, dict) and "sha256" in recorded:
+            entry["sha256"] = str(recorded["sha256"])  # a file that differs from it is among the problems
         elif hashes:
-            entry["sha256"] = _sha256(path)
+            entry["sha256"] = describe_file(path)["sha256"]
         files.append(entry)
     return files
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

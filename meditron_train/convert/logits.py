@@ -1,17 +1,18 @@
-"""Run two models on disk through transformers, fp32 on CPU, on the same tokens."""
+"""Logits of two models on disk through two independent programs, transformers and our own, fp32 on CPU.
+
+Both hold one layer at a time, read from disk when its turn comes, so models larger than memory are compared too.
+"""
 
 from __future__ import annotations
 
-import tempfile
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+import math
+from dataclasses import dataclass
 
 import torch
 
-from meditron_train.checkpoint.export import export_hf
 from meditron_train.checkpoint.tokenizer_files import has_tokenizer
-from meditron_train.convert.side import HFSide, Side
+from meditron_train.convert.forward import our_logits
+from meditron_train.convert.side import FullSide
 
 _TEXT = (
     "A 62-year-old woman with type 2 diabetes mellitus presents with a three-week history of exertional dyspnoea and "
@@ -20,41 +21,92 @@ _TEXT = (
     "receptor antagonist and an SGLT2 inhibitor, with renal function and potassium checked after one to two weeks."
 )
 _MAX_TOKENS = 256
+_TOLERANCE = 1e-5  # fp32; sums in another order differ by as much, relative to the largest logit
 
 
-def compare_logits(side_a: Side, side_b: Side) -> tuple[float, float]:
-    """(largest |Δ| of the logits, mean KL divergence of B from A per token in nats), over one medical text.
+@dataclass(frozen=True)
+class LogitComparison:
+    """max_difference: largest |Δ| of A's and B's logits, both by transformers; kl_divergence: mean KL divergence of B
+    from A per token, in nats. The two with `ours_`: B by our program against A by transformers. largest: |logit|."""
 
-    Both models are held in memory one after the other, only the logits together. A sharded checkpoint is exported to
-    a temporary directory first. Without a tokenizer, spread-out token ids stand in for the text.
+    max_difference: float
+    kl_divergence: float
+    ours_max_difference: float
+    ours_kl_divergence: float
+    largest: float
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(which comparison, what) for those that are not equal; NaN is not equal."""
+        values = [
+            ("A and B by transformers", self.max_difference, self.kl_divergence, _TOLERANCE),
+            (
+                "A by transformers, B by meditron-train",
+                self.ours_max_difference,
+                self.ours_kl_divergence,
+                _TOLERANCE * max(1.0, self.largest),
+            ),
+        ]
+        return [
+            (what, f"max |Δ| {difference:.3e}, KL {divergence:.3e}")
+            for what, difference, divergence, allowed in values
+            if not difference <= allowed
+        ]
+
+
+def compare_logits(side_a: FullSide, side_b: FullSide) -> LogitComparison:
+    """Run both models over one medical text (without a tokenizer, over spread-out token ids).
+
+    Memory: one layer, the output layer and the logits in fp32. Raises UserError when a tensor cannot be read.
     """
     ids = _token_ids(side_a)
-    logits_a, logits_b = _logits(side_a, ids), _logits(side_b, ids)
-    if logits_a.shape != logits_b.shape:
-        return float("inf"), float("inf")
-    log_a, log_b = logits_a.double().log_softmax(-1), logits_b.double().log_softmax(-1)
-    divergence = (log_a.exp() * (log_a - log_b)).sum(-1).mean().item()
-    return (logits_a - logits_b).abs().max().item(), divergence
+    a, b = transformers_logits(side_a, ids), transformers_logits(side_b, ids)
+    ours = our_logits(side_b, ids[0])[None]
+    return LogitComparison(*_difference(a, b), *_difference(a, ours), a.abs().max().item())
 
 
-def _logits(side: Side, ids: torch.Tensor) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # stderr is for what went wrong and for our own progress
-    with ExitStack() as stack:
-        directory = side.directory
-        if not isinstance(side, HFSide):
-            directory = (
-                Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meditron-verify-"))) / "hf"
-            )
-            export_hf(side.directory, directory)
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        with torch.inference_mode():
-            return model(ids).logits.float()
+def _difference(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
+    if a.shape != b.shape:
+        return math.inf, math.inf
+    log_a, log_b = a.double().log_softmax(-1), b.double().log_softmax(-1)
+    return (a - b).abs().max().item(), (log_a.exp() * (log_a - log_b)).sum(-1).mean().item()
 
 
-def _token_ids(side: Side) -> torch.Tensor:
+def transformers_logits(side: FullSide, ids_BS: torch.Tensor) -> torch.Tensor:
+    """fp32 logits [B, S, V] of token ids [B, S] by transformers; each module's weights are there while it runs."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(side.hf_files)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # Its frequencies are no weights: they are computed when it is made, so it must not be made on "meta".
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    units = {f"model.layers.{number}": layer for number, layer in enumerate(model.model.layers)}
+    units |= {"model.embed_tokens": model.model.embed_tokens, "model.norm": model.model.norm}
+    for prefix, module in {**units, "lm_head": model.lm_head}.items():
+        _read_when_needed(side, prefix, module)
+    with torch.inference_mode():
+        return model(ids_BS, use_cache=False).logits.float()
+
+
+def _read_when_needed(side: FullSide, prefix: str, module: torch.nn.Module) -> None:
+    names = [name for name, _ in module.named_parameters()]
+
+    def stored_name(name: str) -> str:
+        full = f"{prefix}.{name}"
+        tied = full == "lm_head.weight" and full not in side.names
+        return "model.embed_tokens.weight" if tied else full
+
+    def read(*_: object) -> None:
+        module.load_state_dict({name: side.read(stored_name(name)).float() for name in names}, assign=True)
+
+    def forget(*_: object) -> None:
+        module.to("meta")
+
+    module.register_forward_pre_hook(read)
+    module.register_forward_hook(forget)
+
+
+def _token_ids(side: FullSide) -> torch.Tensor:
     """[1, num_tokens] int64"""
     length = min(_MAX_TOKENS, side.model.max_position_embeddings)
     if has_tokenizer(side.hf_files):

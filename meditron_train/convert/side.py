@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from pydantic import ValidationError
 
 from meditron_train.checkpoint.export import HF_SUBDIRECTORY
 from meditron_train.checkpoint.hf_config import read_hf_config
-from meditron_train.checkpoint.hf_map import TensorSpec, is_ignored, tensor_specs, to_hf
+from meditron_train.checkpoint.hf_map import Piece, TensorSpec, hf_pieces, is_ignored, tensor_specs
 from meditron_train.checkpoint.hf_read import HFSource, is_hf_directory
+from meditron_train.checkpoint.manifest import MANIFEST_FORMAT, MANIFEST_NAME
 from meditron_train.checkpoint.megatron_read import MegatronSource, hint_at_checkpoint, is_megatron_directory
+from meditron_train.checkpoint.stored import Range, Shape
+from meditron_train.checkpoint.tokenizer_compare import tokenizer_fingerprint
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import UserError
 
-Shape = tuple[int, ...]
-
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_BLOCK_BYTES = 8 << 20
 
 
 class Side(Protocol):
-    """One side of a comparison. `read` raises UserError for a damaged tensor."""
+    """One side of a comparison. Methods raise UserError for a damaged tensor; `read` may be called by many threads.
 
-    directory: Path
+    cast: the dtype ("bfloat16") that the side's manifest says all its tensors were cast to.
+    """
+
     model: ModelConfig
-    hf_files: Path  # where config.json and the tokenizer lie
     names: list[str]
+    cast: str | None
 
     def shape(self, name: str) -> Shape: ...
 
     def dtype(self, name: str) -> torch.dtype: ...
 
-    def read(self, name: str) -> torch.Tensor: ...
+    def tokenizer(self) -> dict[str, Any] | None:
+        """The tokenizer's fingerprint."""
+
+
+class FullSide(Side, Protocol):
+    """A side whose tensors are there. hf_files: where config.json and the tokenizer lie."""
+
+    directory: Path
+    hf_files: Path
+
+    def read(self, name: str, rows: Range | None = None) -> torch.Tensor: ...
 
 
 class HFSide:
@@ -44,16 +61,18 @@ class HFSide:
         self.directory = self.hf_files = directory
         self.source = HFSource(directory)
         self.model = read_hf_config(directory)
+        self.cast = _stated_cast(directory)
         self.names = [name for name in self.source.names if not is_ignored(name)]
         if self.model.tie_embeddings and _HEAD in self.names and self._head_is_the_embedding():
             self.names.remove(_HEAD)  # stored or left out, it is the same model
 
     def _head_is_the_embedding(self) -> bool:
-        if self.source.shape(_HEAD) != self.source.shape(_EMBEDDING):
+        source, shape = self.source, self.source.shape(_HEAD)
+        if shape != source.shape(_EMBEDDING) or source.dtype(_HEAD) != source.dtype(_EMBEDDING):
             return False
-        head, embedding = self.source.read(_HEAD), self.source.read(_EMBEDDING)
-        return head.dtype == embedding.dtype and torch.equal(
-            head.view(torch.uint8), embedding.view(torch.uint8)
+        return all(
+            torch.equal(*(source.read(name, rows).view(torch.uint8) for name in (_HEAD, _EMBEDDING)))
+            for rows in row_blocks(shape, source.dtype(_HEAD))
         )
 
     def shape(self, name: str) -> Shape:
@@ -62,12 +81,15 @@ class HFSide:
     def dtype(self, name: str) -> torch.dtype:
         return self.source.dtype(name)
 
-    def read(self, name: str) -> torch.Tensor:
-        return self.source.read(name)
+    def read(self, name: str, rows: Range | None = None) -> torch.Tensor:
+        return self.source.read(name, rows)
+
+    def tokenizer(self) -> dict[str, Any] | None:
+        return tokenizer_fingerprint(self.hf_files)
 
 
 class MegatronSide:
-    """A sharded checkpoint. The parts of a joint tensor (q, k, v; gate, up) are cut out of one read."""
+    """A sharded checkpoint. The parts of a joint tensor (q, k, v; gate, up) are read out of it row by row."""
 
     format = "sharded"
 
@@ -76,11 +98,11 @@ class MegatronSide:
         self.hf_files = directory / HF_SUBDIRECTORY
         self.source = MegatronSource(directory, check=False)
         self.model = self.source.model
+        self.cast = _stated_cast(directory)
         stored = set(self.source.all_names)
         specs = [spec for spec in tensor_specs(self.model) if spec.name in stored]
         self._spec_of: dict[str, TensorSpec] = {name: spec for spec in specs for name in spec.hf_names}
         self.names = list(self._spec_of)
-        self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
 
     def shape(self, name: str) -> Shape:
         spec = self._spec_of[name]
@@ -92,16 +114,84 @@ class MegatronSide:
     def dtype(self, name: str) -> torch.dtype:
         return self.source.dtype(self._spec_of[name].name)
 
-    def read(self, name: str) -> torch.Tensor:
-        spec = self._spec_of[name]
-        if self._last[0] != spec.name:
-            self._last = ("", {})  # let go of the previous tensor before the next is read
-            self._last = (spec.name, to_hf(spec, self.source.read(spec.name)))
-        return self._last[1][name]
+    def read(self, name: str, rows: Range | None = None) -> torch.Tensor:
+        start, stop = rows or (0, self.shape(name)[0])
+        parts, first = [], 0  # first: the row of the Hugging Face tensor at which the piece begins
+        for piece in hf_pieces(self._spec_of[name], name):
+            low, high = max(start, first), min(stop, first + piece.num_rows)
+            if low < high:
+                parts.append(self._read_piece(piece, low - first, high - first))
+            first += piece.num_rows
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _read_piece(self, piece: Piece, start: int, stop: int) -> torch.Tensor:
+        assert piece.source is not None
+        return self.source.read(piece.source, rows=(piece.start + start, piece.start + stop))
+
+    def tokenizer(self) -> dict[str, Any] | None:
+        return tokenizer_fingerprint(self.hf_files)
 
 
-def open_side(directory: str | Path) -> HFSide | MegatronSide:
-    """Open either format. Raises UserError when the directory is neither, or damaged beyond naming its tensors."""
+class ManifestSide:
+    """The manifest of a converted directory, without the directory: hashes stand for the tensors."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if manifest["format"] != MANIFEST_FORMAT:
+                raise UserError(f'{path} does not say "format": "{MANIFEST_FORMAT}".')
+            if "tensors" not in manifest:
+                raise UserError(
+                    f"{path} holds no hashes of tensors: it is of a training checkpoint, not of a converted one. "
+                    "Compare with the checkpoint itself."
+                )
+            self.model = ModelConfig.model_validate(manifest["model"])
+            self._tensors = {
+                name: (getattr(torch, entry["dtype"]), tuple(map(int, entry["shape"])), str(entry["sha256"]))
+                for name, entry in manifest["tensors"].items()
+            }
+            self.cast: str | None = manifest.get("cast")
+            self._tokenizer: dict[str, Any] | None = manifest.get("tokenizer")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+            raise UserError(f"{path} is not the manifest of a converted directory: {error!r}") from None
+        self.names = list(self._tensors)
+
+    def shape(self, name: str) -> Shape:
+        return self._tensors[name][1]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name][0]
+
+    def sha256(self, name: str) -> str:
+        return self._tensors[name][2]
+
+    def tokenizer(self) -> dict[str, Any] | None:
+        return self._tokenizer
+
+
+def row_blocks(shape: Shape, dtype: torch.dtype) -> list[Range | None]:
+    """Ranges of rows of a few MiB that cover a tensor; [None], the whole, for a scalar."""
+    if not shape:
+        return [None]
+    height = max(1, _BLOCK_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize))
+    return [(start, min(start + height, shape[0])) for start in range(0, shape[0], height)]
+
+
+def open_side(path: str | Path) -> HFSide | MegatronSide | ManifestSide:
+    """Open a model of either format, or a manifest: the file, or a directory that holds nothing else.
+
+    Raises UserError when it is none of these, or damaged beyond naming its tensors.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".json":
+        return ManifestSide(path)
+    if path.is_dir() and [entry.name for entry in path.iterdir()] == [MANIFEST_NAME]:
+        return ManifestSide(path / MANIFEST_NAME)
+    return open_full_side(path)
+
+
+def open_full_side(directory: str | Path) -> HFSide | MegatronSide:
+    """Open a model of either format. Raises UserError as `open_side` does."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory.")
@@ -113,3 +203,11 @@ def open_side(directory: str | Path) -> HFSide | MegatronSide:
         f"{directory} is not a model: neither config.json (Hugging Face) nor meta.json (sharded checkpoint)."
         + hint_at_checkpoint(directory)
     )
+
+
+def _stated_cast(directory: Path) -> str | None:
+    try:
+        manifest = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+        return manifest.get("cast")
+    except (OSError, ValueError, AttributeError):
+        return None  # none, or damaged, which its hashes tell

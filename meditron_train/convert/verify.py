@@ -1,25 +1,35 @@
-"""Compare two models on disk, in either format, exactly: every tensor bit for bit, config, tokenizer."""
+"""Compare two models on disk, in either format, exactly: every tensor bit for bit, config, tokenizer.
+
+Each side is read once, in blocks of rows, so that no tensor has to fit in memory; a side may also be a manifest alone,
+whose hashes then stand for its tensors.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+if TYPE_CHECKING:
+    from meditron_train.convert.logits import LogitComparison
+
+from meditron_train.checkpoint.export import parse_dtype
 from meditron_train.checkpoint.hf_config import read_hf_config
 from meditron_train.checkpoint.hf_map import hf_shapes
 from meditron_train.checkpoint.hf_read import is_hf_directory
 from meditron_train.checkpoint.manifest import MANIFEST_NAME, verify_manifest
-from meditron_train.checkpoint.tokenizer_compare import compare_tokenizers
-from meditron_train.convert.side import HFSide, Side, open_side
+from meditron_train.checkpoint.tokenizer_compare import compare_fingerprints, compare_tokenizers
+from meditron_train.convert.bits import BitComparison
+from meditron_train.convert.scan import in_parallel, scan_tensor
+from meditron_train.convert.side import HFSide, ManifestSide, MegatronSide, Side, open_side, row_blocks
 from meditron_train.errors import UserError
 
-_BLOCK_ELEMENTS = 1 << 22  # differences are measured in float64, block by block
-_BIT_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+AnySide = HFSide | MegatronSide | ManifestSide
 
 
 @dataclass(frozen=True)
@@ -36,81 +46,68 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of `verify`: equal if and only if `differences` is empty."""
+    """The result of `verify`: equal if and only if `differences` is empty.
+
+    cast: the dtype to which tensors were cast before they were compared, because it was declared. logits: set with
+    `--logits`.
+    """
 
     differences: tuple[Difference, ...]
     num_tensors: int
     num_bytes: int
-    max_logit_difference: float | None = None
-    kl_divergence: float | None = None
+    cast: str | None = None
+    logits: LogitComparison | None = None
 
 
 def verify(
-    a: str | Path, b: str | Path, *, logits: bool = False, progress: Callable[[str, int], None] | None = None
+    a: str | Path,
+    b: str | Path,
+    *,
+    dtype: str | None = None,
+    logits: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
-    """Compare the models in directories `a` and `b`, each a Hugging Face directory or a sharded checkpoint.
+    """Compare the models `a` and `b`, each a Hugging Face directory, a sharded checkpoint, or a manifest.
 
-    Tensors are compared under their Hugging Face names, one at a time, by bits: two NaNs are equal when their bits
-    are, and 0.0 differs from -0.0. The files of a side that has a manifest must be as it says. With `logits`,
-    transformers also runs both in fp32 on CPU. Raises UserError when a side is not a model at all; damage inside a
-    side is a difference.
+    Tensors are compared under their Hugging Face names by bits: two NaNs are equal when their bits are, and 0.0
+    differs from -0.0. dtype ("bf16", …) declares a cast: tensors of different dtypes are compared after it. A side
+    whose manifest says that it was written with a cast declares that one. The files of a side that has a manifest must
+    be as it says. With `logits`, independent programs also run both in fp32 on CPU. progress: called with the tensor
+    just compared, its bytes and all bytes. Raises UserError when a side is not a model at all; damage inside a side
+    is a difference.
     """
+    declared = parse_dtype(dtype)
     contradictions = _contradictory_configs(a, b)
     if contradictions:
         return Comparison(tuple(contradictions), 0, 0)
     side_a, side_b = open_side(a), open_side(b)
+    cast = declared or _stated_cast(side_a, side_b)
     differences = _compare_configs(side_a, side_b)
     names = _names(side_a, side_b)
-    num_bytes = 0
-    for name in names:
-        message, tensor_bytes = _compare_tensor(side_a, side_b, name)
-        num_bytes += tensor_bytes
-        if message:
-            differences.append(Difference("tensor", name, message))
+    sizes = {name: _num_bytes(side_a, name) for name in names}
+    num_cast = 0
+    for name, found in in_parallel(lambda name: _compare_tensor(side_a, side_b, name, cast), names):
+        num_cast += found.was_cast
+        if found.message:
+            differences.append(Difference("tensor", name, found.message))
         if progress is not None:
-            progress(name, tensor_bytes)
-    for file, message in compare_tokenizers(side_a.hf_files, side_b.hf_files):
-        differences.append(Difference("tokenizer", file, message))
+            progress(name, sizes[name], sum(sizes.values()))
+    differences += _compare_tokenizers(side_a, side_b)
     differences += _compare_generation(side_a, side_b)
     differences += [*_changed_files("A", side_a), *_changed_files("B", side_b)]
-    max_logit, divergence = None, None
+    compared = None
     if logits:
-        from meditron_train.convert.logits import compare_logits
-
-        try:
-            max_logit, divergence = compare_logits(side_a, side_b)
-        except UserError as error:  # a damaged side: what was found above must still be told
-            differences.append(Difference("logits", "transformers fp32", f"cannot be computed: {error}"))
-        if max_logit is not None and not max_logit <= 1e-5:  # also when it is NaN
-            differences.append(
-                Difference("logits", "transformers fp32", f"max |Δ| {max_logit:.3e}, KL {divergence:.3e}")
-            )
-    return Comparison(tuple(differences), len(names), num_bytes, max_logit, divergence)
+        compared, more = _compare_logits(side_a, side_b)
+        differences += more
+    cast_name = str(cast).removeprefix("torch.") if num_cast else None
+    return Comparison(tuple(differences), len(names), sum(sizes.values()), cast_name, compared)
 
 
-def compare_bits(a: torch.Tensor, b: torch.Tensor) -> str:
-    """Empty when two tensors of one shape and dtype have the same bits; else where they first differ, by how much."""
-    bits_a, bits_b = (t.contiguous().reshape(-1).view(_BIT_TYPES[t.element_size()]) for t in (a, b))
-    if torch.equal(bits_a, bits_b):
-        return ""
-    num_different, first, largest = 0, -1, 0.0
-    flat_a, flat_b = a.reshape(-1), b.reshape(-1)
-    for start in range(0, bits_a.numel(), _BLOCK_ELEMENTS):
-        block = slice(start, start + _BLOCK_ELEMENTS)
-        different = bits_a[block] != bits_b[block]
-        count = int(different.sum())
-        if not count:
-            continue
-        num_different += count
-        if first < 0:
-            first = start + int(different.to(torch.uint8).argmax())
-        delta = (flat_a[block][different].double() - flat_b[block][different].double()).abs().max().item()
-        largest = max(largest, delta) if delta == delta and largest == largest else float("nan")
-    where = [int(i) for i in torch.unravel_index(torch.tensor(first), a.shape)] if a.dim() else []
-    return (
-        f"{num_different} of {a.numel()} elements differ, first at {where}: "
-        f"{flat_a[first].item()!r} against {flat_b[first].item()!r}, max |Δ| {largest:.6g}"
-    )
+def _stated_cast(side_a: Side, side_b: Side) -> torch.dtype | None:
+    """The cast that the manifests declare; none when they declare two."""
+    stated = {side.cast for side in (side_a, side_b)} - {None}
+    found = getattr(torch, str(stated.pop()), None) if len(stated) == 1 else None
+    return found if isinstance(found, torch.dtype) else None
 
 
 def _names(side_a: Side, side_b: Side) -> list[str]:
@@ -119,39 +116,109 @@ def _names(side_a: Side, side_b: Side) -> list[str]:
     return list(dict.fromkeys([*expected, *side_a.names, *side_b.names]))
 
 
-def _compare_tensor(side_a: Side, side_b: Side, name: str) -> tuple[str, int]:
-    """(what differs or "", bytes of the tensor on side A)"""
+def _num_bytes(side: AnySide, name: str) -> int:
+    """Of a tensor on side A; 0 where it is missing or damaged."""
+    try:
+        return side.dtype(name).itemsize * math.prod(side.shape(name)) if name in side.names else 0
+    except UserError:
+        return 0
+
+
+@dataclass(frozen=True)
+class _TensorResult:
+    message: str = ""
+    was_cast: bool = False
+
+
+def _compare_tensor(side_a: AnySide, side_b: AnySide, name: str, cast: torch.dtype | None) -> _TensorResult:
+    if message := _without_reading(side_a, side_b, name):
+        return _TensorResult(message)
+    dtype_a, dtype_b = side_a.dtype(name), side_b.dtype(name)
+    if dtype_a == dtype_b:
+        return _TensorResult(_compare_values(side_a, side_b, name, dtype_a))
+    if cast in (dtype_a, dtype_b):
+        return _TensorResult(_compare_values(side_a, side_b, name, cast), was_cast=True)
+    # Values are compared in the narrower type, to tell a plain cast from other weights.
+    narrow = min(dtype_a, dtype_b, key=lambda dtype: dtype.itemsize)
+    after_cast = _compare_values(side_a, side_b, name, narrow) or "equal"
+    return _TensorResult(f"dtype {dtype_a} against {dtype_b}; after a cast to {narrow}: {after_cast}")
+
+
+def _without_reading(side_a: AnySide, side_b: AnySide, name: str) -> str:
+    """What differs by presence and shape, or nothing."""
     missing = [label for label, side in (("A", side_a), ("B", side_b)) if name not in side.names]
     if missing and name == "lm_head.weight" and side_a.model.tie_embeddings and side_b.model.tie_embeddings:
-        return (
-            f"tied to the embedding, and left out in {missing[0]}, but stored with other values on the other side",
-            0,
-        )
+        return f"tied to the embedding, and left out in {missing[0]}, but stored with other values on the other side"
     if missing:
-        return f"missing in {' and '.join(missing)}", 0
+        return f"missing in {' and '.join(missing)}"
     for label, side in (("A", side_a), ("B", side_b)):
         try:
             side.shape(name)
         except UserError as error:
-            return f"{label}: {error}", 0
+            return f"{label}: {error}"
     shape_a, shape_b = side_a.shape(name), side_b.shape(name)
-    if shape_a != shape_b:
-        return f"shape {list(shape_a)} against {list(shape_b)}", 0
+    return f"shape {list(shape_a)} against {list(shape_b)}" if shape_a != shape_b else ""
+
+
+def _compare_values(side_a: AnySide, side_b: AnySide, name: str, dtype: torch.dtype) -> str:
+    if isinstance(side_a, ManifestSide) or isinstance(side_b, ManifestSide):
+        return _compare_hashes(side_a, side_b, name, dtype)
+    comparison = BitComparison(side_a.shape(name))
+    label = "A"
     try:
-        label, tensor_a = "A", side_a.read(name)
-        label, tensor_b = "B", side_b.read(name)
+        for rows in row_blocks(
+            side_a.shape(name), max(side_a.dtype(name), side_b.dtype(name), key=_itemsize)
+        ):
+            label, block_a = "A", side_a.read(name, rows).to(dtype)
+            label, block_b = "B", side_b.read(name, rows).to(dtype)
+            comparison.add(block_a, block_b, rows[0] if rows else 0)
     except UserError as error:
-        return f"{label}: {error}", 0
-    num_bytes = tensor_a.numel() * tensor_a.element_size()
-    if tensor_a.dtype == tensor_b.dtype:
-        return compare_bits(tensor_a, tensor_b), num_bytes
-    # Values are compared in the narrower type, to tell a plain cast from other weights.
-    narrow = min(tensor_a.dtype, tensor_b.dtype, key=lambda dtype: dtype.itemsize)
-    after_cast = compare_bits(tensor_a.to(narrow), tensor_b.to(narrow)) or "equal"
-    return (
-        f"dtype {tensor_a.dtype} against {tensor_b.dtype}; after a cast to {narrow}: {after_cast}",
-        num_bytes,
-    )
+        return f"{label}: {error}"
+    return str(comparison)
+
+
+def _itemsize(dtype: torch.dtype) -> int:
+    return dtype.itemsize
+
+
+def _compare_hashes(side_a: AnySide, side_b: AnySide, name: str, dtype: torch.dtype) -> str:
+    hashes = []
+    for label, side in (("A", side_a), ("B", side_b)):
+        if not isinstance(side, ManifestSide):
+            scanned = scan_tensor(side, name, dtype)
+            if scanned.problem:
+                return f"{label}: {scanned.problem}"
+            hashes.append(scanned.sha256)
+        elif side.dtype(name) == dtype:
+            hashes.append(side.sha256(name))
+        else:
+            return (
+                f"{label} has a hash for {side.dtype(name)} only, which says nothing after a cast to {dtype}"
+            )
+    return "" if hashes[0] == hashes[1] else f"SHA-256 {hashes[0][:16]}… against {hashes[1][:16]}…"
+
+
+def _compare_tokenizers(side_a: AnySide, side_b: AnySide) -> list[Difference]:
+    if isinstance(side_a, ManifestSide) or isinstance(side_b, ManifestSide):
+        try:
+            found = compare_fingerprints(side_a.tokenizer(), side_b.tokenizer())
+        except UserError as error:
+            found = [("tokenizer", str(error))]
+    else:
+        found = compare_tokenizers(side_a.hf_files, side_b.hf_files)
+    return [Difference("tokenizer", what, message) for what, message in found]
+
+
+def _compare_logits(side_a: AnySide, side_b: AnySide) -> tuple[LogitComparison | None, list[Difference]]:
+    from meditron_train.convert.logits import compare_logits  # imports the model and transformers
+
+    if isinstance(side_a, ManifestSide) or isinstance(side_b, ManifestSide):
+        raise UserError("--logits needs the weights of both sides, and one of them is only a manifest.")
+    try:
+        compared = compare_logits(side_a, side_b)
+    except UserError as error:  # a damaged side: what was found above must still be told
+        return None, [Difference("logits", "fp32", f"cannot be computed: {error}")]
+    return compared, [Difference("logits", what, message) for what, message in compared.problems()]
 
 
 def _contradictory_configs(a: str | Path, b: str | Path) -> list[Difference]:
@@ -178,8 +245,10 @@ def _compare_configs(side_a: Side, side_b: Side) -> list[Difference]:
     ]
 
 
-def _changed_files(label: str, side: Side) -> list[Difference]:
+def _changed_files(label: str, side: AnySide) -> list[Difference]:
     """Files of a side that are not as its manifest says. It sees what no tensor shows: padding rows, file framing."""
+    if isinstance(side, ManifestSide):
+        return []
     if isinstance(side, HFSide) and not (side.directory / MANIFEST_NAME).is_file():
         return []  # a Hugging Face directory need not have one
     return [Difference("file", f"of {label}", problem) for problem in verify_manifest(side.directory)]
@@ -192,8 +261,10 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _compare_generation(side_a: Side, side_b: Side) -> list[Difference]:
+def _compare_generation(side_a: AnySide, side_b: AnySide) -> list[Difference]:
     """Keys of generation_config.json, when both sides have one."""
+    if isinstance(side_a, ManifestSide) or isinstance(side_b, ManifestSide):
+        return []
     paths = [side.hf_files / "generation_config.json" for side in (side_a, side_b)]
     if not all(path.is_file() for path in paths):
         return []

@@ -66,6 +66,7 @@ with warnings.catch_warnings():
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.utils import is_layer_window_attention
 
 adam.install()
 lone_rank.install()
@@ -100,6 +101,7 @@ __all__ = [
     "get_forward_backward_func",
     "get_gpt_layer_local_spec",
     "get_megatron_optimizer",
+    "is_layer_window_attention",
     "parallel_state",
     "param_is_not_shared",
     "param_is_not_tensor_parallel_duplicate",

@@ -13,7 +13,12 @@ import torch
 import torch.distributed as dist
 
 from meditron_train.config.model_config import ModelConfig
-from meditron_train.mcore import PackedSeqParams, ProcessGroupCollection, TransformerConfig
+from meditron_train.mcore import (
+    PackedSeqParams,
+    ProcessGroupCollection,
+    TransformerConfig,
+    is_layer_window_attention,
+)
 from meditron_train.model.rope import cos_sin
 from meditron_train.native import AttentionSpan, Rotation, packed_attention
 
@@ -81,6 +86,8 @@ class PackedAttention(torch.nn.Module):
         self.context_group = pg_collection.cp
         self.softmax_scale = softmax_scale
         self.backend = backend
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None  # in keys, the query's own included
 
     def forward(
         self,
@@ -115,6 +122,7 @@ class PackedAttention(torch.nn.Module):
                 span.cu_seqlens,
                 cu_seqlens_kv=span.cu_seqlens_kv,
                 softmax_scale=self.softmax_scale,
+                window=self.window,
                 rotation=rotation,
                 backend=self.backend,
             )

@@ -1,4 +1,5 @@
-"""Llama as a megatron-core GPTModel: RMSNorm, SwiGLU, grouped-query attention, RoPE inside our attention.
+"""Llama and its relatives as a megatron-core GPTModel: RMSNorm, SwiGLU, grouped-query attention, RoPE inside our
+attention.
 
 Legend: B batch (always 1: the micro-batch is packed), T local packed tokens, V padded vocabulary rows per
 tensor-parallel rank.
@@ -64,6 +65,8 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.has_qkv_bias,
+        **_window(model),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
@@ -87,6 +90,14 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         **RECOMPUTE[recompute],
     )
+
+
+def _window(model: ModelConfig) -> dict[str, Any]:
+    """megatron-core's words for a sliding window: how many keys to look back and ahead, and in which layers (1)."""
+    if model.sliding_window is None:
+        return {}
+    layers = [int(model.has_window(layer)) for layer in range(model.num_layers)]
+    return {"window_size": (model.sliding_window - 1, 0), "window_attn_skip_freq": layers}
 
 
 class LlamaModel(GPTModel):

@@ -12,12 +12,12 @@ they count, so every number here carries its convention:
 
 N: all parameters, unpadded, tied embeddings once. N_matmul: those in matrix multiplications, that is the four
 attention projections and three MLP matrices of every layer, and the output layer (also when tied); not the
-embedding look-up, not the norms. 6 = a multiply and an add, once forward and twice backward. Attention: q·k
+embedding look-up, not the norms and biases. 6 = a multiply and an add, once forward and twice backward. Attention: q·k
 and p·v cost 2·2·S·heads·D per token and layer forward with all S keys, three times that with backward:
 12·heads·D·S; under the causal mask a token sees S/2 keys on average.
 
-S is the sequence length. Packed documents do less attention work than a sequence in one piece, and this is
-not credited: the same speed gives the same MFU however the documents are packed.
+S is the sequence length. Packed documents do less attention work than a sequence in one piece, and so does a
+sliding window; this is not credited: the same speed gives the same MFU however the documents are packed.
 
 Sources: Chowdhery et al. 2022 (arXiv 2204.02311), appendix B; Kaplan et al. 2020 (arXiv 2001.08361), section
 2.1; Chen et al. 2023 (arXiv 2311.16079) for Meditron.
@@ -55,8 +55,7 @@ PEAK_FLOPS: dict[str, PeakFlops | None] = {
 
 def num_matmul_parameters(model: ModelConfig) -> int:
     """Parameters that take part in matrix multiplications, output layer included (N_matmul above)."""
-    norms_per_layer = 2 * model.hidden_size
-    layers = model.num_layers * (model.num_layer_parameters - norms_per_layer)
+    layers = model.num_layers * (model.num_layer_parameters - model.num_layer_vector_parameters)
     return layers + model.num_embedding_parameters
 
 

@@ -16,6 +16,7 @@ from meditron_train.checkpoint.megatron_read import read_meta
 from meditron_train.checkpoint.megatron_write import meta_json
 from meditron_train.checkpoint.sharded import ShardedSaver, load_sharded, write_companions
 from meditron_train.checkpoint.store import CheckpointStore
+from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import MeditronError, UserError
 from meditron_train.log import get_logger
 from meditron_train.mcore import ShardedObject
@@ -171,11 +172,12 @@ class RunCheckpoints:
         return progress
 
     def _check_continues(self, meta: dict[str, Any], directory: Path) -> None:
-        ours, theirs = self._plan.model.model_dump(mode="json"), meta["model"]
+        # Read as a model, so that a checkpoint from before a field was added has its default.
+        ours, theirs = (
+            m.model_dump(mode="json") for m in (self._plan.model, ModelConfig.model_validate(meta["model"]))
+        )
         steps = self._plan.config.train.steps
-        differing = [
-            f"{key}: {theirs.get(key)!r} -> {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]
-        ]
+        differing = [f"{key}: {theirs[key]!r} -> {ours[key]!r}" for key in ours if theirs[key] != ours[key]]
         if differing:
             raise UserError(
                 f"{directory} is a checkpoint of another model (then -> now): {'; '.join(differing)}. "

@@ -65,7 +65,7 @@ def test_reads_what_the_safetensors_library_reads(tmp_path: Path) -> None:
 
 
 def test_column_slices_larger_than_a_block(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("meditron_train.checkpoint.hf_read._BLOCK_BYTES", 100)
+    monkeypatch.setattr("meditron_train.checkpoint.stored._BLOCK_BYTES", 100)
     weight = torch.randn(33, 10)
     save_file({"w": weight}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))

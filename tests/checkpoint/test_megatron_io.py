@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import torch
 from meditron_train.checkpoint import megatron_write
 from meditron_train.checkpoint.hf_map import rank_slice, tensor_specs, to_megatron
 from meditron_train.checkpoint.megatron_read import MegatronSource, is_megatron_directory, read_meta
-from meditron_train.checkpoint.megatron_write import MegatronWriter, meta_json
+from meditron_train.checkpoint.megatron_write import meta_json, plan_distcp, write_index
+from tests.checkpoint.planned import planned, write_planned
 from tests.checkpoint.test_hf_map import make_model, random_source
 from tests.checkpoint.tiny_llama import assert_same_bits, change_json
 from tests.distributed import run_ranks
@@ -26,9 +26,9 @@ def write_checkpoint(directory: Path, dtype: torch.dtype = torch.bfloat16) -> di
     source, padded = random_source(model, dtype), model.padded_vocab_size(1)
     tensors = {spec.name: to_megatron(spec, source.tensors, padded) for spec in tensor_specs(model)}
     directory.mkdir()
-    with MegatronWriter(directory) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
+    files = plan_distcp(planned(tensors))
+    write_planned(directory, files, tensors)
+    write_index(directory, files)
     (directory / "meta.json").write_text(json.dumps(meta_json(model, padded, step=7)))
     return tensors
 
@@ -50,32 +50,6 @@ def test_reads_what_it_wrote(tmp_path: Path, monkeypatch) -> None:
         assert source.shape(name) == tuple(tensor.shape)
         assert source.dtype(name) == torch.bfloat16
         assert_same_bits(source.read(name), tensor, name)
-
-
-def test_only_the_viewed_part_of_a_storage_is_written(tmp_path: Path) -> None:
-    with MegatronWriter(tmp_path) as writer:
-        writer.write("a", torch.zeros(1000, 1000)[:2])
-        writer.write("b", torch.arange(6.0).view(2, 3).T)
-    assert (tmp_path / "__0_0.distcp").stat().st_size < 20_000
-
-
-def test_an_interrupted_write_is_no_checkpoint(tmp_path: Path) -> None:
-    def write_twice() -> None:
-        with MegatronWriter(tmp_path) as writer:
-            writer.write("a", torch.zeros(1))
-            writer.write("a", torch.zeros(1))
-
-    with pytest.raises(ValueError, match="a was written before"):
-        write_twice()
-    assert not (tmp_path / ".metadata").exists()
-
-
-def test_a_full_disk_stays_an_os_error(tmp_path: Path) -> None:
-    if not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full")
-    file = megatron_write._ErrorKeepingFile(Path("/dev/full"))
-    with pytest.raises(OSError, match="No space left"):
-        file.save(torch.zeros(100_000))
 
 
 def _mcore_load(rank: int, world_size: int, directory: str) -> bool:

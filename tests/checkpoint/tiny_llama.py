@@ -1,4 +1,4 @@
-"""Tiny random Llamas on disk, written by transformers, for the tests of checkpoints and conversion."""
+"""Tiny random models on disk, written by transformers, for the tests of checkpoints and conversion."""
 
 from __future__ import annotations
 
@@ -12,20 +12,26 @@ import torch
 def write_tiny_llama(
     directory: Path, *, dtype: str = "float32", max_shard_size: str = "5GB", seed: int = 0, **changes: Any
 ) -> Path:
-    """Save a random LlamaForCausalLM with transformers; `changes` are LlamaConfig arguments. Returns `directory`."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Save a random Llama with transformers, or a model of the family that `model_type` names; returns `directory`.
+
+    `changes` are arguments of its configuration; None leaves one out.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes: dict[str, Any] = dict(
-        vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, initializer_range=0.1,
+        model_type="llama", vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, head_dim=16, max_position_embeddings=64, initializer_range=0.1,
     )  # fmt: skip
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).to(getattr(torch, dtype))
+    settings = {
+        key: value for key, value in {**sizes, **changes}.items() if key != "head_dim" or value is not None
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).to(getattr(torch, dtype))
     for (
         name,
         parameter,
-    ) in model.named_parameters():  # norms start at one: random, so that a mix-up would show
-        if "norm" in name:
+    ) in model.named_parameters():  # norms start at one, biases at zero: a mix-up would not show
+        if "norm" in name or name.endswith(".bias"):
             parameter.data.uniform_(0.5, 1.5)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     return directory

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from meditron_train.checkpoint.export import export_hf
 from meditron_train.convert.hf_to_megatron import hf_to_megatron
 from meditron_train.convert.inspect import inspect_directory
 from tests.checkpoint.tiny_llama import change_json, read_tensors, rewrite_tensors, write_tiny_llama
@@ -58,8 +59,9 @@ def test_a_flipped_bit_is_found_by_its_hash(checkpoint: Path) -> None:
     raw = bytearray((checkpoint / "__0_0.distcp").read_bytes())
     raw[50_000] ^= 1
     (checkpoint / "__0_0.distcp").write_bytes(raw)
-    (problem,) = inspect_directory(checkpoint)["problems"]
-    assert problem.startswith("manifest: __0_0.distcp has changed")
+    file, tensor = inspect_directory(checkpoint)["problems"]
+    assert file.startswith("manifest: __0_0.distcp has changed")
+    assert tensor.endswith(".weight has changed: its SHA-256 is not that of the manifest")
 
 
 def test_a_cut_off_checkpoint(checkpoint: Path) -> None:
@@ -94,3 +96,29 @@ def test_not_a_model(tmp_path: Path, checkpoint: Path) -> None:
     change_json(checkpoint / "meta.json", format="x")
     with refused("meta.json does not say"):
         inspect_directory(checkpoint)
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    source = write_tiny_llama(tmp_path / "source")
+    tensors = read_tensors(source)
+    tensors["model.layers.1.mlp.up_proj.weight"][7, 3] = float("nan")
+    tensors["model.norm.weight"][5] = float("inf")
+    rewrite_tensors(source, tensors)
+    assert inspect_directory(source)["problems"] == [
+        "model.layers.1.mlp.up_proj.weight is not finite: nan at [7, 3]",
+        "model.norm.weight is not finite: inf at [5]",
+    ]
+    assert inspect_directory(source, hashes=False)["intact"]
+
+
+def test_a_changed_hugging_face_directory_with_a_manifest(checkpoint: Path, tmp_path: Path) -> None:
+    export_hf(checkpoint, tmp_path / "back")
+    assert inspect_directory(tmp_path / "back")["intact"]
+    tensors = read_tensors(tmp_path / "back")
+    tensors["model.norm.weight"][5] += 1
+    rewrite_tensors(tmp_path / "back", tensors)
+    problems = inspect_directory(tmp_path / "back")["problems"]
+    assert any(problem.startswith("manifest: model.safetensors ha") for problem in problems)
+    assert "model.norm.weight has changed: its SHA-256 is not that of the manifest" in problems
+    (tmp_path / "back" / "manifest.json").write_text("[]")
+    assert "manifest.json cannot be read" in inspect_directory(tmp_path / "back")["problems"][0]

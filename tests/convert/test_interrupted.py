@@ -1,47 +1,170 @@
-"""A conversion killed at any moment leaves nothing that looks finished, and running it again completes it."""
+"""A conversion killed at any moment leaves nothing that looks finished; running it again continues and completes it."""
 
 from __future__ import annotations
 
+import os
+import random
+import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from meditron_train.checkpoint import conversion, megatron_write
 from meditron_train.checkpoint.export import export_hf
+from meditron_train.checkpoint.manifest import verify_manifest
+from meditron_train.checkpoint.workspace import Workspace
 from meditron_train.convert.hf_to_megatron import hf_to_megatron
 from meditron_train.convert.verify import verify
-from tests.checkpoint.tiny_llama import write_tiny_llama
-
-KILLED_AT_A_TENSOR = """
-import os, signal, sys
-from meditron_train.checkpoint.export import export_hf
-from meditron_train.convert.hf_to_megatron import hf_to_megatron
-
-direction, source, target, number = sys.argv[1:]
-seen = []
-
-def progress(name, num_bytes):
-    seen.append(name)
-    if len(seen) == int(number):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-{"to": hf_to_megatron, "from": export_hf}[direction](source, target, progress=progress)
-"""
+from tests.checkpoint.tiny_llama import change_json, write_tiny_llama
 
 
-@pytest.mark.parametrize(("direction", "number"), [("to", 1), ("to", 15), ("from", 9)])
-def test_killed_and_run_again(tmp_path: Path, direction: str, number: int) -> None:
-    convert = {"to": hf_to_megatron, "from": export_hf}[direction]
-    source = write_tiny_llama(tmp_path / "hf")
-    if direction == "from":
-        hf_to_megatron(source, tmp_path / "checkpoint")
-        source = tmp_path / "checkpoint"
-    before, target = {path.name for path in tmp_path.iterdir()}, tmp_path / "target"
-    command = [sys.executable, "-c", KILLED_AT_A_TENSOR, direction, str(source), str(target), str(number)]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    assert {path.name for path in tmp_path.iterdir()} == {*before, "target.tmp"}
-    convert(source, target)
-    assert {path.name for path in tmp_path.iterdir()} == {*before, "target"}
+def attempt(direction: str, source: Path, target: Path, moment: int) -> int | None:
+    """Convert in a forked process that kills itself at a moment: before the call of that number, counted from 1, of
+    those that change the disk. None when it was killed, else how many such calls there were."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            left = _convert(direction, source, target, moment)
+            os.write(writer, str(moment - left).encode())
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with open(reader) as pipe:
+        said = pipe.read()
+    _, status = os.waitpid(child, 0)
+    assert said or os.WTERMSIG(status) == signal.SIGKILL
+    return int(said) if said else None
+
+
+def _convert(direction: str, source: Path, target: Path, moment: int) -> int:
+    left = moment
+
+    def deadly(function: Callable) -> Callable:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return call
+
+    for name in ("fsync", "replace", "rename", "unlink", "mkdir"):
+        setattr(os, name, deadly(getattr(os, name)))
+    for name in ("unlink", "rename", "mkdir", "write_text"):
+        setattr(Path, name, deadly(getattr(Path, name)))
+    options: dict[str, Any] = {"max_shard_size": "30KB"} if direction == "from" else {}
+    {"to": hf_to_megatron, "from": export_hf}[direction](source, target, **options)
+    return left
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch) -> dict[str, Path]:
+    monkeypatch.setattr(megatron_write, "_MAX_FILE_BYTES", 30_000)
+    hf = write_tiny_llama(tmp_path / "hf", max_shard_size="60KB")
+    hf_to_megatron(hf, tmp_path / "checkpoint")
+    return {"to": hf, "from": tmp_path / "checkpoint"}
+
+
+@pytest.mark.parametrize("direction", ["to", "from"])
+def test_killed_at_every_moment_and_run_again(
+    tmp_path: Path, sources: dict[str, Path], direction: str
+) -> None:
+    source, target = sources[direction], tmp_path / "target"
+    before = {path.name for path in tmp_path.iterdir()}
+    num_moments = attempt(direction, source, target, 1_000_000)
+    assert num_moments is not None and num_moments > 25
+    names = {path.relative_to(target) for path in target.rglob("*")}
+    for moment in range(1, num_moments + 1):
+        if target.exists():
+            shutil.rmtree(target)
+        if attempt(direction, source, target, moment) is None and target.exists():
+            assert verify_manifest(target) == []  # killed after the rename: it is finished
+            continue
+        if not target.exists():
+            assert attempt(direction, source, target, 1_000_000) is not None
+        assert {path.name for path in tmp_path.iterdir()} == {*before, "target"}
+        assert {path.relative_to(target) for path in target.rglob("*")} == names
+        assert verify_manifest(target) == []
+        assert verify(source, target).differences == ()
+
+
+@pytest.mark.parametrize("direction", ["to", "from"])
+def test_killed_again_and_again_it_is_completed(
+    tmp_path: Path, sources: dict[str, Path], direction: str
+) -> None:
+    source, target = sources[direction], tmp_path / "target"
+    dice, num_kills = random.Random(direction), 0
+    moment = dice.randint(6, 12)
+    while attempt(direction, source, target, moment) is None and not target.exists():
+        num_kills += 1
+        moment = dice.randint(6, 12 + 3 * num_kills)
+    assert num_kills >= 2
+    assert verify_manifest(target) == []
     assert verify(source, target).differences == ()
+    assert not (tmp_path / "target.tmp").exists()
+
+
+def written_files(monkeypatch) -> list[str]:
+    """The names of files that are finished from now on."""
+    names: list[str] = []
+    record = Workspace.record
+
+    def remember(work: Workspace, name: str, written: object) -> None:
+        names.append(name)
+        record(work, name, written)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Workspace, "record", remember)
+    return names
+
+
+def interrupt(sources: dict[str, Path], target: Path, moment: int = 12) -> list[str]:
+    """Kill a conversion and return the files that it, or an attempt before, had finished."""
+    assert attempt("to", sources["to"], target, moment) is None
+    return sorted(Workspace(target.with_name(target.name + ".tmp"), 0)._known)
+
+
+def test_finished_files_are_kept_if_their_hash_holds(
+    tmp_path: Path, sources: dict[str, Path], monkeypatch
+) -> None:
+    target = tmp_path / "target"
+    finished: list[str] = []
+    while len(finished) < 3:  # an attempt continues the one before
+        finished = interrupt(sources, target)
+    spoilt = tmp_path / "target.tmp" / finished[0]
+    raw = bytearray(spoilt.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    spoilt.write_bytes(raw)
+    names = written_files(monkeypatch)
+    hf_to_megatron(sources["to"], target)
+    assert finished[0] in names and not set(finished[1:]) & set(names)
+    assert verify(sources["to"], target).differences == ()
+
+
+def test_another_conversion_starts_anew(tmp_path: Path, sources: dict[str, Path], monkeypatch) -> None:
+    target = tmp_path / "target"
+    interrupt(sources, target, 30)
+    names = written_files(monkeypatch)
+    change_json(sources["to"] / "generation_config.json", temperature=0.5)  # the source is not what it was
+    hf_to_megatron(sources["to"], target)
+    assert sorted(names) == sorted(path.name for path in target.glob("*.distcp"))
+
+
+def test_ctrl_c_can_be_continued(tmp_path: Path, sources: dict[str, Path], monkeypatch) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "publish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            hf_to_megatron(sources["to"], tmp_path / "target")
+    finished = sorted(Workspace(tmp_path / "target.tmp", 0)._known)
+    assert len(finished) > 3
+    names = written_files(monkeypatch)
+    hf_to_megatron(sources["to"], tmp_path / "target")
+    assert not set(finished) & set(names)
+    assert verify(sources["to"], tmp_path / "target").differences == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from meditron_train.checkpoint.conversion import Limits
 from meditron_train.checkpoint.export import export_hf
 from meditron_train.checkpoint.hf_config import model_config_from_hf, model_config_to_hf, read_hf_config
 from meditron_train.checkpoint.hf_map import hf_shapes
-from meditron_train.checkpoint.hf_write import HFWriter, TensorPlan
+from meditron_train.checkpoint.hf_write import INDEX_NAME, plan_safetensors, safetensors_index
 from meditron_train.checkpoint.manifest import verify_manifest
 from meditron_train.checkpoint.megatron_read import MegatronSource
 from meditron_train.convert.hf_to_megatron import hf_to_megatron
 from meditron_train.convert.verify import verify
+from tests.checkpoint.planned import planned, write_planned
 from tests.checkpoint.tiny_llama import (
     assert_same_bits,
     change_json,
@@ -103,13 +106,19 @@ def test_any_model_any_bits(tmp_path_factory, config: dict, seed: int, max_shard
     source = directory / "source"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(model_config_to_hf(model)))
-    plans = [TensorPlan(name, dtype, shape) for name, shape in hf_shapes(model).items()]
-    with HFWriter(source, plans, max_shard_num_bytes=7_000) as writer:
-        for plan in plans:
-            bits = torch.randint(0, 256, (plan.num_bytes,), dtype=torch.uint8, generator=generator)
-            writer.write(plan.name, bits.view(dtype).view(plan.shape))
-    hf_to_megatron(source, directory / "checkpoint")
-    export_hf(directory / "checkpoint", directory / "back", max_shard_size=max_shard_size)
+    tensors = {
+        name: torch.randint(
+            0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8, generator=generator
+        ).view(dtype).view(shape)
+        for name, shape in hf_shapes(model).items()
+    }  # fmt: skip
+    plans = plan_safetensors(planned(tensors), max_shard_num_bytes=7_000)
+    write_planned(source, plans, tensors)
+    if index := safetensors_index(plans):
+        (source / INDEX_NAME).write_text(index)
+    anything = Limits(allow_nonfinite=True)
+    hf_to_megatron(source, directory / "checkpoint", limits=anything)
+    export_hf(directory / "checkpoint", directory / "back", max_shard_size=max_shard_size, limits=anything)
     want, got = read_tensors(source), read_tensors(directory / "back")
     assert got.keys() == want.keys()
     for name, tensor in want.items():
@@ -153,7 +162,7 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     with refused("dtype 'int4' is unknown"):
         hf_to_megatron(source, target, dtype="int4")
     with refused("--max-ram"):
-        hf_to_megatron(source, target, max_ram_num_bytes=10)
+        hf_to_megatron(source, target, limits=Limits(max_ram_num_bytes=10))
     with refused("is not a directory"):
         hf_to_megatron(tmp_path / "nothing", target)
     write_tokenizer_model(source)
@@ -165,8 +174,8 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     rewrite_tensors(source, {**tensors, name: tensors[name].bfloat16()})
     with refused(name, "different dtypes", "--dtype"):
         hf_to_megatron(source, target)
-    change_json(source / "config.json", architectures=["MistralForCausalLM"], model_type="mistral")
-    with refused("MistralForCausalLM is not supported"):
+    change_json(source / "config.json", architectures=["MixtralForCausalLM"], model_type="mixtral")
+    with refused("MixtralForCausalLM is not supported"):
         hf_to_megatron(source, target)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from meditron_train.checkpoint.export import export_hf
+from meditron_train.convert.bits import compare_bits
 from meditron_train.convert.hf_to_megatron import hf_to_megatron
-from meditron_train.convert.verify import Comparison, compare_bits, verify
+from meditron_train.convert.verify import Comparison, verify
 from tests.checkpoint.tiny_llama import change_json, read_tensors, rewrite_tensors, write_tiny_llama
 from tests.checkpoint.tiny_tokenizer import write_tokenizer_model
 from tests.refusal import refused
@@ -35,11 +36,10 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def back(models: Path, tmp_path: Path) -> Path:
-    """A copy of back/ to spoil."""
+    """A copy of back/ to spoil, without its manifest, which would see every change of a file."""
     target = tmp_path / "back"
-    target.mkdir()
-    for path in (models / "back").iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(models / "back", target)
+    (target / "manifest.json").unlink()
     return target
 
 
@@ -57,7 +57,9 @@ def test_equal_in_any_format(models: Path) -> None:
     seen: dict[str, int] = {}
     for a in ("hf", "checkpoint", "back"):
         for b in ("hf", "checkpoint", "back"):
-            result = verify(models / a, models / b, progress=seen.__setitem__)
+            result = verify(
+                models / a, models / b, progress=lambda name, num, total: seen.setdefault(name, num)
+            )
             assert result.differences == ()
             assert result.num_tensors == len(seen) == 21
 
@@ -184,6 +186,14 @@ def test_layers_missing_from_the_config(models: Path, back: Path) -> None:
     assert named(verify(models / "hf", back)) == {"num_layers": "2 against 1"}  # the tensors are all there
 
 
+def test_a_special_token_that_moved_is_named(models: Path, back: Path) -> None:
+    """</s> becomes another token, in every file that says which one it is."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        change_json(back / name, eos_token="<unk>")
+    assert named(verify(models / "checkpoint", back)) == {"eos_token": "'</s>' against '<unk>'"}
+    assert named(verify(models / "hf", back)) == {"eos_token": "'</s>' against '<unk>'"}
+
+
 def test_changed_tokenizer_is_named(models: Path, back: Path) -> None:
     tokenizer = json.loads((back / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -223,15 +233,114 @@ def test_a_truncated_side_is_a_difference_by_name(models: Path, tmp_path: Path) 
     assert "cannot be read" in differences["lm_head.weight"]
 
 
+def test_layers_swapped_in_the_weights(models: Path, back: Path) -> None:
+    """Every tensor of layer 0 and of layer 1 changes places."""
+
+    def swap(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".layers.0." in name]:
+            other = name.replace(".layers.0.", ".layers.1.")
+            tensors[name], tensors[other] = tensors[other], tensors[name]
+
+    spoil(back, swap)
+    wanted = {name for name in read_tensors(back) if ".layers." in name}
+    assert len(wanted) == 18
+    assert set(named(verify(models / "checkpoint", back))) == wanted
+
+
+# ---- manifests ------------------------------------------------------------------------------------------------------
+
+
+def test_a_manifest_stands_for_its_directory(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    shutil.copy(models / "back" / "manifest.json", tmp_path / "alone")
+    for manifest in (
+        models / "checkpoint" / "manifest.json",
+        models / "back" / "manifest.json",
+        tmp_path / "alone",
+    ):
+        for other in ("hf", "checkpoint", "back"):
+            assert verify(models / other, manifest).differences == ()
+            assert verify(manifest, models / other).differences == ()
+    result = verify(models / "checkpoint" / "manifest.json", tmp_path / "alone")
+    assert result.differences == () and result.num_tensors == 21
+
+
+def test_what_differs_from_a_manifest_is_named(models: Path, back: Path) -> None:
+    manifest = models / "checkpoint" / "manifest.json"
+    spoil(back, lambda t: t[UP].view(torch.int16)[3, 7].bitwise_xor_(1))
+    assert named(verify(back, manifest)).keys() == {UP}
+    assert named(verify(manifest, back))[UP].startswith("SHA-256 ")
+    spoil(back, lambda t: (t.pop(UP), t.update({Q: t[Q].float()})))
+    differences = named(verify(manifest, back))
+    assert differences[UP] == "missing in B"
+    assert differences[Q].startswith(
+        "dtype torch.bfloat16 against torch.float32; after a cast to torch.bfloat16: equal"
+    )
+    change_json(
+        back / "config.json", rope_theta=5e5, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}
+    )
+    assert named(verify(manifest, back))["rope.theta"] == "10000.0 against 500000.0"
+
+
+def test_a_tokenizer_that_differs_from_a_manifest_is_named(models: Path, back: Path) -> None:
+    manifest = models / "back" / "manifest.json"
+    change_json(back / "tokenizer_config.json", eos_token="<unk>")
+    assert named(verify(back, manifest)) == {"eos_token": "'<unk>' against '</s>'"}
+    (back / "tokenizer.model").unlink()
+    tokenizer = json.loads((back / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"].update({"▁": 310, "zz": 311})
+    change_json(back / "tokenizer.json", **tokenizer)
+    assert "vocabulary_sha256" in named(verify(back, manifest))
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (back / name).unlink()
+    assert named(verify(back, manifest)) == {"tokenizer": "missing in A"}
+
+
+def test_a_file_that_is_no_manifest(models: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "manifest.json"
+    for text, said in (
+        ("{", "is not the manifest"),
+        ("[]", "is not the manifest"),
+        ('{"format": "x"}', "does not say"),
+        ('{"format": "meditron-train-manifest/1", "files": {}}', "no hashes of tensors"),
+    ):
+        bad.write_text(text)
+        with refused("manifest.json", said):
+            verify(models / "hf", bad)
+    with refused("--logits needs the weights"):
+        verify(models / "hf", models / "back" / "manifest.json", logits=True)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_declared_cast(tmp_path: Path, dtype: str, stored: torch.dtype) -> None:
+    """By the manifest of what was cast, or by the option; what is not the cast of the other side still differs."""
+    source = write_tiny_llama(tmp_path / "source")
+    hf_to_megatron(source, tmp_path / "checkpoint", dtype=dtype)
+    export_hf(tmp_path / "checkpoint", tmp_path / "back")
+    result = verify(source, tmp_path / "checkpoint")
+    assert (result.differences, result.cast) == ((), str(stored).removeprefix("torch."))
+    assert verify(source, tmp_path / "checkpoint" / "manifest.json").differences == ()
+    assert len(verify(source, tmp_path / "back").differences) == 21  # written without a cast of its own
+    assert verify(source, tmp_path / "back", dtype=dtype).differences == ()
+    (tmp_path / "back" / "manifest.json").unlink()
+    spoil(tmp_path / "back", lambda t: t[UP][2].zero_())
+    assert named(verify(source, tmp_path / "back", dtype=dtype)).keys() == {UP}
+    other = "fp16" if dtype == "bf16" else "bf16"
+    assert len(verify(source, tmp_path / "back", dtype=other).differences) == 21
+
+
 def test_logits(models: Path, back: Path) -> None:
     result = verify(models / "checkpoint", back, logits=True)
     assert result.differences == ()
-    assert (result.max_logit_difference, result.kl_divergence) == (0.0, 0.0)
+    assert result.logits is not None
+    assert (result.logits.max_difference, result.logits.kl_divergence) == (0.0, 0.0)
+    assert result.logits.ours_max_difference < 1e-5 * result.logits.largest
     spoil(back, lambda t: t[UP].zero_())
     result = verify(models / "hf", back, logits=True)
-    assert result.max_logit_difference > 1e-3
-    assert result.kl_divergence > 0
-    assert [difference.kind for difference in result.differences] == ["tensor", "logits"]
+    assert result.logits is not None
+    assert result.logits.max_difference > 1e-3 and result.logits.ours_max_difference > 1e-3
+    assert result.logits.kl_divergence > 0 and result.logits.ours_kl_divergence > 0
+    assert [difference.kind for difference in result.differences] == ["tensor", "logits", "logits"]
 
 
 def test_logits_draw_no_progress_bar(models: Path, back: Path, capfd) -> None:
@@ -247,11 +356,12 @@ def test_logits_of_a_damaged_checkpoint_do_not_hide_the_other_differences(
 ) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(models / "checkpoint", checkpoint)
-    (checkpoint / "manifest.json").unlink()
+    path = checkpoint / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:-3000])
     result = verify(models / "hf", checkpoint, logits=True)
-    assert result.max_logit_difference is None
-    assert "manifest.json is missing" in named(result)["of B"]
-    assert "cannot be computed" in named(result)["transformers fp32"]
+    assert result.logits is None
+    assert "instead of" in named(result)["of B"]
+    assert "cannot be computed" in named(result)["fp32"]
 
 
 def test_what_is_not_a_model(models: Path, tmp_path: Path) -> None:
@@ -279,7 +389,7 @@ def test_bits_not_values() -> None:
 
 
 def test_differences_beyond_the_first_block(monkeypatch) -> None:
-    monkeypatch.setattr("meditron_train.convert.verify._BLOCK_ELEMENTS", 10)
+    monkeypatch.setattr("meditron_train.convert.bits._BLOCK_ELEMENTS", 10)
     a = torch.zeros(10, 10)
     b = a.clone()
     b[4, 3], b[9, 9] = 1.0, -3.0

@@ -1,4 +1,4 @@
-"""The independent reference: transformers' LlamaForCausalLM and torch's AdamW, each document seen alone."""
+"""The independent reference: transformers' model of the family and torch's AdamW, each document seen alone."""
 
 from __future__ import annotations
 
@@ -59,13 +59,18 @@ def random_batch(seed: int, *, seq_len: int = 64, micro_batch_size: int = 1, voc
 
 
 def hf_model(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides):
-    """A small LlamaForCausalLM with seeded weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A small model of transformers with seeded weights: a Llama, or of the family that `model_type` names."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     settings = {key: value for key, value in {**TINY, **overrides}.items() if value is not None}
-    config = LlamaConfig(**settings, attn_implementation="eager")
-    return LlamaForCausalLM(config).to(dtype)
+    settings.pop("architectures")  # save_pretrained writes the right one
+    config = AutoConfig.for_model(**settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):  # they start at zero: random, so that a mix-up would show
+            parameter.data.uniform_(-0.5, 0.5)
+    return model
 
 
 def loss_sum_alone(model, batch: Packed) -> torch.Tensor:

@@ -133,3 +133,29 @@ def test_every_shape_of_llama_agrees_with_transformers(shape, tmp_path):
     history, weights = run_layout(directory, 2, {"tensor": 2, "sequence": True}, steps)
     # Adam's first steps divide by a second moment of one or two gradients: rounding of the small ones shows.
     assert_agrees(history, weights, expected_history, expected_weights, tolerance=3e-5)
+
+
+MISTRAL = {"model_type": "mistral", "sliding_window": 7}
+QWEN2 = {"model_type": "qwen2", "head_dim": None}
+WINDOW_FROM_LAYER_1 = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+FAMILIES = {
+    "mistral-tp2-sp": (MISTRAL, 2, {"tensor": 2, "sequence": True}),
+    "mistral-cp2": (MISTRAL, 2, {"context": 2}),
+    "qwen2-tp2": (QWEN2, 2, {"tensor": 2}),
+    "qwen2-tp2-sp-dp2": (QWEN2, 4, {"tensor": 2, "sequence": True}),
+    # Which layers have the window depends on their number in the whole model.
+    "qwen2-tied-window-tp2-pp2-interleaved": (
+        {**QWEN2, **WINDOW_FROM_LAYER_1, "tie_word_embeddings": True},
+        4,
+        {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_every_family_agrees_with_transformers(case, tmp_path):
+    overrides, world_size, parallel = FAMILIES[case]
+    steps = [[random_batch(10 * step + i) for i in range(4)] for step in range(3)]
+    directory, expected_history, expected_weights = reference_run(tmp_path / "hf", steps, **overrides)
+    history, weights = run_layout(directory, world_size, parallel, steps)
+    assert_agrees(history, weights, expected_history, expected_weights, tolerance=3e-5)

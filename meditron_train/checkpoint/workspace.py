@@ -1,0 +1,257 @@
+"""The directory in which a conversion is written, under another name, until one rename publishes it.
+
+`TARGET.tmp` holds, beside the files, what the conversion is (`.conversion.json`) and which files are finished, with
+their hashes (`.finished_RANK.jsonl`). After a kill at any moment the same command finds its finished files there and
+writes the others; a different conversion starts anew. What bears the final name is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar
+
+from meditron_train.checkpoint.manifest import (
+    MANIFEST_FORMAT,
+    MANIFEST_NAME,
+    describe_file,
+    sync_directory,
+    write_manifest,
+    write_text_atomically,
+)
+from meditron_train.checkpoint.stream import PlannedFile, WrittenFile
+from meditron_train.errors import MeditronError, UserError
+from meditron_train.log import get_logger
+
+_log = get_logger(__name__)
+
+_IDENTITY = ".conversion.json"
+_FINISHED = ".finished_"
+_LOCK = ".lock"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_T = TypeVar("_T")
+
+
+class Ranks(Protocol):
+    """The processes that convert together on one file system."""
+
+    rank: int
+    world_size: int
+
+    def on_first(self, action: Any) -> None:
+        """`action()` on rank 0 while the others wait; its MeditronError is raised on all."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON `value` of every rank, in rank order, on every rank. Raises when a rank has failed."""
+
+    def check(self) -> None:
+        """Raise MeditronError when another rank has failed."""
+
+
+class Alone:
+    """One process."""
+
+    rank, world_size = 0, 1
+
+    def on_first(self, action: Any) -> None:
+        action()
+
+    def gather(self, value: _T) -> list[_T]:
+        return [value]
+
+    def check(self) -> None:
+        pass
+
+
+class Workspace:
+    """What is written and what is finished in `TARGET.tmp`; from several threads and ranks at once."""
+
+    def __init__(self, directory: Path, rank: int) -> None:
+        self.directory = directory
+        self._journal = directory / f"{_FINISHED}{rank:05d}.jsonl"
+        self._lock = threading.Lock()
+        self._known = _read_journals(directory)
+
+    def finished(self, plan: PlannedFile) -> WrittenFile | None:
+        """The record of a file that an earlier attempt has finished and that is still what it was, by its hash."""
+        entry = self._known.get(plan.name)
+        path = self.directory / plan.name
+        if entry is None or entry.num_bytes != plan.num_bytes or not path.is_file():
+            return None
+        found = describe_file(path)
+        return entry if (found["num_bytes"], found["sha256"]) == (entry.num_bytes, entry.sha256) else None
+
+    def record(self, name: str, written: WrittenFile) -> None:
+        """Note durably that a file, already synced, is finished."""
+        line = json.dumps({"name": name, **asdict(written)}) + "\n"
+        with self._lock, self._journal.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def workspace(
+    target: str | Path, plans: Sequence[PlannedFile], identity: Mapping[str, Any], ranks: Ranks
+) -> Iterator[Workspace]:
+    """Yield the workspace of a conversion; `publish` ends it. Collective.
+
+    identity: all that decides what the files will hold. An error removes the workspace (so a full disk is not left
+    full); an interruption leaves it for the next attempt. Raises UserError when the target exists and is not empty,
+    `.tmp` is somebody else's or is being written, MeditronError when the disk is full or too small.
+    """
+    target = Path(os.path.abspath(target))
+    temporary = target.with_name(target.name + ".tmp")
+    lock: list[IO[str]] = []
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    try:
+        try:
+            ranks.on_first(lambda: lock.append(_prepare(target, temporary, digest, plans)))
+            yield Workspace(temporary, ranks.rank)
+        except OSError as error:
+            raise _explained(error, target) from error
+    except Exception:
+        if lock:  # only rank 0 removes, and only what it holds
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        for file in lock:
+            file.close()
+
+
+def publish(
+    work: Workspace, target: str | Path, written: Mapping[str, WrittenFile], manifest: Mapping[str, Any]
+) -> None:
+    """Complete the workspace with manifest.json and give it its final name. Rank 0 only."""
+    target, temporary = Path(os.path.abspath(target)), work.directory
+    known: dict[str, dict[str, int | str]] = {
+        name: {"num_bytes": file.num_bytes, "sha256": file.sha256} for name, file in written.items()
+    }
+    journals = sorted(temporary.glob(f"{_FINISHED}*"))
+    own = {path.name for path in [*journals, temporary / _IDENTITY, temporary / _LOCK]}
+    write_manifest(temporary, known=known, extra=manifest, leave_out=own)
+    for path in [*journals, temporary / _IDENTITY, temporary / _LOCK]:
+        path.unlink(missing_ok=True)
+    for parent, _, _ in os.walk(temporary, topdown=False):
+        sync_directory(Path(parent))
+    temporary.rename(target)  # an empty directory of that name is replaced
+    sync_directory(target.parent)
+
+
+def require_absent(directory: str | Path) -> None:
+    """Raise UserError unless `directory` does not exist or is an empty directory."""
+    directory = Path(directory)
+    if directory.is_dir():
+        if any(directory.iterdir()):
+            raise UserError(f"{directory} exists and is not empty. Name a new directory, or remove this one.")
+    elif os.path.lexists(directory):
+        raise UserError(f"{directory} exists and is not a directory. Name a new directory.")
+
+
+def _prepare(target: Path, temporary: Path, digest: str, plans: Sequence[PlannedFile]) -> IO[str]:
+    """Make or take over the workspace; returns its locked lock file."""
+    require_absent(target)
+    if temporary.exists() and not _is_ours(temporary):
+        raise UserError(f"{temporary} is in the way and was not written by this program. Move it away.")
+    existed = temporary.exists()
+    temporary.mkdir(parents=True, exist_ok=True)
+    lock = _lock(temporary)
+    try:
+        if existed and _identity_of(temporary) != digest:
+            _log.info("starting anew: %s holds parts of another conversion", temporary)
+            _clear(temporary, keep=set())
+        elif existed:
+            _log.info("continuing with what an interrupted conversion left in %s", temporary)
+            _clear(temporary, keep={plan.name for plan in plans})
+        _check_free_space(temporary, plans)
+        write_text_atomically(temporary / _IDENTITY, json.dumps({"sha256": digest}) + "\n")
+    except BaseException:
+        if not existed:
+            shutil.rmtree(temporary, ignore_errors=True)
+        lock.close()
+        raise
+    return lock
+
+
+def _lock(temporary: Path) -> IO[str]:
+    """Hold the workspace; the kernel lets go of it when the process dies, however it dies."""
+    file = (temporary / _LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"{temporary} is being written by another process. Wait for it, or name another directory."
+        ) from None
+    except OSError:  # a file system without locks: two conversions into one directory are the user's to avoid
+        pass
+    return file
+
+
+def _is_ours(temporary: Path) -> bool:
+    if not temporary.is_dir():
+        return False
+    if any((temporary / name).exists() for name in (_IDENTITY, _LOCK)) or not any(temporary.iterdir()):
+        return True
+    with suppress(OSError, ValueError, AttributeError):  # killed just before the last rename
+        manifest = json.loads((temporary / MANIFEST_NAME).read_text(encoding="utf-8"))
+        return bool(manifest.get("format") == MANIFEST_FORMAT)
+    return False
+
+
+def _identity_of(temporary: Path) -> str | None:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((temporary / _IDENTITY).read_text(encoding="utf-8"))["sha256"])
+    return None
+
+
+def _clear(temporary: Path, keep: set[str]) -> None:
+    """Remove all but the lock and, where files are kept, the journals that say which of them are finished."""
+    for path in temporary.iterdir():
+        if path.name == _LOCK or path.name in keep or (keep and path.name.startswith(_FINISHED)):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _read_journals(temporary: Path) -> dict[str, WrittenFile]:
+    known: dict[str, WrittenFile] = {}
+    for path in sorted(temporary.glob(f"{_FINISHED}*.jsonl")):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # the last line of a killed attempt may be torn
+                entry = json.loads(line)
+                name = entry.pop("name")
+                known[name] = WrittenFile(**entry)
+    return known
+
+
+def _check_free_space(temporary: Path, plans: Sequence[PlannedFile]) -> None:
+    """For what is still to be written: unfinished files of an earlier attempt are written over."""
+    needed = sum(plan.num_bytes for plan in plans)
+    for plan in plans:
+        with suppress(FileNotFoundError):
+            status = (temporary / plan.name).stat()
+            needed -= min(plan.num_bytes, status.st_blocks * 512)
+    free = shutil.disk_usage(temporary).free
+    if needed > free:
+        raise MeditronError(
+            f"{temporary.parent} has {free / 1e9:.2f} GB free, but {needed / 1e9:.2f} GB would be written. "
+            "Free some space or write elsewhere."
+        )
+
+
+def _explained(error: OSError, target: Path) -> MeditronError:
+    if error.errno in _DISK_FULL:
+        return MeditronError(f"No space left on the disk of {target}: nothing was written.")
+    return MeditronError(f"Writing {target} failed: {error}. Nothing was written.")

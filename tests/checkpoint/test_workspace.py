@@ -1,0 +1,131 @@
+"""Workspace: a directory appears complete or not at all, and nothing of anybody else's is touched."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from meditron_train.checkpoint.manifest import verify_manifest
+from meditron_train.checkpoint.stream import PlannedFile, WrittenFile
+from meditron_train.checkpoint.workspace import Alone, Workspace, publish, workspace
+from meditron_train.errors import MeditronError
+from tests.refusal import refused
+
+PLANS = [PlannedFile("a", (), 1)]
+SHA256_OF_1 = "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
+WRITTEN = WrittenFile(1, SHA256_OF_1, {"w": "00"})
+
+
+def write(work: Workspace) -> None:
+    (work.directory / "a").write_text("1")
+    work.record("a", WRITTEN)
+
+
+def test_appears_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model"
+    with workspace(target, PLANS, {}, Alone()) as work:
+        write(work)
+        (work.directory / "sub").mkdir()
+        (work.directory / "sub" / "b").write_text("2")
+        assert work.directory.name == "model.tmp" and not target.exists()
+        publish(work, target, {"a": WRITTEN}, {"more": 3})
+    assert sorted(path.name for path in target.rglob("*")) == ["a", "b", "manifest.json", "sub"]
+    assert not work.directory.exists()
+    assert verify_manifest(target) == []
+    manifest = json.loads((target / "manifest.json").read_text())
+    assert manifest["more"] == 3
+    assert manifest["files"]["a"] == {"num_bytes": 1, "sha256": SHA256_OF_1}
+
+
+def test_an_error_leaves_nothing_and_an_interruption_leaves_the_work(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), workspace(tmp_path / "model", PLANS, {}, Alone()) as work:
+        write(work)
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt), workspace(tmp_path / "model", PLANS, {}, Alone()) as work:
+        write(work)
+        raise KeyboardInterrupt
+    with workspace(tmp_path / "model", PLANS, {}, Alone()) as work:
+        assert work.finished(PLANS[0]) == WRITTEN
+        assert work.finished(PlannedFile("a", (), 2)) is None
+        (work.directory / "a").write_text("2")
+        assert work.finished(PLANS[0]) is None
+        (work.directory / "a").unlink()
+        assert work.finished(PLANS[0]) is None
+
+
+def test_another_identity_starts_anew(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), workspace(tmp_path / "model", PLANS, {"x": 1}, Alone()) as work:
+        write(work)
+        raise KeyboardInterrupt
+    with workspace(tmp_path / "model", PLANS, {"x": 2}, Alone()) as work:
+        assert not (work.directory / "a").exists() and work.finished(PLANS[0]) is None
+
+
+def test_a_torn_journal_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    with workspace(tmp_path / "model", PLANS, {}, Alone()) as work:
+        write(work)
+        (journal,) = work.directory.glob(".finished_*")
+        journal.write_text(journal.read_text() + '{"name": "b", "num_by')
+        assert set(Workspace(work.directory, 3)._known) == {"a"}
+
+
+def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
+    with (
+        refused("No space left", "model", kind=MeditronError),
+        workspace(tmp_path / "model", PLANS, {}, Alone()),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    huge = [PlannedFile("a", (), 1 << 60)]
+    with (
+        refused("would be written", "GB free", kind=MeditronError),
+        workspace(tmp_path / "model", huge, {}, Alone()),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_finished_needs_no_space(tmp_path: Path, monkeypatch) -> None:
+    plans = [PlannedFile("a", (), 8192)]
+    with pytest.raises(KeyboardInterrupt), workspace(tmp_path / "model", plans, {}, Alone()) as work:
+        (work.directory / "a").write_bytes(b"1" * 8192)
+        os.sync()
+        raise KeyboardInterrupt
+    monkeypatch.setattr("shutil.disk_usage", lambda path: _Usage())
+    with workspace(tmp_path / "model", plans, {}, Alone()):
+        pass
+
+
+class _Usage:
+    free = 4096
+
+
+def test_existing_output(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with workspace(tmp_path / "empty", PLANS, {}, Alone()) as work:
+        write(work)
+        publish(work, tmp_path / "empty", {"a": WRITTEN}, {})
+    assert (tmp_path / "empty" / "a").exists()
+    with refused("empty exists and is not empty"), workspace(tmp_path / "empty", PLANS, {}, Alone()):
+        pass
+    (tmp_path / "file").touch()
+    with refused("file exists and is not a directory"), workspace(tmp_path / "file", PLANS, {}, Alone()):
+        pass
+
+
+def test_two_at_a_time_and_somebody_elses_directory(tmp_path: Path) -> None:
+    with workspace(tmp_path / "model", PLANS, {}, Alone()) as work:
+        write(work)
+        with refused("being written by another process"), workspace(tmp_path / "model", PLANS, {}, Alone()):
+            pass
+        assert (work.directory / "a").exists()
+    somebody = tmp_path / "other.tmp"
+    somebody.mkdir()
+    (somebody / "thesis").touch()
+    with refused("other.tmp is in the way"), workspace(tmp_path / "other", PLANS, {}, Alone()):
+        pass
+    assert (somebody / "thesis").exists()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -15,12 +17,13 @@ from meditron_train.data.batch_schedule import BatchSchedule
 from meditron_train.data.loader import StepLoader
 from meditron_train.data.packed import PackedDataset
 from meditron_train.errors import MeditronError
-from meditron_train.launcher.environment import LaunchEnvironment, detect_launcher
+from meditron_train.launcher.environment import LaunchEnvironment
 from meditron_train.log import get_logger, setup_logging
 from meditron_train.parallel import Mesh, destroy, initialize
 from meditron_train.planner.flops import gpu_type, mfu
 from meditron_train.report.metrics import MetricsWriter, format_step_line
 from meditron_train.report.provenance import append_provenance, collect_provenance
+from meditron_train.report.status import RunStatus, forget_failures, record_failure
 from meditron_train.train.engine import StepResult, invented_batch
 from meditron_train.train.lr_schedule import learning_rate
 from meditron_train.train.run_dir import RunDir
@@ -34,8 +37,12 @@ EXIT_DONE = 0
 EXIT_REQUEUE = 85
 
 
-def train(config: Config) -> int:
+def train(config: Config, launch: LaunchEnvironment, signals: StopSignals) -> int:
     """Run one rank of a training run, from its newest checkpoint or from the start.
+
+    Args:
+        launch: this process's place among the ranks.
+        signals: already listening, as a signal may arrive while torch is imported.
 
     Returns:
         The process's exit code: 0 when all steps are done, 85 when it was asked to stop and has saved.
@@ -44,14 +51,12 @@ def train(config: Config) -> int:
         UserError: the configuration or a file it names is wrong.
         MeditronError: the machine failed (a full disk), or too many steps in a row were not finite.
     """
-    launch = detect_launcher()
     run_dir = RunDir(config.logging.run_dir)
     setup_logging(launch.rank)
     if launch.world_size > 1:
         os.environ.update(MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port))
     plan = make_plan(config, launch.world_size)
     with ExitStack() as stack:
-        signals = stack.enter_context(StopSignals(run_dir.path, checks_files=launch.rank == 0))
         mesh = initialize(
             plan.layout,
             rank=launch.rank,
@@ -59,18 +64,41 @@ def train(config: Config) -> int:
             device=config.train.device,
             seed=config.train.seed,
         )
-        mesh.on_first_rank(lambda: _take(run_dir, config, stack))
+        hosts = mesh.gather_objects(socket.gethostname())
+        status = RunStatus(run_dir.path, enabled=launch.rank == 0)
+        mesh.on_first_rank(lambda: _take(run_dir, config, status, _facts(launch, plan, hosts), stack))
         setup_logging(launch.rank, run_dir.path)
-        exit_code = Run(plan, mesh, run_dir, launch, signals, stack).loop()
+        run: Run | None = None
+        try:
+            run = Run(plan, mesh, run_dir, launch, signals, status, stack)
+            exit_code = run.loop()
+        except BaseException as error:
+            record_failure(run_dir.path, launch.rank, error, run.progress.step if run else None)
+            raise
     destroy()  # not after an error: it may wait for what a failed peer never sends
     return exit_code
 
 
-def _take(run_dir: RunDir, config: Config, stack: ExitStack) -> None:
+def _take(run_dir: RunDir, config: Config, status: RunStatus, facts: dict, stack: ExitStack) -> None:
     """Make the run directory ours until the stack ends."""
     stack.enter_context(run_dir.locked())
     run_dir.check_resumable(config)
     run_dir.write_config(config)
+    forget_failures(run_dir.path)
+    stack.enter_context(status)
+    status.start(facts)
+
+
+def _facts(launch: LaunchEnvironment, plan: Plan, hosts: list[str]) -> dict[str, Any]:
+    """What status.json says of a start."""
+    return {
+        "hosts": list(dict.fromkeys(hosts)),
+        "world_size": launch.world_size,
+        "layout": asdict(plan.layout),
+        "launcher": launch.kind,
+        "job_id": launch.job_id,
+        "steps": plan.config.train.steps,
+    }
 
 
 class StepMeter:
@@ -103,12 +131,14 @@ class Run:
         run_dir: RunDir,
         launch: LaunchEnvironment,
         signals: StopSignals,
+        status: RunStatus,
         stack: ExitStack,
     ) -> None:
         config = plan.config
-        self.plan, self.config, self.mesh, self.run_dir, self.signals = plan, config, mesh, run_dir, signals
+        self.plan, self.config, self.mesh, self.run_dir = plan, config, mesh, run_dir
+        self.signals, self.status = signals, status
         self.batches = BatchSchedule(config.train.global_batch_size, config.train.batch_ramp)
-        self.checkpoints = RunCheckpoints(plan, mesh, run_dir.checkpoints)
+        self.checkpoints = RunCheckpoints(plan, mesh, run_dir.checkpoints, status)
         newest = self.checkpoints.newest()
         self.engine = build_engine(plan, mesh, with_weights=newest is None)
         self.dry_run()
@@ -134,6 +164,10 @@ class Run:
     def loop(self) -> int:
         """Take the remaining steps; returns the exit code."""
         config, last_step = self.config, self.config.train.steps
+        self.status.update(state="running", step=self.progress.step)
+        stop, _ = self.agree_on_requests()
+        if stop and self.progress.step < last_step:  # asked while it was starting: nothing is lost by not going on
+            return self.stop(stop)
         while self.progress.step < last_step:
             start = time.monotonic()
             step, batches = next(self.loader)
@@ -146,6 +180,7 @@ class Run:
             if is_last or validation_losses or step % config.logging.interval == 0:
                 self.log_step(result, lr, validation_losses)
             self.checkpoints.finish(wait=False)
+            self.status.update(step=step)
             stop, save = self.agree_on_requests()
             if stop or save or is_last or step % config.checkpoint.interval == 0 or self.export_is_due(step):
                 self.save()
@@ -153,14 +188,21 @@ class Run:
                 self.checkpoints.finish(wait=True)
                 self.signals.acknowledge(stop=bool(stop))
             if stop and not is_last:
-                self.checkpoints.close()
-                _log.info("stopped after step %d because of %s; the same command continues", step, stop)
-                return EXIT_REQUEUE
+                return self.stop(stop)
         self.checkpoints.close()
         if config.checkpoint.export_hf:
             self.checkpoints.export(last_step, self.run_dir.path / "hf")
         _log.info("all %d steps are done: %s", last_step, self.run_dir.path)
+        self.status.update(state="done", step=last_step, reason=None, exit_code=EXIT_DONE)
         return EXIT_DONE
+
+    def stop(self, reason: str) -> int:
+        """End before the last step, after a checkpoint, asking to be started again."""
+        self.checkpoints.close()
+        self.signals.acknowledge(stop=True)
+        _log.info("stopped after step %d because of %s; the same command continues", self.progress.step, reason)
+        self.status.stopped(reason, EXIT_REQUEUE)
+        return EXIT_REQUEUE
 
     # ---- parts of a step ----------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from meditron_train.log import get_logger
 from meditron_train.mcore import ShardedObject
 from meditron_train.parallel import Mesh
 from meditron_train.planner.checkpoint_size import checkpoint_bytes
+from meditron_train.report.status import RunStatus
 from meditron_train.train.engine import Engine
 from meditron_train.train.setup import Plan
 
@@ -48,8 +49,8 @@ class Progress:
 class RunCheckpoints:
     """The checkpoints of one run, seen from one rank; rank 0 does what concerns names and manifests."""
 
-    def __init__(self, plan: Plan, mesh: Mesh, directory: Path) -> None:
-        self._plan, self._mesh = plan, mesh
+    def __init__(self, plan: Plan, mesh: Mesh, directory: Path, status: RunStatus) -> None:
+        self._plan, self._mesh, self._status = plan, mesh, status
         settings = plan.config.checkpoint
         self._store = CheckpointStore(directory, settings.keep_last, settings.keep_every)
         self._saver = ShardedSaver(self._mesh.groups.dp_cp, asynchronous=settings.async_save)
@@ -77,6 +78,7 @@ class RunCheckpoints:
             return
         written, self._being_written = self._being_written, None
         published = self._mesh.on_first_rank(lambda: self._publish(written))
+        self._status.update(last_checkpoint=published.name)
         _log.info("saved %s", published)
 
     def close(self) -> None:

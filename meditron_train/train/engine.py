@@ -191,9 +191,10 @@ class Engine:
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def sharded_state(self, *, with_optimizer: bool, is_loading: bool) -> dict[str, Any]:
-        """This rank's part of the model's (and optimizer's) state, as megatron-core's checkpoints describe it."""
-        if not is_loading:
-            self._gather_params()
+        """This rank's part of the model's (and optimizer's) state, as megatron-core's checkpoints describe it.
+
+        Collective; before saving, `gather_params` comes first.
+        """
         models = {
             f"model{virtual_rank}": without_extra_state(chunk.sharded_state_dict(metadata=STATE_METADATA))
             for virtual_rank, chunk in enumerate(self.chunks)
@@ -206,11 +207,21 @@ class Engine:
             )
         return state
 
-    def _gather_params(self) -> None:
-        """With overlap_param_gather the last update reaches a rank's parameters only when they are next used."""
+    def gather_params(self) -> None:
+        """Make the parameters whole; collective.
+
+        With overlap_param_gather the last update reaches a rank's parameters only when they are next used.
+        """
         if self.config.parallel.overlap_param_gather:
             for ddp_chunk in self.ddp_chunks:
                 ddp_chunk.start_param_sync(force_sync=True)
+
+    def rejoin(self, mesh: Mesh) -> None:
+        """In a forked copy of this rank: let what saving needs talk through the groups of `mesh`."""
+        self.mesh = mesh
+        for optimizer in self.optimizer.chained_optimizers:
+            if self.config.parallel.distributed_optimizer:
+                optimizer.data_parallel_group = mesh.groups.dp_cp
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `load_sharded` read into `sharded_state(is_loading=True)`."""
@@ -327,7 +338,7 @@ class Engine:
     @torch.no_grad()
     def param_norm(self) -> float:
         """Global L2 norm of the parameters, replicas and shared copies counted once."""
-        self._gather_params()
+        self.gather_params()
         counted = [
             parameter
             for chunk in self.chunks

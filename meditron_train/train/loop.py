@@ -65,6 +65,7 @@ def train(config: Config, launch: LaunchEnvironment, signals: StopSignals) -> in
             plan.layout,
             rank=launch.rank,
             local_rank=launch.local_rank,
+            one_gpu_per_task=launch.kind == "slurm",
             device=config.train.device,
             seed=config.train.seed,
             timeout_s=math.ceil(1.5 * config.resilience.hang_other_s),  # after the watchdog, who says more

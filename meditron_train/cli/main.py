@@ -7,7 +7,6 @@ purpose, or by a fault that a new start mends, wants to be requeued; 130 interru
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from typing import Annotated, Any
 

@@ -23,8 +23,8 @@ class Diagnosis:
     """What happened to a run.
 
     Attributes:
-        cause: finished, time_limit, stopped, hang, bit_flip, nan, out_of_memory, disk, data_changed, user_error, failed,
-            crashed, killed, lost_peer, running_or_killed or unknown.
+        cause: finished, time_limit, stopped, hang, bit_flip, nan, out_of_memory, disk, data_changed, user_error,
+            failed, crashed, killed, lost_peer, running_or_killed or unknown.
         summary: one sentence.
         evidence: where it stands: file names and the words found there.
         advice: what to do.

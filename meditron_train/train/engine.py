@@ -216,6 +216,32 @@ class Engine:
             for ddp_chunk in self.ddp_chunks:
                 ddp_chunk.start_param_sync(force_sync=True)
 
+    def local_state(self) -> dict[str, Any]:
+        """All tensors that this rank trains with, and the settings of its optimizers: views, nothing is copied.
+
+        Enough to continue on the same rank of the same layout. `load_local_state` takes the same structure.
+        """
+        optimizers = [optimizer.optimizer for optimizer in self.optimizer.chained_optimizers]
+        tensors = [parameter.data for chunk in self.chunks for parameter in chunk.parameters()]
+        for optimizer in optimizers:
+            for master in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+                tensors.append(master.data)
+                tensors += [optimizer.state[master][name] for name in sorted(optimizer.state[master])]
+        groups = [
+            [{name: value for name, value in group.items() if name != "params"} for group in o.param_groups]
+            for o in optimizers
+        ]
+        return {"tensors": tensors, "groups": groups}
+
+    @torch.no_grad()
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """Take over a `local_state`; the optimizer's state must be allocated, as `dry_run` does."""
+        for ours, theirs in zip(self.local_state()["tensors"], state["tensors"], strict=True):
+            ours.copy_(theirs)
+        for optimizer, groups in zip(self.optimizer.chained_optimizers, state["groups"], strict=True):
+            for ours, theirs in zip(optimizer.optimizer.param_groups, groups, strict=True):
+                ours.update(theirs)
+
     def rejoin(self, mesh: Mesh) -> None:
         """In a forked copy of this rank: let what saving needs talk through the groups of `mesh`."""
         self.mesh = mesh

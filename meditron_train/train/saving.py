@@ -51,6 +51,11 @@ class Progress:
     history: list[tuple[float, float]] = field(default_factory=list)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step of a finished checkpoint, as its name says."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 @dataclass
 class _Unfinished:
     """A checkpoint between begin and publication; every stage is waited for on all ranks, then the next one begins.

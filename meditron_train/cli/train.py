@@ -21,9 +21,15 @@ def train(
     to stop (SIGTERM, SIGUSR1, a file RUN_DIR/stop), saved, and can be started again.
     """
     from meditron_train.config.load import load_config
+    from meditron_train.launcher.environment import detect_launcher
+    from meditron_train.train.stop_signals import StopSignals
 
     settings = load_config(config, overrides or [])
-    # Only now that the file is right: torch and megatron-core take seconds to import.
-    from meditron_train.train import loop
+    launch = detect_launcher()
+    # From here on a signal is a request, also in the seconds that torch and megatron-core take to import.
+    with StopSignals(settings.logging.run_dir, checks_files=launch.rank == 0) as signals:
+        from meditron_train.train import loop
 
-    raise typer.Exit(loop.train(settings))
+        exit_code = loop.train(settings, launch, signals)
+        signals.ignore()
+    raise typer.Exit(exit_code)

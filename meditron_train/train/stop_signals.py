@@ -63,6 +63,13 @@ class StopSignals:
             if stop:
                 self._stop_file.unlink(missing_ok=True)
 
+    def ignore(self) -> None:
+        """Ignore the signals from now on, beyond the `with` block: the run is saved, and a second SIGUSR1 must not kill
+        the interpreter on its way out."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        self._old_handlers.clear()
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._signal_name is None:
             self._signal_name = signal.Signals(number).name

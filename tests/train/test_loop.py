@@ -11,14 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from meditron_train.report.status import read_requeue, read_status
 from tests.distributed import run_ranks
 
 
 def run_rank(rank: int, world_size: int, config_file: Path, overrides: tuple[str, ...] = ()) -> int:
     from meditron_train.config.load import load_config
+    from meditron_train.launcher.environment import detect_launcher
     from meditron_train.train.loop import train
+    from meditron_train.train.stop_signals import StopSignals
 
-    return train(load_config(config_file, list(overrides)))
+    config, launch = load_config(config_file, list(overrides)), detect_launcher()
+    with StopSignals(config.logging.run_dir, checks_files=rank == 0) as signals:
+        return train(config, launch, signals)
 
 
 def run(config_file: Path, *overrides: str, world_size: int = 1) -> list[dict]:
@@ -174,6 +179,8 @@ def test_a_signal_saves_and_exits_85(write_config, tmp_path, number):
     )
     process = kill_when(config, tmp_path / "run", step=3, number=number)
     assert process.returncode == 85
+    assert read_requeue(tmp_path / "run") == signal.Signals(number).name
+    assert read_status(tmp_path / "run")["state"] == "stopped"
     (saved,) = [entry.name for entry in (tmp_path / "run" / "checkpoints").glob("step_*")]
     assert int(saved.removeprefix("step_")) >= 3
     assert signal.Signals(number).name in process.stderr.read()

@@ -1,4 +1,4 @@
-"""The GPU benchmark runs on a toy model, and what it compares computes the same thing."""
+"""The GPU benchmarks run on toys, and what they compare computes the same thing."""
 
 from __future__ import annotations
 
@@ -25,3 +25,19 @@ def test_all_tools_take_the_same_steps(device, tmp_path):
     for name, result in results.items():
         assert result["losses"] == pytest.approx(baseline, rel=5e-3), name
         assert f"| {name} | " in done.stdout
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_attention_is_measured_in_every_case(device, tmp_path):
+    result_file = tmp_path / "result.json"
+    command = [sys.executable, "-m", "benchmarks.gpu.attention", "--tiny", "--device", device]
+    command += ["--kv-heads", "1", "--json", str(result_file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    table = json.loads(result_file.read_text())
+    assert len(table) == 4  # two batches, two passes
+    for column in table.values():
+        assert column["meditron-train"] > 0
+        # A peer that runs has passed the comparison with ours. This one runs everywhere.
+        assert column["SDPA flash, by document"] > 0
+    assert "| meditron-train | " in done.stdout

@@ -68,9 +68,13 @@ def wants_cuda(torch: Path | None) -> bool:
     return wanted
 
 
-def nvcc_flags() -> list[str]:
+def nvcc_flags(source: str) -> list[str]:
+    """Kernels of sm90_*.cu use what only 90a has, and are compiled for nothing else."""
+    archs = os.environ.get("MEDITRON_CUDA_ARCHS", "80;90a;90+PTX").replace(",", ";").split(";")
+    if os.path.basename(source).startswith("sm90_"):
+        archs = ["90a"]
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cudart=static", "-Xcompiler", "-fPIC"]
-    for arch in os.environ.get("MEDITRON_CUDA_ARCHS", "80;90a;90+PTX").replace(",", ";").split(";"):
+    for arch in archs:
         number = arch.removesuffix("+PTX")
         code = f"compute_{number}" if arch.endswith("+PTX") else f"sm_{number}"
         flags.append(f"-gencode=arch=compute_{number},code={code}")
@@ -96,7 +100,7 @@ class BuildCore(build_ext):
 
         def compile_file(obj, source, extension, cc_args, extra_postargs, pp_opts):  # type: ignore[no-untyped-def]
             if source.endswith(".cu"):
-                self.spawn(["nvcc", *nvcc_flags(), *pp_opts, "-c", source, "-o", obj])
+                self.spawn(["nvcc", *nvcc_flags(source), *pp_opts, "-c", source, "-o", obj])
                 return
             if own_flags := COMPILE_WITH.search(Path(source).read_text()):
                 extra_postargs = [*extra_postargs, *own_flags[1].split()]

@@ -7,11 +7,14 @@
 // took a document, its smaller remainder is the new least, as long as it suffices.
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <numeric>
 #include <stdexcept>
+#include <string>
 
 #include "packing.h"
+#include "parallel.h"
 
 namespace meditron {
 namespace {
@@ -40,34 +43,79 @@ void check_length(int64_t length, int64_t document, int64_t capacity) {
 }
 
 // Document numbers by falling length, equal lengths in the given order, and the runs of equal length.
-std::vector<LengthClass> sort_by_length(const int64_t* lengths, int64_t n, int64_t capacity,
-                                        std::vector<int64_t>& sorted) {
+// Index is 32 bits wide where that suffices: half the memory traffic of a step that does little else.
+template <class Index>
+struct Sorted {
+    Array<Index> documents;
     std::vector<LengthClass> classes;
-    sorted.resize(static_cast<size_t>(n));
-    if (capacity < max_histogram_size) {
-        std::vector<int64_t> next(static_cast<size_t>(capacity) + 1, 0);
-        for (int64_t i = 0; i < n; ++i) {
-            check_length(lengths[i], i, capacity);
-            ++next[static_cast<size_t>(lengths[i])];
-        }
-        int64_t position = 0;
-        for (int64_t length = capacity; length >= 0; --length) {
-            const int64_t count = next[static_cast<size_t>(length)];
-            if (count > 0) classes.push_back({length, count});
-            next[static_cast<size_t>(length)] = position;
-            position += count;
-        }
-        for (int64_t i = 0; i < n; ++i) sorted[static_cast<size_t>(next[static_cast<size_t>(lengths[i])]++)] = i;
-        return classes;
+};
+
+// How many documents of each length lengths[begin .. end) holds. Four tables take turns: documents of one length
+// often follow each other, and a counter just written is not ready to be read again.
+template <class Index>
+std::vector<Index> count_lengths(const int64_t* lengths, int64_t begin, int64_t end, int64_t capacity) {
+    const size_t num_lengths = static_cast<size_t>(capacity) + 1;
+    const size_t num_tables = end - begin > 4 * capacity ? 4 : 1;
+    std::vector<Index> counts(num_tables * num_lengths, 0);
+    for (int64_t i = begin; i < end; ++i) {
+        if (static_cast<uint64_t>(lengths[i]) > static_cast<uint64_t>(capacity)) check_length(lengths[i], i, capacity);
+        const size_t table = static_cast<size_t>(i) & (num_tables - 1);
+        ++counts[table * num_lengths + static_cast<size_t>(lengths[i])];
     }
+    for (size_t table = 1; table < num_tables; ++table)
+        for (size_t length = 0; length < num_lengths; ++length) counts[length] += counts[table * num_lengths + length];
+    counts.resize(num_lengths);
+    return counts;
+}
+
+template <class Index>
+Sorted<Index> counting_sort(const int64_t* lengths, int64_t n, int64_t capacity, int64_t num_threads) {
+    // Every block has counters of its own: not more of them than there are documents to count.
+    const Blocks blocks = blocks_for_threads(n, std::clamp<int64_t>(n / (capacity + 1), 1, num_threads));
+    std::vector<std::vector<Index>> next(static_cast<size_t>(blocks.count));
+    parallel_for(blocks.count, num_threads, [&](int64_t block) {
+        next[static_cast<size_t>(block)] =
+            count_lengths<Index>(lengths, blocks.begin(block), blocks.begin(block + 1), capacity);
+    });
+
+    Sorted<Index> sorted{Array<Index>(n), {}};
+    Index position = 0;
+    for (int64_t length = capacity; length >= 0; --length) {  // the counters become the first place of their documents
+        const Index first = position;
+        for (std::vector<Index>& of_block : next) {
+            const Index count = of_block[static_cast<size_t>(length)];
+            of_block[static_cast<size_t>(length)] = position;
+            position = static_cast<Index>(position + count);
+        }
+        if (position != first) sorted.classes.push_back({length, static_cast<int64_t>(position - first)});
+    }
+    Index* const documents = sorted.documents.data();
+    parallel_for(blocks.count, num_threads, [&](int64_t block) {
+        constexpr Index line = 64 / sizeof(Index);
+        Index* const next_place = next[static_cast<size_t>(block)].data();
+        const int64_t end = blocks.begin(block + 1);
+        for (int64_t i = blocks.begin(block); i < end; ++i) {
+            const Index place = next_place[lengths[i]]++;
+            documents[place] = static_cast<Index>(i);
+            __builtin_prefetch(documents + place + line, 1);  // thousands of places are written to in turn
+        }
+    });
+    return sorted;
+}
+
+template <class Index>
+Sorted<Index> comparison_sort(const int64_t* lengths, int64_t n, int64_t capacity) {
     for (int64_t i = 0; i < n; ++i) check_length(lengths[i], i, capacity);
-    std::iota(sorted.begin(), sorted.end(), int64_t{0});
-    std::stable_sort(sorted.begin(), sorted.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
-    for (int64_t document : sorted) {
-        if (classes.empty() || classes.back().length != lengths[document]) classes.push_back({lengths[document], 0});
-        ++classes.back().count;
+    Sorted<Index> sorted{Array<Index>(n), {}};
+    Index* const documents = sorted.documents.data();
+    std::iota(documents, documents + n, Index{0});
+    std::stable_sort(documents, documents + n, [&](Index a, Index b) { return lengths[a] > lengths[b]; });
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t length = lengths[documents[i]];
+        if (sorted.classes.empty() || sorted.classes.back().length != length) sorted.classes.push_back({length, 0});
+        ++sorted.classes.back().count;
     }
-    return classes;
+    return sorted;
 }
 
 class Packer {
@@ -93,42 +141,30 @@ public:
                 ++used;
                 count = 0;
             }
-            if (used < group.num_bins)
-                open_[space].push_back({group.node, group.shift + used, group.num_bins - used});
+            if (used < group.num_bins) open_[space].push_back({group.node, group.shift + used, group.num_bins - used});
         }
     }
 
-    Bins bins(const std::vector<int64_t>& sorted, int64_t num_empty_documents) const {
-        Bins result;
-        result.order.reserve(sorted.size());
-        result.bin_offsets.push_back(0);
-        std::vector<Node> path;  // from the longest documents of the bin to the shortest; parent_shift: to the group's bin 0
-        for (const auto& [space, groups] : open_) {
-            for (const Group& group : groups) {
-                path.clear();
-                int64_t shift = group.shift;
-                for (int64_t node = group.node; node >= 0; node = nodes_[static_cast<size_t>(node)].parent) {
-                    Node step = nodes_[static_cast<size_t>(node)];
-                    std::swap(step.parent_shift, shift);
-                    shift += step.parent_shift;
-                    path.push_back(step);
-                }
-                std::reverse(path.begin(), path.end());
-                for (int64_t bin = 0; bin < group.num_bins; ++bin) {
-                    for (const Node& step : path) {
-                        const auto from = sorted.begin() + step.first_item + (bin + step.parent_shift) * step.items_per_bin;
-                        result.order.insert(result.order.end(), from, from + step.items_per_bin);
-                    }
-                    result.bin_offsets.push_back(static_cast<int64_t>(result.order.size()));
-                }
-            }
+    // All groups, the fullest bins first.
+    std::vector<Group> groups() const {
+        std::vector<Group> all;
+        for (const auto& [space, groups] : open_) all.insert(all.end(), groups.begin(), groups.end());
+        return all;
+    }
+
+    // What each bin of the group holds, from its longest documents to its shortest; parent_shift becomes the shift
+    // of the group's first bin within the step.
+    std::vector<Node> path(const Group& group) const {
+        std::vector<Node> steps;
+        int64_t shift = group.shift;
+        for (int64_t node = group.node; node >= 0; node = nodes_[static_cast<size_t>(node)].parent) {
+            Node step = nodes_[static_cast<size_t>(node)];
+            std::swap(step.parent_shift, shift);
+            shift += step.parent_shift;
+            steps.push_back(step);
         }
-        if (num_empty_documents > 0) {  // they need no space: the last bin takes them
-            result.order.insert(result.order.end(), sorted.end() - num_empty_documents, sorted.end());
-            if (result.bin_offsets.size() == 1) result.bin_offsets.push_back(0);
-            result.bin_offsets.back() = static_cast<int64_t>(result.order.size());
-        }
-        return result;
+        std::reverse(steps.begin(), steps.end());
+        return steps;
     }
 
 private:
@@ -152,22 +188,107 @@ private:
     std::map<int64_t, std::vector<Group>> open_;  // by free space
 };
 
-}  // namespace
+// Some bins of one group, and where they go in the answer.
+struct Part {
+    const std::vector<Node>* steps;
+    int64_t first_bin, num_bins, documents_per_bin, at, bin_number;
+};
 
-Bins pack_best_fit(const int64_t* lengths, int64_t num_documents, int64_t capacity) {
-    if (capacity < 1) throw std::invalid_argument("capacity must be at least 1, not " + std::to_string(capacity));
-    std::vector<int64_t> sorted;
-    const std::vector<LengthClass> classes = sort_by_length(lengths, num_documents, capacity, sorted);
+// Writes the bins of a part. Step by step over a block of bins that stays in the cache: every step reads a run of
+// `sorted` from end to end.
+template <class Index>
+void write_part(const Part& part, const Index* sorted, int64_t* order, int64_t* bin_offsets) {
+    const int64_t width = part.documents_per_bin;
+    const int64_t block_size = std::max<int64_t>(1, 2048 / width);
+    for (int64_t first = 0; first < part.num_bins; first += block_size) {
+        const int64_t last = std::min(part.num_bins, first + block_size);
+        int64_t* column = order + part.at + first * width;
+        for (const Node& step : *part.steps) {
+            const int64_t items = step.items_per_bin;
+            const Index* from = sorted + step.first_item + (part.first_bin + first + step.parent_shift) * items;
+            int64_t* to = column;
+            if (items == 1) {
+                for (int64_t bin = first; bin < last; ++bin, to += width) *to = static_cast<int64_t>(*from++);
+            } else {
+                for (int64_t bin = first; bin < last; ++bin, to += width, from += items)
+                    for (int64_t i = 0; i < items; ++i) to[i] = static_cast<int64_t>(from[i]);
+            }
+            column += items;
+        }
+    }
+    for (int64_t bin = 0; bin < part.num_bins; ++bin)
+        bin_offsets[part.bin_number + bin + 1] = part.at + (bin + 1) * width;
+}
+
+template <class Index>
+Bins write_bins(const Packer& packer, const Sorted<Index>& sorted, int64_t num_empty, int64_t num_threads) {
+    constexpr int64_t documents_per_part = int64_t{1} << 18;
+    const std::vector<Group> groups = packer.groups();
+    std::vector<std::vector<Node>> paths;
+    paths.reserve(groups.size());
+    std::vector<Part> parts;
+    int64_t at = 0, num_bins = 0;
+    for (const Group& group : groups) {
+        paths.push_back(packer.path(group));
+        int64_t width = 0;
+        for (const Node& step : paths.back()) width += step.items_per_bin;
+        const int64_t bins_per_part = std::max<int64_t>(1, documents_per_part / width);
+        for (int64_t first = 0; first < group.num_bins; first += bins_per_part) {
+            const int64_t count = std::min(bins_per_part, group.num_bins - first);
+            parts.push_back({&paths.back(), first, count, width, at, num_bins});
+            at += count * width;
+            num_bins += count;
+        }
+    }
+    const int64_t num_documents = sorted.documents.size();
+    Bins result{Array<int64_t>(num_documents), Array<int64_t>(std::max<int64_t>(num_bins, num_empty > 0) + 1)};
+    result.bin_offsets[0] = 0;
+    // Neighbouring parts go to one thread together, until they hold enough documents to be worth it.
+    std::vector<size_t> starts{0};
+    int64_t documents = 0;
+    for (size_t i = 0; i < parts.size(); ++i) {
+        documents += parts[i].num_bins * parts[i].documents_per_bin;
+        if (documents >= documents_per_part || i + 1 == parts.size()) {
+            starts.push_back(i + 1);
+            documents = 0;
+        }
+    }
+    parallel_for(static_cast<int64_t>(starts.size()) - 1, num_threads, [&](int64_t run) {
+        for (size_t i = starts[static_cast<size_t>(run)]; i < starts[static_cast<size_t>(run) + 1]; ++i)
+            write_part(parts[i], sorted.documents.data(), result.order.data(), result.bin_offsets.data());
+    });
+    if (num_empty > 0) {  // they need no space: the last bin takes them
+        std::copy(sorted.documents.data() + at, sorted.documents.data() + num_documents, result.order.data() + at);
+        result.bin_offsets[result.bin_offsets.size() - 1] = num_documents;
+    }
+    return result;
+}
+
+template <class Index>
+Bins pack(const int64_t* lengths, int64_t num_documents, int64_t capacity, int64_t num_threads) {
+    const Sorted<Index> sorted = capacity < max_histogram_size
+                                     ? counting_sort<Index>(lengths, num_documents, capacity, num_threads)
+                                     : comparison_sort<Index>(lengths, num_documents, capacity);
     Packer packer(capacity);
     int64_t first = 0, num_empty = 0;
-    for (const LengthClass& same : classes) {
+    for (const LengthClass& same : sorted.classes) {
         if (same.length > 0)
             packer.add(same.length, same.count, first);
         else
             num_empty = same.count;
         first += same.count;
     }
-    return packer.bins(sorted, num_empty);
+    return write_bins(packer, sorted, num_empty, num_threads);
+}
+
+}  // namespace
+
+Bins pack_best_fit(const int64_t* lengths, int64_t num_documents, int64_t capacity, int64_t num_threads) {
+    if (capacity < 1) throw std::invalid_argument("capacity must be at least 1, not " + std::to_string(capacity));
+    const int64_t threads = threads_to_use(num_threads);
+    if (num_documents <= int64_t{std::numeric_limits<uint32_t>::max()})
+        return pack<uint32_t>(lengths, num_documents, capacity, threads);
+    return pack<int64_t>(lengths, num_documents, capacity, threads);
 }
 
 }  // namespace meditron

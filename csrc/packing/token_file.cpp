@@ -4,10 +4,11 @@
 // indices, int32 sizes, int64 byte pointers, int64 document indices (0, ..., number of sequences), and in
 // multimodal files one int8 per sequence. Nothing is aligned (the header has 34 bytes): all loads go by memcpy.
 
+#include "token_file.h"
+
 #include <cstring>
 #include <stdexcept>
-
-#include "packing.h"
+#include <string>
 
 namespace meditron {
 namespace {
@@ -28,37 +29,15 @@ T load(const uint8_t* from) {
 
 int64_t item_size_of(int dtype_code) {
     switch (dtype_code) {
-        case 1: case 2: return 1;   // uint8, int8
-        case 3: case 8: return 2;   // int16, uint16
-        case 4: return 4;           // int32
-        case 5: return 8;           // int64
-        case 6: case 7: refuse("the .idx says floating-point data: these are not token ids");
+        case 1:
+        case 2: return 1;  // uint8, int8
+        case 3:
+        case 8: return 2;  // int16, uint16
+        case 4: return 4;  // int32
+        case 5: return 8;  // int64
+        case 6:
+        case 7: refuse("the .idx says floating-point data: these are not token ids");
         default: refuse("the .idx has the unknown dtype code " + std::to_string(dtype_code));
-    }
-}
-
-template <class T>
-int64_t read_tokens(const uint8_t* from, int64_t count, uint64_t limit, int64_t* tokens) {
-    uint64_t largest = 0;  // a negative id becomes a very large one
-    for (int64_t i = 0; i < count; ++i) {
-        tokens[i] = static_cast<int64_t>(load<T>(from + i * static_cast<int64_t>(sizeof(T))));
-        largest |= static_cast<uint64_t>(static_cast<uint64_t>(tokens[i]) >= limit);
-    }
-    if (largest)
-        for (int64_t i = 0; i < count; ++i)
-            if (static_cast<uint64_t>(tokens[i]) >= limit) return i;
-    return -1;
-}
-
-// Writes count ids; returns the place of the first one that is not in 0 .. limit-1, or -1.
-int64_t read_tokens(int dtype_code, const uint8_t* from, int64_t count, uint64_t limit, int64_t* tokens) {
-    switch (dtype_code) {
-        case 1: return read_tokens<uint8_t>(from, count, limit, tokens);
-        case 2: return read_tokens<int8_t>(from, count, limit, tokens);
-        case 3: return read_tokens<int16_t>(from, count, limit, tokens);
-        case 4: return read_tokens<int32_t>(from, count, limit, tokens);
-        case 5: return read_tokens<int64_t>(from, count, limit, tokens);
-        default: return read_tokens<uint16_t>(from, count, limit, tokens);
     }
 }
 
@@ -76,9 +55,11 @@ TokenFile::TokenFile(const uint8_t* idx, int64_t idx_bytes, const uint8_t* bin, 
     const uint64_t room = static_cast<uint64_t>(idx_bytes);
     if (sequences > room || document_indices > room)
         refuse("the .idx announces " + std::to_string(sequences) + " sequences and " +
-               std::to_string(document_indices) + " document indices but has only " + std::to_string(idx_bytes) + " bytes");
+               std::to_string(document_indices) + " document indices but has only " + std::to_string(idx_bytes) +
+               " bytes");
     num_sequences_ = static_cast<int64_t>(sequences);
-    const int128 expected = int128{header_bytes} + int128{12} * num_sequences_ + int128{8} * static_cast<int64_t>(document_indices);
+    const int128 expected =
+        int128{header_bytes} + int128{12} * num_sequences_ + int128{8} * static_cast<int64_t>(document_indices);
     if (expected != idx_bytes && expected + num_sequences_ != idx_bytes)  // the latter: with multimodal modes
         refuse("the .idx announces " + std::to_string(sequences) + " sequences and " +
                std::to_string(document_indices) + " document indices, which take " +
@@ -107,7 +88,8 @@ void TokenFile::check_sequences(int64_t bin_bytes) {
         if (sequence_end > end) end = sequence_end;
     }
     if (end != bin_bytes) {
-        const std::string wanted = end > (int128{1} << 62) ? "more than 2^62" : std::to_string(static_cast<int64_t>(end));
+        const std::string wanted =
+            end > (int128{1} << 62) ? "more than 2^62" : std::to_string(static_cast<int64_t>(end));
         refuse("the .idx describes " + wanted + " bytes of tokens but the .bin has " + std::to_string(bin_bytes));
     }
 }
@@ -118,23 +100,28 @@ void TokenFile::check_documents() {
                std::to_string(first_sequence(num_documents_)) + " instead of from 0 to " +
                std::to_string(num_sequences_) + ", the number of sequences");
     num_tokens_ = 0;
+    one_sequence_each_ = num_documents_ == num_sequences_;
     for (int64_t d = 0; d < num_documents_; ++d) {
         const int64_t first = first_sequence(d), last = first_sequence(d + 1);
+        one_sequence_each_ = one_sequence_each_ && first == d;
         if (last < first || last > num_sequences_ || first < 0)
             refuse("document " + std::to_string(d) + " of the .idx has sequences " + std::to_string(first) + " to " +
                    std::to_string(last));
         for (int64_t s = first; s < last; ++s) {
             if (s > first && pointer(s) != pointer(s - 1) + size(s - 1) * item_size_)
-                refuse("the sequences of document " + std::to_string(d) + " do not lie one after the other in the .bin");
-            if (__builtin_add_overflow(num_tokens_, size(s), &num_tokens_)) refuse("the .idx describes more than 2^63 tokens");
+                refuse("the sequences of document " + std::to_string(d) +
+                       " do not lie one after the other in the .bin");
+            if (__builtin_add_overflow(num_tokens_, size(s), &num_tokens_))
+                refuse("the .idx describes more than 2^63 tokens");
         }
     }
 }
 
-std::pair<int64_t, int64_t> TokenFile::document(int64_t index) const {
-    if (index < 0 || index >= num_documents_)
+TokenFile::Place TokenFile::document(int64_t index) const {
+    if (!has(index))
         throw std::out_of_range("document " + std::to_string(index) + " does not exist: there are " +
                                 std::to_string(num_documents_));
+    if (one_sequence_each_) return {pointer(index), size(index)};
     const int64_t first = first_sequence(index), last = first_sequence(index + 1);
     if (first == last) return {0, 0};
     const int64_t begin = pointer(first);
@@ -143,67 +130,25 @@ std::pair<int64_t, int64_t> TokenFile::document(int64_t index) const {
 
 std::vector<int64_t> TokenFile::document_lengths() const {
     std::vector<int64_t> lengths(static_cast<size_t>(num_documents_));
-    for (int64_t d = 0; d < num_documents_; ++d) lengths[static_cast<size_t>(d)] = document(d).second;
+    for (int64_t d = 0; d < num_documents_; ++d) lengths[static_cast<size_t>(d)] = document(d).num_tokens;
     return lengths;
 }
 
-GatherResult gather(const std::vector<const TokenFile*>& files, const int64_t* segments, int64_t num_segments,
-                    const int64_t* sample_offsets, int64_t num_samples, int64_t seq_len, int64_t vocab_size,
-                    const GatherOutput& out) {
-    GatherResult result;
-    const uint64_t limit = vocab_size > 0 ? static_cast<uint64_t>(vocab_size) : uint64_t{1} << 63;
-    result.cu_seqlens.reserve(static_cast<size_t>(num_segments + num_samples + 1));
-    result.cu_seqlens.push_back(0);
-    int64_t at = 0;  // next place in the output
-    const auto close_segment = [&](int64_t length) {
-        for (int64_t i = 0; i < length; ++i) out.positions[at + i] = i;
-        at += length;
-        result.cu_seqlens.push_back(static_cast<int32_t>(at));
-    };
-    for (int64_t sample = 0; sample < num_samples; ++sample) {
-        const int64_t end = (sample + 1) * seq_len;
-        const int64_t first = sample_offsets[sample], last = sample_offsets[sample + 1];
-        if (first < 0 || last < first || last > num_segments) throw std::out_of_range("sample offsets do not fit the segments");
-        for (int64_t s = first; s < last; ++s) {
-            const int64_t source = segments[4 * s], start = segments[4 * s + 2], length = segments[4 * s + 3];
-            if (source < 0 || source >= static_cast<int64_t>(files.size()))
-                throw std::out_of_range("source " + std::to_string(source) + " does not exist");
-            const TokenFile& file = *files[static_cast<size_t>(source)];
-            const auto [byte, tokens] = file.document(segments[4 * s + 1]);
-            if (start < 0 || length < 1 || length > tokens || start > tokens - length || length > end - at)
-                throw std::out_of_range("segment " + std::to_string(s) + " (start " + std::to_string(start) + ", length " +
-                                        std::to_string(length) + ") does not fit its document of " +
-                                        std::to_string(tokens) + " tokens or its sample");
-            const bool goes_on = start + length < tokens;  // the document has a token after the segment
-            const uint8_t* from = file.bin() + byte + start * file.item_size();
-            int64_t bad = read_tokens(file.dtype_code(), from, length, limit, out.tokens + at);
-            if (bad >= 0) {
-                result.bad_token = out.tokens[at + bad];
-            } else {
-                std::memcpy(out.labels + at, out.tokens + at + 1, static_cast<size_t>(length - 1) * sizeof(int64_t));
-                int64_t* last_label = out.labels + at + length - 1;
-                *last_label = 0;
-                if (goes_on) {
-                    bad = read_tokens(file.dtype_code(), from + length * file.item_size(), 1, limit, last_label);
-                    if (bad >= 0) result.bad_token = *last_label;
-                }
-            }
-            if (bad >= 0) {
-                result.bad_segment = s;
-                return result;
-            }
-            for (int64_t i = 0; i < length; ++i) out.loss_mask[at + i] = 1.0f;
-            if (!goes_on) out.loss_mask[at + length - 1] = 0.0f;
-            close_segment(length);
-        }
-        if (const int64_t padding = end - at; padding > 0) {
-            std::memset(out.tokens + at, 0, static_cast<size_t>(padding) * sizeof(int64_t));
-            std::memset(out.labels + at, 0, static_cast<size_t>(padding) * sizeof(int64_t));
-            std::memset(out.loss_mask + at, 0, static_cast<size_t>(padding) * sizeof(float));
-            close_segment(padding);
-        }
-    }
-    return result;
+void TokenFile::fetch_ahead(int64_t index) const {
+    if (one_sequence_each_)
+        fetch_sequence(index);
+    else if (has(index))
+        __builtin_prefetch(document_indices_ + 8 * index);
+}
+
+void TokenFile::fetch_further_ahead(int64_t index) const {
+    if (!one_sequence_each_ && has(index)) fetch_sequence(first_sequence(index));
+}
+
+void TokenFile::fetch_sequence(int64_t sequence) const {
+    if (sequence < 0 || sequence >= num_sequences_) return;
+    __builtin_prefetch(sizes_ + 4 * sequence);
+    __builtin_prefetch(pointers_ + 8 * sequence);
 }
 
 }  // namespace meditron

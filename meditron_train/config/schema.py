@@ -117,8 +117,10 @@ class DataSection(Section):
     """Validation sources."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1), _NUMBER] = 0.0
     """Share of every training source's documents held out for validation."""
-    num_prefetch_steps: Count = 2
-    """Steps prepared ahead of the model."""
+    prefetch: Annotated[int, Field(ge=0), _NUMBER] = 2
+    """Steps gathered ahead while the model works; 0: none."""
+    cache_dir: Path | None = None
+    """Where built sample indexes are kept (default: .index_cache beside the data, else a temporary directory)."""
 
     @model_validator(mode="after")
     def _check_sources(self) -> DataSection:

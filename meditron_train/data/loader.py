@@ -1,17 +1,22 @@
-"""Micro-batches of one data-parallel rank, step by step, prepared ahead in a thread."""
+"""Micro-batches of one data-parallel rank, step by step, gathered ahead by threads in C++."""
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
 
+import numpy as np
+from numpy.typing import NDArray
+
 from meditron_train.data.batch_schedule import BatchSchedule
-from meditron_train.data.packed import PackedBatch, PackedDataset
+from meditron_train.data.packed import GatherJob, PackedBatch, PackedDataset
 from meditron_train.errors import UserError
+from meditron_train.native.packing import Prefetcher
 
 Step = tuple[int, list[PackedBatch]]
+
+_NUM_THREADS = 4  # they wait for the disk more than they work: one gathers faster than any device trains
 
 
 class StepLoader(Iterator[Step]):
@@ -19,8 +24,10 @@ class StepLoader(Iterator[Step]):
 
     Micro-batch j of rank r holds the samples first + (j * dp_size + r) * micro_batch_size …, where first is
     `schedule.samples_before(step)`: all ranks together take the samples of the step once, and which samples
-    a step takes does not depend on dp_size or micro_batch_size. A thread prepares up to `num_prefetch_steps`
-    steps ahead (0: none); an error there is raised by `next`. Close it, or use it as a context manager.
+    a step takes does not depend on dp_size or micro_batch_size. Up to `prefetch` steps are gathered ahead while
+    the caller works on another (0: none); an error is raised by the `next` that asks for its step, and ends the
+    iteration. pin_memory: batches lie in pinned memory, from which a GPU copies while it computes. Close it, or use
+    it as a context manager.
     """
 
     def __init__(
@@ -31,13 +38,14 @@ class StepLoader(Iterator[Step]):
         dp_rank: int = 0,
         dp_size: int = 1,
         start_step: int = 1,
-        num_prefetch_steps: int = 2,
+        prefetch: int = 2,
+        *,
+        pin_memory: bool = False,
     ) -> None:
-        if micro_batch_size < 1 or not 0 <= dp_rank < dp_size or start_step < 1 or num_prefetch_steps < 0:
+        if micro_batch_size < 1 or not 0 <= dp_rank < dp_size or start_step < 1 or prefetch < 0:
             raise ValueError(
                 f"micro_batch_size {micro_batch_size}, dp_rank {dp_rank} of {dp_size}, start_step "
-                f"{start_step}, "
-                f"num_prefetch_steps {num_prefetch_steps} do not describe a rank's loader"
+                f"{start_step}, prefetch {prefetch} do not describe a rank's loader"
             )
         uneven = [size for size in schedule.batch_sizes if size % (micro_batch_size * dp_size)]
         if uneven:
@@ -48,62 +56,61 @@ class StepLoader(Iterator[Step]):
             )
         self._dataset, self._schedule = dataset, schedule
         self._micro_batch_size, self._dp_rank, self._dp_size = micro_batch_size, dp_rank, dp_size
-        self._next_step = start_step
-        self._closed = threading.Event()
-        self._queue: queue.Queue[Step | BaseException] = queue.Queue(maxsize=max(1, num_prefetch_steps))
-        self._thread: threading.Thread | None = None
-        if num_prefetch_steps > 0:
-            self._thread = threading.Thread(
-                target=self._prefetch, args=(start_step,), name="data-prefetch", daemon=True
-            )
-            self._thread.start()
+        self._prefetch, self._pin_memory = prefetch, pin_memory
+        self._next_step = start_step  # the next to be given
+        self._closed = False
+        self._prefetcher = Prefetcher(_NUM_THREADS) if prefetch > 0 else None
+        self._under_way: deque[GatherJob | Exception] = deque()  # of the steps from _next_step on
+        self._last_planned: GatherJob | Exception | None = None
 
     def __next__(self) -> Step:
-        if self._closed.is_set():
+        if self._closed:
             raise StopIteration
-        if self._thread is None:
-            step = self._next_step
-            self._next_step += 1
-            return step, self._prepare(step)
-        item = self._queue.get()
-        if isinstance(item, BaseException):
+        try:
+            batches = self._take() if self._prefetcher else self._job(self._next_step).gather()
+        except BaseException:
             self.close()
-            raise item
-        return item
+            raise
+        self._next_step += 1
+        return self._next_step - 1, batches
 
-    def sample_numbers(self, step: int) -> list[list[int]]:
-        """The samples of each micro-batch of this rank in a step."""
-        first = self._schedule.samples_before(step)
-        num_micro_batches = self._schedule.batch_size(step) // (self._micro_batch_size * self._dp_size)
+    def _take(self) -> list[PackedBatch]:
+        """The micro-batches of the next step, after the steps to come were handed to the threads."""
+        assert self._prefetcher is not None
+        while len(self._under_way) <= self._prefetch and not isinstance(self._last_planned, Exception):
+            self._plan_ahead(self._prefetcher)
+        job = self._under_way.popleft()
+        if isinstance(job, Exception):
+            raise job
+        return job.finish(self._prefetcher.take)
+
+    def _plan_ahead(self, prefetcher: Prefetcher) -> None:
+        try:
+            job = self._job(self._next_step + len(self._under_way))
+            prefetcher.submit(*job.arguments)
+            self._last_planned = job
+        except Exception as error:  # belongs to a later step, which raises it
+            self._last_planned = error
+        self._under_way.append(self._last_planned)
+
+    def sample_numbers(self, step: int) -> NDArray[np.int64]:
+        """The samples of each micro-batch of this rank in a step, int64 [micro-batches, micro_batch_size]."""
         size = self._micro_batch_size
-        starts = (first + (j * self._dp_size + self._dp_rank) * size for j in range(num_micro_batches))
-        return [list(range(start, start + size)) for start in starts]
+        stride = self._dp_size * size
+        num_micro_batches = self._schedule.batch_size(step) // stride
+        first = self._schedule.samples_before(step) + self._dp_rank * size
+        return first + stride * np.arange(num_micro_batches)[:, None] + np.arange(size)
 
-    def _prepare(self, step: int) -> list[PackedBatch]:
-        return [self._dataset.microbatch(numbers) for numbers in self.sample_numbers(step)]
-
-    def _prefetch(self, step: int) -> None:
-        while not self._closed.is_set():
-            item: Step | BaseException
-            try:
-                item = (step, self._prepare(step))
-            except BaseException as error:  # handed over to the consumer, who raises it
-                item = error
-            while not self._closed.is_set():
-                try:
-                    self._queue.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
-                return
-            step += 1
+    def _job(self, step: int) -> GatherJob:
+        return self._dataset.job(self.sample_numbers(step), pin_memory=self._pin_memory)
 
     def close(self) -> None:
-        """Stop preparing; iteration ends."""
-        self._closed.set()
-        if self._thread is not None:
-            self._thread.join()
+        """Stop gathering; iteration ends."""
+        self._closed = True
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+        self._under_way.clear()
+        self._last_planned = None
 
     def __enter__(self) -> StepLoader:
         return self

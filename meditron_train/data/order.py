@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from math import lcm
 from threading import Lock
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meditron_train.data.index_cache import Arrays, IndexCache
 from meditron_train.native import packing as native
 
 Int64Array = NDArray[np.int64]
@@ -82,14 +83,18 @@ class Blend:
         self._blocks = _Cache(self._draw)
         self._lock = Lock()
 
-    def locate(self, sample_number: int) -> tuple[int, int]:
-        """(source, number of the sample within that source)."""
+    def locate(self, sample_numbers: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """(source, number of the sample within that source) of each, int64 [n] both."""
         if len(self.weights) == 1:
-            return 0, sample_number
-        block, offset = divmod(sample_number, self.block_size)
-        with self._lock:
-            sources, indices = self._blocks.get_or_compute(block)
-        return int(sources[offset]), int(indices[offset])
+            return np.zeros_like(sample_numbers), sample_numbers
+        blocks, offsets = np.divmod(sample_numbers, self.block_size)
+        sources, indices = np.empty_like(sample_numbers), np.empty_like(sample_numbers)
+        for block in np.unique(blocks).tolist():
+            with self._lock:
+                drawn_sources, drawn_indices = self._blocks.get_or_compute(block)
+            here = blocks == block
+            sources[here], indices[here] = drawn_sources[offsets[here]], drawn_indices[offsets[here]]
+        return sources, indices
 
     def _draw(self, block: int) -> tuple[NDArray[np.int32], Int64Array]:
         while len(self._taken) <= block:
@@ -98,79 +103,92 @@ class Blend:
         return sources, indices
 
 
-class _Epoch(Protocol):
-    def segments(self, sample: int) -> Int64Array:
-        """Rows of (document, start, length), int64 [segments, 3]."""
-
-
-class _ConcatEpoch:
+def _concat_epoch(
+    lengths: Int64Array, documents: Int64Array, seq_len: int, seed: int, epoch: int
+) -> dict[str, NDArray]:
     """Documents in shuffled order form one stream, cut every seq_len; the samples are shuffled again, so
     that the pieces of a long document do not follow each other."""
-
-    def __init__(
-        self, lengths: Int64Array, documents: Int64Array, seq_len: int, seed: int, epoch: int
-    ) -> None:
-        self._lengths = lengths
-        self._documents = documents[native.permutation(len(documents), stream_seed(seed, "documents", epoch))]
-        self._boundaries = native.concat_index(lengths, self._documents, seq_len)
-        self._samples = native.permutation(len(self._boundaries) - 1, stream_seed(seed, "samples", epoch))
-
-    def segments(self, sample: int) -> Int64Array:
-        return native.concat_segments(
-            self._lengths, self._documents, self._boundaries, self._samples[sample : sample + 1]
-        )[0]
+    stream, stream_lengths = native.shuffle_documents(
+        lengths, documents, stream_seed(seed, "documents", epoch)
+    )
+    boundaries = native.concat_index(stream_lengths, seq_len)
+    samples = native.permutation(len(boundaries) - 1, stream_seed(seed, "samples", epoch))
+    return {
+        "documents": stream,
+        "starts": np.empty(0, dtype=np.uint32),
+        "boundaries": boundaries.reshape(-1),
+        "samples": samples,
+    }
 
 
-class _BestFitEpoch:
+def _best_fit_epoch(
+    lengths: Int64Array, documents: Int64Array, seq_len: int, seed: int, epoch: int
+) -> dict[str, NDArray]:
     """Best-fit decreasing bins. Which of the documents of one length goes where changes from epoch to epoch;
     the number of bins does not, since it depends on the lengths alone."""
+    piece_documents, piece_starts, piece_lengths = native.cut_documents(lengths, documents, seq_len)
+    shuffled = native.permutation(len(piece_lengths), stream_seed(seed, "documents", epoch))
+    order, bin_offsets = native.pack_best_fit(piece_lengths[shuffled], seq_len)
+    pieces = shuffled[order]
+    samples = native.permutation(len(bin_offsets) - 1, stream_seed(seed, "samples", epoch))
+    return {
+        "documents": _narrow(piece_documents)[pieces],
+        "starts": _narrow(piece_starts)[pieces],
+        "boundaries": bin_offsets,
+        "samples": samples,
+    }
 
-    def __init__(
-        self, pieces: tuple[Int64Array, Int64Array, Int64Array], seq_len: int, seed: int, epoch: int
-    ) -> None:
-        self._documents, self._starts, self._lengths = pieces
-        shuffled = native.permutation(len(self._lengths), stream_seed(seed, "documents", epoch))
-        order, self._bin_offsets = native.pack_best_fit(self._lengths[shuffled], seq_len)
-        self._pieces = shuffled[order]
-        self._samples = native.permutation(self.num_samples, stream_seed(seed, "samples", epoch))
 
-    @property
-    def num_samples(self) -> int:
-        return len(self._bin_offsets) - 1
-
-    def segments(self, sample: int) -> Int64Array:
-        bin_number = self._samples[sample]
-        pieces = self._pieces[self._bin_offsets[bin_number] : self._bin_offsets[bin_number + 1]]
-        return np.stack([self._documents[pieces], self._starts[pieces], self._lengths[pieces]], axis=1)
+def _narrow(numbers: Int64Array) -> NDArray:
+    """As uint32 where all fit: half the room on disk and in memory."""
+    return numbers.astype(np.uint32) if numbers.size == 0 or numbers.max() < 1 << 32 else numbers
 
 
 class SourceOrder:
-    """The samples of one source, endless: every epoch holds each token of `documents` exactly once."""
+    """The samples of one source, endless: every epoch holds each token of `documents` exactly once.
+
+    file: the dataset; lengths: tokens of each of its documents, int64; cache: where built indexes are kept.
+    """
 
     def __init__(
-        self, lengths: Int64Array, documents: Int64Array, packing: Packing, seq_len: int, seed: int
+        self,
+        file: native.TokenFile,
+        lengths: Int64Array,
+        documents: Int64Array,
+        packing: Packing,
+        seq_len: int,
+        seed: int,
+        cache: IndexCache | None = None,
     ) -> None:
-        self._lengths, self._documents = lengths, documents
-        self._packing, self._seq_len, self._seed = packing, seq_len, seed
+        self._file, self._lengths, self._documents = file, lengths, documents
+        self._packing, self._seq_len, self._seed, self._cache = packing, seq_len, seed, cache
         self.num_tokens = int(lengths[documents].sum())
-        self._epochs: _Cache[_Epoch] = _Cache(self._pack)
+        self._epochs: _Cache[native.SampleIndex] = _Cache(self._epoch)
         self._lock = Lock()
         if packing == "concat":
             self.samples_per_epoch = -(-self.num_tokens // seq_len)
         else:
-            self._cut = native.cut_documents(lengths, documents, seq_len)
-            first = _BestFitEpoch(self._cut, seq_len, seed, 0)
-            self._epochs[0] = first
-            self.samples_per_epoch = first.num_samples
+            self.samples_per_epoch = self.index(0).num_samples
 
-    def _pack(self, epoch: int) -> _Epoch:
-        if self._packing == "concat":
-            return _ConcatEpoch(self._lengths, self._documents, self._seq_len, self._seed, epoch)
-        return _BestFitEpoch(self._cut, self._seq_len, self._seed, epoch)
-
-    def segments(self, index: int) -> Int64Array:
-        """Rows of (document, start, length) of the index-th sample of this source, int64 [segments, 3]."""
-        epoch, sample = divmod(index, self.samples_per_epoch)
+    def index(self, epoch: int) -> native.SampleIndex:
+        """The samples of one epoch."""
         with self._lock:
-            plan = self._epochs.get_or_compute(epoch)
-        return plan.segments(sample)
+            return self._epochs.get_or_compute(epoch)
+
+    def segments(self, number: int) -> Int64Array:
+        """Rows of (document, start, length) of a sample of this source, int64 [segments, 3]."""
+        epoch, sample = divmod(number, self.samples_per_epoch)
+        return self.index(epoch).segments(sample)
+
+    def _epoch(self, epoch: int) -> native.SampleIndex:
+        def build() -> dict[str, NDArray]:
+            make = _concat_epoch if self._packing == "concat" else _best_fit_epoch
+            return make(self._lengths, self._documents, self._seq_len, self._seed, epoch)
+
+        if self._cache is None or len(self._documents) < self._cache.smallest:
+            arrays: Arrays = build()
+        else:
+            arrays = self._cache.load_or_build([self._packing, self._seq_len, self._seed, epoch], build)
+        return native.SampleIndex(
+            self._file, **arrays, seq_len=self._seq_len, is_concat=self._packing == "concat"
+        )

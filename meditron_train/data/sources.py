@@ -137,7 +137,8 @@ def blend_weights(
 
 
 def _samples_per_epoch(source: Source, packing: Packing, seq_len: int) -> int:
-    order = SourceOrder(source.dataset.document_lengths, source.documents, packing, seq_len, seed=0)
+    dataset = source.dataset
+    order = SourceOrder(dataset.file, dataset.document_lengths, source.documents, packing, seq_len, seed=0)
     return order.samples_per_epoch
 
 

@@ -58,7 +58,7 @@ def cos_sin(
     them.
 
     Args:
-        positions_T: int64 positions inside each document, on the model's device.
+        positions_T: integer positions inside each document, on the model's device.
         cu_seqlens: document boundaries of the *whole* micro-batch [documents+1] on CPU with positions_T whole
             too; needed for `dynamic` scaling only, whose speeds depend on each document's length.
     """

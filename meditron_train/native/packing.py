@@ -7,7 +7,6 @@ Arrays come and go as numpy arrays; a wrong value raises ValueError, a number ou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +20,7 @@ except ImportError as error:
     ) from error
 
 Int64Array = NDArray[np.int64]
+NumberArray = NDArray[np.uint32] | NDArray[np.int64]
 TokenFile = _packing.TokenFile
 """TokenFile(idx, bin): Megatron's .idx and .bin as uint8 arrays (memory maps), checked whole on construction.
 
@@ -40,17 +40,20 @@ def _integers(values: ArrayLike, name: str) -> Int64Array:
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
-def pack_best_fit(lengths: ArrayLike, capacity: int) -> tuple[Int64Array, Int64Array]:
+def pack_best_fit(
+    lengths: ArrayLike, capacity: int, *, num_threads: int = 0
+) -> tuple[Int64Array, Int64Array]:
     """Pack documents into bins of `capacity` tokens by best-fit decreasing; no document is cut.
 
     lengths: int [n], each in 0..capacity. Returns (order int64 [n], bin_offsets int64 [bins + 1]): documents
     `order[bin_offsets[i]:bin_offsets[i + 1]]` go into bin i, longest first. The number of bins is exactly
     that of best-fit decreasing done one document at a time. Documents of length 0 go into the last bin.
+    num_threads changes the time it takes and nothing else (0: all processors).
 
     Time O(n) plus O(log) per group of equal bins; at most 11/9 of the optimal number of bins plus a constant
     (Johnson, 1973).
     """
-    return _packing.pack_best_fit(_integers(lengths, "lengths"), capacity)
+    return _packing.pack_best_fit(_integers(lengths, "lengths"), capacity, num_threads)
 
 
 def permutation(n: int, seed: int) -> Int64Array:
@@ -59,24 +62,27 @@ def permutation(n: int, seed: int) -> Int64Array:
     return _packing.permutation(n, seed & 0xFFFF_FFFF_FFFF_FFFF)
 
 
-def concat_index(lengths: ArrayLike, order: ArrayLike, seq_len: int) -> Int64Array:
-    """Cut the stream of the documents lengths[order[0]], lengths[order[1]], … every seq_len tokens.
+def shuffle_documents(lengths: ArrayLike, documents: ArrayLike, seed: int) -> tuple[NumberArray, NumberArray]:
+    """`documents[permutation(len(documents), seed)]` and the lengths of these documents.
 
-    Returns int64 [samples + 1, 2] of (position in order, token offset in that document); sample i runs from
-    row i to row i + 1, and the last one may be shorter than seq_len.
+    Both uint32 where all numbers fit, else int64. Much faster than fetching the lengths after the shuffle.
     """
-    return _packing.concat_index(_integers(lengths, "lengths"), _integers(order, "order"), seq_len)
+    return _packing.shuffle_documents(
+        _integers(lengths, "lengths"), _integers(documents, "documents"), seed & 0xFFFF_FFFF_FFFF_FFFF
+    )
 
 
-def concat_segments(
-    lengths: Int64Array, order: Int64Array, boundaries: Int64Array, samples: ArrayLike
-) -> tuple[Int64Array, Int64Array]:
-    """The segments of some samples of `concat_index`.
+def concat_index(lengths: ArrayLike, seq_len: int, *, num_threads: int = 0) -> Int64Array:
+    """Cut the stream of documents of these lengths every seq_len tokens.
 
-    Returns (segments int64 [m, 3] of (document, start, length), offsets int64 [len(samples) + 1]): the i-th
-    asked sample has the rows offsets[i]:offsets[i + 1].
+    lengths: int [documents] in the order of the stream; uint32 and int64 are read as they are. Returns int64
+    [samples + 1, 2] of (position in the stream, token offset in that document); sample i runs from row i to
+    row i + 1, and the last one may be shorter than seq_len.
     """
-    return _packing.concat_segments(lengths, order, boundaries, _integers(samples, "samples"))
+    array = np.asarray(lengths)
+    if array.dtype != np.uint32:
+        array = _integers(array, "lengths")
+    return _packing.concat_index(np.ascontiguousarray(array), seq_len, num_threads)
 
 
 def cut_documents(
@@ -102,37 +108,61 @@ def blend(
     return _packing.blend(_integers(weights, "weights"), _integers(taken, "taken"), count)
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """cu_seqlens int32 [segments + paddings + 1]; bad_segment is -1, or the segment holding the id
-    bad_token."""
+SampleIndex = _packing.SampleIndex
+"""SampleIndex(file, documents, starts, boundaries, samples, seq_len, is_concat): what each sample of one epoch of
+one TokenFile holds; sample i is number samples[i] of the cut stream, or of the bins.
 
-    cu_seqlens: NDArray[np.int32]
-    bad_segment: int
-    bad_token: int
+concat: `documents` [n] is the stream, boundaries [samples + 1, 2] what `concat_index` gives, starts empty.
+best_fit: `documents` and `starts` [n] are the pieces in the order of their bins, boundaries [samples + 1] the
+bin_offsets. Arrays are uint32 or int64, may be memory-mapped and hold anything: numbers are checked where they are
+used, and IndexError is raised where they do not fit the file. Has `num_samples`, and `segments(i)`: int64 [m, 3] of
+(document, start, length).
+"""
+
+BadToken = _packing.BadToken
+"""ValueError(sample, document, token): a token id outside the vocabulary; sample counts within the job."""
+
+Prefetcher = _packing.Prefetcher
+"""Prefetcher(num_threads): gathers jobs in threads of its own, without the GIL.
+
+`submit(...)` takes the arguments of `gather` and returns at once; `take()` waits for the oldest job and returns, or
+raises, what `gather` would. `close()` waits for the threads; so does the end of the object's life. A forked child has
+no such threads: there `take` and `submit` raise RuntimeError, and the object may be dropped.
+"""
+
+BufferPool = _packing.BufferPool
+"""`take(size)`: uint8 [size] with any content, from memory of arrays that nothing refers to any more."""
 
 
 def gather(
-    files: Sequence[TokenFile],
-    segments: Int64Array,
-    sample_offsets: Int64Array,
-    seq_len: int,
+    indexes: Sequence[SampleIndex],
+    which: Int64Array,
+    samples: Int64Array,
+    samples_per_micro_batch: int,
     vocab_size: int,
-    *,
-    tokens: Int64Array,
-    labels: Int64Array,
-    loss_mask: NDArray[np.float32],
-    positions: Int64Array,
-) -> Gathered:
-    """Write a micro-batch of T = samples * seq_len tokens into the given arrays [T].
+    tokens: NDArray[np.int32],
+    labels: NDArray[np.int32],
+    positions: NDArray[np.int32],
+    loss_mask: NDArray[np.bool_],
+) -> tuple[NDArray[np.int32], list[int]]:
+    """Write the samples `samples[i]` of `indexes[which[i]]`, one after the other, into the arrays [samples * seq_len].
 
-    segments: int64 [m, 4] of (number in files, document, start, length); sample i has the rows
-    sample_offsets[i]:sample_offsets[i + 1]. Labels are the next token of the same document, also beyond the
-    segment's end; where the document ends, label and mask are 0. Positions count from 0 in each segment.
-    Room that is left in a sample becomes one padding segment of zeros. vocab_size 0 checks only that ids are
-    not negative; when an id is outside, the arrays are incomplete and the result names it.
+    Labels are the next token of the same document, also beyond the segment's end; where the document ends, label
+    and mask are 0. Positions count from 0 in each segment. Room that is left in a sample becomes one padding
+    segment of zeros. Ids must be below vocab_size (0: below 2^31), else BadToken is raised and the arrays are
+    incomplete.
+
+    Returns cu_seqlens of every micro-batch of samples_per_micro_batch samples, int32 one after the other, each from
+    0 to its number of tokens, and the number of entries of each.
     """
-    cu_seqlens, bad_segment, bad_token = _packing.gather(
-        list(files), segments, sample_offsets, seq_len, vocab_size, tokens, labels, loss_mask, positions
+    return _packing.gather(
+        list(indexes),
+        which,
+        samples,
+        samples_per_micro_batch,
+        vocab_size,
+        tokens,
+        labels,
+        positions,
+        loss_mask,
     )
-    return Gathered(cu_seqlens, bad_segment, bad_token)

@@ -38,7 +38,7 @@ class LocalBatch:
     Attributes:
         tokens_BL, labels_BL: int64 [1, L].
         loss_mask_BL: fp32 [1, L], 1 where the label counts.
-        positions_T: int64 [T], of the *whole* micro-batch.
+        positions_T: integers [T], of the *whole* micro-batch.
         cu_seqlens: int32 [documents+1] on CPU, of the whole micro-batch.
         local_index: int64 [L], the global places of the local tokens; None when all are local.
         spans: which local queries see which keys.
@@ -74,14 +74,14 @@ def localize(
         by_rank = torch.cat([_indices(_chunks(num_tokens, r, context_size)) for r in range(context_size)])
         gather_index = torch.argsort(by_rank).to(device)
 
-    def local(x_T: torch.Tensor) -> torch.Tensor:
+    def local(x_T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         part = x_T if local_index is None else x_T[local_index]
-        return part.to(device, non_blocking=True)[None]
+        return part.to(device, non_blocking=True).to(dtype)[None]  # narrow over the bus, widened there
 
     return LocalBatch(
-        tokens_BL=local(batch.tokens_T),
-        labels_BL=local(batch.labels_T),
-        loss_mask_BL=local(batch.loss_mask_T),
+        tokens_BL=local(batch.tokens_T, torch.int64),
+        labels_BL=local(batch.labels_T, torch.int64),
+        loss_mask_BL=local(batch.loss_mask_T, torch.float32),
         positions_T=batch.positions_T.to(device, non_blocking=True),
         cu_seqlens=batch.cu_seqlens,
         local_index=None if local_index is None else local_index.to(device),

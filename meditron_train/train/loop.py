@@ -144,9 +144,7 @@ class Run:
         self.guard = StepGuard(self.engine, settings, hosts, self.progress.history)
         self.faults = InjectedFaults(run_dir.path, mesh.rank)
         self.num_failed_saves = self.num_rollbacks = 0
-        self.loader = self.load(
-            plan.train_data, self.batches, self.progress.step + 1, config.data.num_prefetch_steps
-        )
+        self.loader = self.load(plan.train_data, self.batches, self.progress.step + 1, config.data.prefetch)
         stack.callback(self.loader.close)
         if mesh.rank == 0:
             append_provenance(run_dir.path, self.provenance(launch))
@@ -276,7 +274,7 @@ class Run:
                 self.config.validation.steps, max(1, dataset.samples_per_epoch // schedule.batch_size(1))
             )
             total, count = 0.0, 0
-            with self.load(dataset, schedule, 1, num_prefetch_steps=1) as loader:
+            with self.load(dataset, schedule, 1, prefetch=min(1, self.config.data.prefetch)) as loader:
                 for _ in range(num_steps):
                     loss, num_tokens = self.engine.evaluate(next(loader)[1])
                     total, count = total + loss * num_tokens, count + num_tokens
@@ -361,7 +359,7 @@ class Run:
     # ---- parts of the start -------------------------------------------------------------------------------------
 
     def load(
-        self, dataset: PackedDataset, schedule: BatchSchedule, start_step: int, num_prefetch_steps: int
+        self, dataset: PackedDataset, schedule: BatchSchedule, start_step: int, prefetch: int
     ) -> StepLoader:
         """This rank's micro-batches of `dataset`."""
         return StepLoader(
@@ -371,7 +369,8 @@ class Run:
             dp_rank=self.mesh.at.data,
             dp_size=self.mesh.layout.data,
             start_step=start_step,
-            num_prefetch_steps=num_prefetch_steps,
+            prefetch=prefetch,
+            pin_memory=self.mesh.on_gpu,
         )
 
     def provenance(self, launch: LaunchEnvironment) -> dict:

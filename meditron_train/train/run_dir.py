@@ -27,7 +27,7 @@ _FIXED_KEYS = (
     *("model", "data", "train.seq_len", "train.global_batch_size", "train.batch_ramp"),
     *("train.seed", "train.precision", "parallel.distributed_optimizer"),
 )
-_FREE_KEYS = ("data.num_prefetch_steps", "data.validation")
+_FREE_KEYS = ("data.prefetch", "data.cache_dir", "data.validation")
 
 
 class RunDir:

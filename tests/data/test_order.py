@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
 
 from meditron_train.data.order import Blend, SourceOrder, held_out, integer_weights, stream_seed
+from tests.native.test_packing import index_bytes, token_file
 
 
 class TestHeldOut:
@@ -44,12 +46,27 @@ class TestBlend:
     def test_random_access_equals_one_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Blend, "block_size", 16)
         forward = Blend([5, 2, 1])
-        expected = [forward.locate(n) for n in range(200)]
-        for n in (199, 3, 77, 120):
-            assert Blend([5, 2, 1]).locate(n) == expected[n]
+        sources, indices = forward.locate(np.arange(200))
+        expected = list(zip(sources.tolist(), indices.tolist(), strict=True))
+        for numbers in ([199], [3], [77, 120], [120, 3, 15, 16]):
+            sources, indices = Blend([5, 2, 1]).locate(np.array(numbers))
+            found = list(zip(sources.tolist(), indices.tolist(), strict=True))
+            assert found == [expected[n] for n in numbers]
         for source in range(3):  # every source's samples are counted through
             numbers = [index for chosen, index in expected if chosen == source]
             assert numbers == list(range(len(numbers)))
+
+
+def source_order(
+    lengths: ArrayLike, documents: ArrayLike, packing: str, seq_len: int, seed: int
+) -> SourceOrder:
+    """Of documents of these lengths; what they say does not matter."""
+    sizes = np.asarray(lengths, dtype=np.int64)
+    pointers = (np.cumsum(sizes) - sizes).tolist()
+    file = token_file(
+        index_bytes(1, sizes.tolist(), pointers, range(len(sizes) + 1)), bytes(int(sizes.sum()))
+    )
+    return SourceOrder(file, sizes, np.asarray(documents, dtype=np.int64), packing, seq_len, seed)
 
 
 def collect(order: SourceOrder, epoch: int) -> list[list[tuple[int, int, int]]]:
@@ -68,8 +85,7 @@ def collect(order: SourceOrder, epoch: int) -> list[list[tuple[int, int, int]]]:
 )
 @settings(max_examples=200, deadline=None)
 def test_every_token_once_per_epoch(lengths: list[int], seq_len: int, packing: str, epoch: int) -> None:
-    documents = np.arange(0, len(lengths), dtype=np.int64)
-    order = SourceOrder(np.array(lengths, dtype=np.int64), documents, packing, seq_len, seed=3)
+    order = source_order(lengths, np.arange(len(lengths)), packing, seq_len, seed=3)
     samples = collect(order, epoch)
     tokens = sorted((d, start + i) for rows in samples for d, start, length in rows for i in range(length))
     assert tokens == [(d, i) for d, length in enumerate(lengths) for i in range(length)]
@@ -87,7 +103,7 @@ def test_every_token_once_per_epoch(lengths: list[int], seq_len: int, packing: s
 def test_epochs_and_seeds_differ_but_asking_again_does_not(packing: str) -> None:
     lengths = np.random.default_rng(0).integers(1, 30, 200)
     documents = np.arange(200, dtype=np.int64)
-    order, again, other = (SourceOrder(lengths, documents, packing, 32, seed) for seed in (1, 1, 2))
+    order, again, other = (source_order(lengths, documents, packing, 32, seed) for seed in (1, 1, 2))
     epochs = [collect(order, epoch) for epoch in (0, 1, 2)]
     assert epochs[0] != epochs[1] != epochs[2]
     assert [collect(again, epoch) for epoch in (2, 0, 1)] == [epochs[2], epochs[0], epochs[1]]
@@ -97,6 +113,6 @@ def test_epochs_and_seeds_differ_but_asking_again_does_not(packing: str) -> None
 def test_only_the_chosen_documents() -> None:
     lengths = np.array([3, 4, 5, 6])
     for packing in ("concat", "best_fit"):
-        order = SourceOrder(lengths, np.array([1, 3]), packing, 8, seed=1)
+        order = source_order(lengths, [1, 3], packing, 8, seed=1)
         assert order.num_tokens == 10
         assert {d for rows in collect(order, 0) for d, _, _ in rows} == {1, 3}

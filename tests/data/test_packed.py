@@ -39,6 +39,7 @@ def section(train: list, **changes: object) -> SimpleNamespace:
         "train": entries,
         "validation": (),
         "validation_fraction": 0.0,
+        "cache_dir": None,
     }
     return SimpleNamespace(**(values | changes))
 
@@ -84,8 +85,8 @@ def test_microbatch_is_the_reference(two_sources: list[dict], packing: str) -> N
     last = 2 * dataset.samples_per_epoch
     for numbers in ([0], [3, 1, 2], list(range(last - 4, last)), list(range(50))):
         batch, expected = dataset.microbatch(numbers), reference(dataset, numbers)
-        assert batch.tokens_T.dtype == batch.labels_T.dtype == batch.positions_T.dtype == torch.int64
-        assert batch.loss_mask_T.dtype == torch.float32
+        assert batch.tokens_T.dtype == batch.labels_T.dtype == batch.positions_T.dtype == torch.int32
+        assert batch.loss_mask_T.dtype == torch.bool
         assert batch.cu_seqlens.dtype == torch.int32
         assert batch.tokens_T.shape == (len(numbers) * SEQ_LEN,)
         assert batch.tokens_T.tolist() == expected["tokens"]

@@ -140,7 +140,7 @@ def test_layout_length_logging_and_optimizer_may_change(resumed, messages):
         checkpoint__interval=7,
         logging__wandb="offline",
         optimizer__lr=1e-4,
-        data__num_prefetch_steps=5,
+        data__prefetch=5,
         data__validation=[{"name": "pubmed", "path": "/data/heldout"}],
     )
     resumed.check_resumable(changed)

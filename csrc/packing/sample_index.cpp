@@ -1,0 +1,86 @@
+#include "sample_index.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace meditron {
+namespace {
+
+[[noreturn]] void refuse_sample(int64_t sample) {
+    throw std::out_of_range("the index of the samples does not fit its documents (sample " + std::to_string(sample) +
+                            "): it is damaged, or of other data");
+}
+
+}  // namespace
+
+SampleIndex::SampleIndex(const TokenFile& file, Numbers documents, Numbers starts, Numbers boundaries, Numbers samples,
+                         int64_t seq_len, bool is_concat)
+    : file_(&file),
+      documents_(documents),
+      starts_(starts),
+      boundaries_(boundaries),
+      samples_(samples),
+      seq_len_(seq_len),
+      is_concat_(is_concat) {
+    if (seq_len < 1) throw std::invalid_argument("seq_len must be at least 1, not " + std::to_string(seq_len));
+    const int64_t columns = is_concat ? 2 : 1;
+    if (boundaries.size / columns - 1 != samples.size || boundaries.size % columns != 0)
+        throw std::invalid_argument("an index of " + std::to_string(samples.size) + " samples needs " +
+                                    std::to_string(columns * (samples.size + 1)) + " boundaries, not " +
+                                    std::to_string(boundaries.size));
+    if (starts.size != (is_concat ? 0 : documents.size))
+        throw std::invalid_argument("there are " + std::to_string(starts.size) + " starts for " +
+                                    std::to_string(documents.size) + " documents");
+}
+
+SampleIndex::Range SampleIndex::range(int64_t sample) const {
+    if (sample < 0 || sample >= samples_.size)
+        throw std::out_of_range("sample " + std::to_string(sample) + " does not exist: there are " +
+                                std::to_string(samples_.size));
+    const int64_t number = samples_[sample];
+    if (number < 0 || number >= samples_.size) refuse_sample(sample);
+    Range found;
+    if (is_concat_) {
+        const bool ends_inside = boundaries_[2 * number + 3] > 0;  // its last document goes on in the next sample
+        found = {boundaries_[2 * number], boundaries_[2 * number + 2], boundaries_[2 * number + 1]};
+        if (found.last >= documents_.size)
+            found.last = found.last == documents_.size && !ends_inside ? found.last : -1;
+        else
+            found.last += ends_inside;
+    } else {
+        found = {boundaries_[number], boundaries_[number + 1], 0};
+    }
+    if (found.first < 0 || found.last < found.first || found.last > documents_.size || found.first_offset < 0)
+        refuse_sample(sample);
+    return found;
+}
+
+void SampleIndex::append_segments(int64_t sample, std::vector<Segment>& segments) const {
+    const Range pieces = range(sample);
+    // Documents lie anywhere in the .idx: asking for all before reading one lets the fetches overlap.
+    constexpr int64_t block_size = 64;
+    int64_t room = seq_len_;
+    for (int64_t block = pieces.first; block < pieces.last; block += block_size) {
+        const int64_t end = std::min(pieces.last, block + block_size);
+        for (int64_t i = block; i < end; ++i) file_->fetch_ahead(documents_[i]);
+        for (int64_t i = block; i < end; ++i) file_->fetch_further_ahead(documents_[i]);
+        for (int64_t i = block; i < end; ++i) {
+            const int64_t document = documents_[i];
+            const TokenFile::Place place = file_->document(document);
+            int64_t start = is_concat_ ? 0 : starts_[i];
+            if (i == pieces.first) start += pieces.first_offset;
+            if (start < 0 || start > place.num_tokens) refuse_sample(sample);
+            const int64_t left = place.num_tokens - start, length = std::min(left, room);
+            if (length == 0) {
+                if (is_concat_) continue;  // an empty document
+                refuse_sample(sample);
+            }
+            const uint8_t* from = file_->bin() + place.first_byte + start * file_->item_size();
+            segments.push_back({document, start, length, from, length == left});
+            room -= length;
+        }
+    }
+}
+
+}  // namespace meditron

@@ -1,4 +1,4 @@
-// See simd.h. setup.py compiles this file for its instruction set.
+// See csrc/cpu/simd.h. setup.py compiles this file for its instruction set.
 
 #define MEDITRON_ISA avx2
 #define MEDITRON_VECTOR_BYTES 32

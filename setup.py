@@ -29,7 +29,7 @@ WARNINGS = ["-Wall", "-Wextra"] + (["-Werror"] if os.environ.get("MEDITRON_WERRO
 TORCH_TARGET = "0x020a000000000000"  # 2.10: the oldest torch whose stable ABI has all that ops.cpp uses
 
 # No -march=native: the wheel must run on every processor of its architecture. Files that are compiled for one instruction
-# set, among which cpu.cpp looks for those the processor has, say so in a line of their own.
+# set, among which csrc/cpu/instruction_sets.h looks for those the processor has, say so in a line of their own.
 COMPILE_WITH = re.compile(r"^// compile with: (.*)$", re.MULTILINE)
 
 
@@ -116,12 +116,13 @@ class BuildCore(build_ext):
 
 def operators(torch: Path, with_cuda: bool) -> Extension:
     x86 = platform.machine() in ("x86_64", "AMD64")
-    kernels = [path for path in sources("attention/cpu") if x86 or not Path(path).name.startswith("avx")]
+    files = [*sources("attention"), *sources("attention/cpu"), *sources("fused")]
+    cpu = [path for path in files if x86 or not Path(path).name.startswith("avx")]
     cuda = sources("cuda", "**/*.cu") if with_cuda else []
     return Extension(
         "meditron_train.native._operators",
-        [*sources("attention"), *kernels, *cuda],
-        depends=[*sources("attention", "**/*.h"), *sources("cuda", "**/*.*h")],
+        [*cpu, *cuda],
+        depends=[*sources("", "**/*.h"), *sources("cuda", "**/*.*h")],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)]
         + ([("MEDITRON_WITH_CUDA", "1")] if cuda else []),
         # -isystem: torch's headers are not clean under our warnings.

@@ -8,9 +8,9 @@
 
 #include <cstdint>
 
-namespace meditron {
+#include "../dtype.h"
 
-enum class DType : int32_t { float32, bfloat16, float16 };
+namespace meditron {
 
 // One of q [T, N, D], k, v [S, K, D], out or a gradient of them.
 struct Heads {

@@ -13,12 +13,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "../torch_tensors.h"
 #include "attention.h"
 #include "cpu/cpu.h"
 #ifdef MEDITRON_WITH_CUDA
@@ -31,32 +30,14 @@
 namespace {
 
 using meditron::AttentionProblem;
+using meditron::ask_for_huge_pages;
+using meditron::c_string;
 using meditron::Heads;
+using meditron::refuse;
+using meditron::shape;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-    std::ostringstream message;
-    (message << ... << parts);
-    throw std::invalid_argument(message.str());  // arrives in Python as ValueError
-}
-
-std::string shape(const Tensor& x) {
-    std::string text = "[";
-    for (int64_t i = 0; i < x.dim(); ++i) text += (i ? ", " : "") + std::to_string(x.size(i));
-    return text + "]";
-}
-
-meditron::DType dtype_of(const Tensor& x) {
-    switch (x.scalar_type()) {
-        case ScalarType::Float: return meditron::DType::float32;
-        case ScalarType::BFloat16: return meditron::DType::bfloat16;
-        case ScalarType::Half: return meditron::DType::float16;
-        default: refuse("packed attention takes float32, bfloat16 or float16");
-    }
-}
 
 void check_like(const Tensor& x, const char* name, const Tensor& q, int64_t tokens, int64_t heads) {
     if (x.dim() != 3 || x.size(0) != tokens || x.size(1) != heads || x.size(2) != q.size(2))
@@ -120,7 +101,7 @@ struct Inputs {
                 refuse("document ", i, " has ", cu_queries[i + 1] - cu_queries[i], " queries but only ",
                        cu_keys[i + 1] - cu_keys[i], " keys");
         q = with_dense_channels(q), k = with_dense_channels(k), v = with_dense_channels(v);
-        problem = {dtype_of(q), q.size(0), k.size(0), q.size(1), num_kv_heads, q.size(2),
+        problem = {meditron::dtype_of(q, "packed attention"), q.size(0), k.size(0), q.size(1), num_kv_heads, q.size(2),
                    static_cast<int64_t>(cu_queries.size()) - 1, cu_queries.data(), cu_keys.data(), window,
                    static_cast<float>(softmax_scale), nullptr, nullptr, nullptr, nullptr};
         if (cosines) set_rotation(*cosines, sines, positions_q, positions_k);
@@ -169,16 +150,6 @@ private:
     }
 };
 
-// Fresh large tensors come in pages of 4 KiB that the kernel clears one fault at a time, which takes as long as the
-// attention of short documents. With transparent huge pages on request (the usual setting) one fault brings 2 MiB.
-void ask_for_huge_pages(const Tensor& x) {
-    constexpr uintptr_t page = uintptr_t{1} << 21;
-    const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
-    const uintptr_t first = (begin + page - 1) / page * page;
-    const uintptr_t last = (begin + static_cast<uintptr_t>(x.numel()) * x.element_size()) / page * page;
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only advice: may fail
-}
-
 Tensor empty_like_heads(const Tensor& x) {
     Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
     if (y.is_cpu()) ask_for_huge_pages(y);
@@ -198,8 +169,6 @@ void run_in_torch_pool(int num_threads, void (*work)(void*, int), void* context)
 }
 
 meditron::Threads torch_threads() { return {static_cast<int>(torch::stable::get_num_threads()), run_in_torch_pool}; }
-
-const char* c_string(const std::optional<std::string>& text) { return text ? text->c_str() : nullptr; }
 
 void check_cpu(const AttentionProblem& problem) {
     if (const char* reason = meditron::cpu_attention_unsupported(problem))

@@ -63,6 +63,7 @@ with warnings.catch_warnings():
         param_is_not_tensor_parallel_duplicate,
         set_tensor_model_parallel_attributes,
     )
+    from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.module import Float16Module, param_is_not_shared
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -79,6 +80,7 @@ warnings.filterwarnings("ignore", module=r"megatron\.core")
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 __all__ = [
+    "MLP",
     "VERSION",
     "AsyncCallsQueue",
     "DistributedDataParallel",

@@ -1,8 +1,7 @@
-"""Cross-entropy over a vocabulary that tensor parallelism splits, in as few passes over the logits as possible.
+"""Cross-entropy over a vocabulary that tensor parallelism splits, without a softmax or an fp32 copy of the logits.
 
-The logits are the largest tensor of a step, and on a CPU this loss is bound by memory: megatron-core's passes over them
-one after the other take three times as long as these, which do all their work on a block of rows while it is in cache,
-and leave the division by the sum to the backward's one pass.
+The logits are the largest tensor of a step. The forward reads them once, in their own dtype; the backward reads them
+once more and leaves the gradient in their place.
 
 Legend: T local tokens, V vocabulary rows of this tensor-parallel rank (padding included).
 """
@@ -14,14 +13,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_CPU_BLOCK_ROWS = 16  # 16 rows of 32,000 fp32 logits are 2 MB: a core's own cache
+from meditron_train.native import softmax_gradient_, softmax_statistics
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
     """`apply(logits_TV, labels_T, num_real, group)` -> losses_T, fp32, in nats.
 
+    The backward overwrites the logits with their gradient; another backward through them raises RuntimeError.
+
     Args:
-        logits_TV: this rank's columns, fp32 or bf16 [T, V]. fp32 logits are overwritten.
+        logits_TV: this rank's columns, fp32, bf16 or fp16 [T, V].
         labels_T: int64, in the whole vocabulary.
         num_real: columns of this rank that are no padding; the rest takes no probability and gets no gradient.
         group: tensor-parallel group.
@@ -31,40 +32,23 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits_TV: torch.Tensor, labels_T: torch.Tensor, num_real: int, group: dist.ProcessGroup
     ) -> torch.Tensor:
-        exp_TV = logits_TV.detach().float()
-        num_tokens, width = exp_TV.shape
-        column_T = labels_T - group.rank() * width
-        is_here_T = (column_T >= 0) & (column_T < num_real)
-        column_T = column_T.clamp(0, max(num_real - 1, 0))
-        max_T = exp_TV.new_full((num_tokens,), torch.finfo(torch.float32).min)
-        sum_T = exp_TV.new_zeros(num_tokens)
-        label_T = exp_TV.new_zeros(num_tokens)
-        rows = _CPU_BLOCK_ROWS if exp_TV.device.type == "cpu" else max(num_tokens, 1)
-        for start in range(0, num_tokens if num_real else 0, rows):
-            block = slice(start, start + rows)
-            real = exp_TV[block, :num_real]
-            max_T[block] = real.amax(dim=1)
-            label_T[block] = real.gather(1, column_T[block, None])[:, 0]
-            real.sub_(max_T[block, None]).exp_()
-            sum_T[block] = real.sum(dim=1)
-        exp_TV[:, num_real:] = 0
-        label_T.mul_(is_here_T)
-        scale_T = torch.ones_like(sum_T)
+        logits_TV = logits_TV.detach().contiguous()
+        column_T = labels_T - group.rank() * logits_TV.shape[1]
+        max_T, sum_T, label_T = softmax_statistics(logits_TV, column_T, num_real).unbind()
         if group.size() > 1:
             local_max_T = max_T.clone()
             dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=group)
-            scale_T = (local_max_T - max_T).exp_()
-            both = torch.stack((sum_T * scale_T, label_T))
+            both = torch.stack((sum_T * (local_max_T - max_T).exp_(), label_T))
             dist.all_reduce(both, group=group)
             sum_T, label_T = both.unbind()
-        ctx.save_for_backward(exp_TV, scale_T / sum_T, column_T, is_here_T)
-        ctx.dtype = logits_TV.dtype
+        ctx.save_for_backward(logits_TV, column_T, max_T, sum_T)
+        ctx.num_real = num_real
         return sum_T.log() + max_T - label_T
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (grad_T,) = grads
-        exp_TV, probability_T, column_T, is_here_T = ctx.saved_tensors
-        grad_TV = exp_TV.mul_((probability_T * grad_T)[:, None])
-        grad_TV[torch.arange(len(grad_T), device=grad_TV.device), column_T] -= grad_T * is_here_T
-        return grad_TV.to(ctx.dtype), None, None, None
+        logits_TV, column_T, max_T, sum_T = ctx.saved_tensors
+        softmax_gradient_(logits_TV, column_T, max_T, grad_T / sum_T, grad_T, ctx.num_real)
+        torch.autograd.graph.increment_version(logits_TV)  # a second backward must not take it for logits
+        return logits_TV, None, None, None

@@ -26,6 +26,7 @@ from meditron_train.mcore import (
 )
 from meditron_train.model.attention import PackedAttention
 from meditron_train.model.cross_entropy import VocabParallelCrossEntropy
+from meditron_train.model.mlp import SwigluMLP
 from meditron_train.model.norm import RMSNorm
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -116,11 +117,11 @@ class LlamaModel(GPTModel):
         """Cross-entropy per token over the real vocabulary, fp32 [1, T]; vocabulary padding takes no probability.
 
         Args:
-            labels: [1, T]; logits: [T, 1, V], overwritten.
+            labels: [1, T]; logits: [T, 1, V], overwritten by the backward.
         """
         group, width = self.pg_collection.tp, logits.shape[-1]
         num_real = min(max(self.true_vocab_size - group.rank() * width, 0), width)
-        return VocabParallelCrossEntropy.apply(logits[:, 0], labels[0], num_real, group)[None]
+        return VocabParallelCrossEntropy.apply(logits.squeeze(1), labels[0], num_real, group)[None]
 
 
 def build_chunk(
@@ -145,6 +146,9 @@ def build_chunk(
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         PackedAttention, params={"backend": attention_backend}
     )
+    mlp = layer.submodules.mlp
+    # megatron-core hands the tensor-parallel group only to its own class.
+    layer.submodules.mlp = ModuleSpec(SwigluMLP, params={"tp_group": groups.tp}, submodules=mlp.submodules)
     layer.submodules.sharded_state_dict_keys_map = {}  # norms keep their own names instead of Transformer Engine's
     chunk = LlamaModel(
         config,

@@ -53,3 +53,22 @@ def test_equals_torch_in_float64(world_size, padded_size, dtype, tolerance):
     torch.testing.assert_close(
         gradient[:, :VOCAB_SIZE].double(), reference.grad, rtol=tolerance, atol=tolerance
     )
+
+
+def test_the_forward_leaves_the_logits_and_only_one_backward_is_allowed(tmp_path):
+    import torch.distributed as dist
+
+    from meditron_train.model.cross_entropy import VocabParallelCrossEntropy
+
+    logits, labels, _ = inputs(torch.float32)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        before = logits.clone()
+        graph = logits.requires_grad_() * 1
+        loss = VocabParallelCrossEntropy.apply(graph, labels, VOCAB_SIZE, dist.group.WORLD).sum()
+        assert torch.equal(graph, before)
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    finally:
+        dist.destroy_process_group()

@@ -6,36 +6,24 @@
 #include <cstring>
 #include <memory>
 #include <new>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "../../cpu/instruction_sets.h"
 #include "kernels.h"
 
 namespace meditron {
 namespace {
 
 std::vector<const CpuKernels*> available_kernels() {
-    std::vector<const CpuKernels*> kernels;
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq")) {
-        if (__builtin_cpu_supports("avx512bf16")) kernels.push_back(&avx512bf16_kernels);
-        kernels.push_back(&avx512_kernels);
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) kernels.push_back(&avx2_kernels);
-#endif
-    kernels.push_back(&portable_kernels);
+    auto kernels = runnable(&avx512_kernels, &avx2_kernels, &portable_kernels);
+    if (kernels.front() == &avx512_kernels && __builtin_cpu_supports("avx512bf16"))
+        kernels.insert(kernels.begin(), &avx512bf16_kernels);
     return kernels;
-}
-
-const CpuKernels& kernels_named(const char* name) {
-    const std::vector<const CpuKernels*> kernels = available_kernels();
-    if (!name) return *kernels.front();
-    for (const CpuKernels* candidate : kernels)
-        if (std::strcmp(candidate->name, name) == 0) return *candidate;
-    throw std::invalid_argument("instruction set '" + std::string(name) + "' is not one of: " + cpu_instruction_sets());
+#else
+    return runnable<CpuKernels>(nullptr, nullptr, &portable_kernels);
+#endif
 }
 
 int64_t queries(const AttentionProblem& p, int64_t document) {
@@ -109,7 +97,7 @@ struct Longest {
 // Keys without queries are in no unit; nothing else writes their gradient.
 void clear_keys_without_queries(const AttentionBackward& f) {
     const AttentionProblem& p = f.problem;
-    const int64_t item = p.dtype == DType::float32 ? 4 : 2;
+    const int64_t item = size_of(p.dtype);
     for (int64_t document = 0; document < p.num_documents; ++document) {
         if (queries(p, document) > 0) continue;
         for (int64_t key = p.cu_keys[document]; key < p.cu_keys[document + 1]; ++key)
@@ -139,7 +127,7 @@ const char* cpu_attention_unsupported(const AttentionProblem& p) {
 
 void cpu_attention_forward(const AttentionForward& f, const char* instruction_set, const Threads& threads) {
     const AttentionProblem& p = f.problem;
-    const CpuKernels& kernels = kernels_named(instruction_set);
+    const CpuKernels& kernels = choose(available_kernels(), instruction_set);
     // Few long documents are split, so that every thread has about eight units; each reads its keys anew.
     const int64_t rows = p.num_queries * p.num_kv_heads;
     const int64_t largest_unit = std::max<int64_t>(384, rows / (8 * static_cast<int64_t>(threads.num_threads)) + 1);
@@ -148,7 +136,7 @@ void cpu_attention_forward(const AttentionForward& f, const char* instruction_se
 }
 
 void cpu_attention_backward(const AttentionBackward& f, const char* instruction_set, const Threads& threads) {
-    const CpuKernels& kernels = kernels_named(instruction_set);
+    const CpuKernels& kernels = choose(available_kernels(), instruction_set);
     const Longest longest(f.problem);
     clear_keys_without_queries(f);
     run(f, make_units(f.problem, std::max<int64_t>(longest.queries, 1)),

@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "simd.h"
+#include "../../cpu/simd.h"
 
 namespace meditron::MEDITRON_ISA {
 

@@ -3,31 +3,9 @@
 #pragma once
 
 #include "../attention.h"
-#include "simd.h"
+#include "../../cpu/simd.h"
 
 namespace meditron::MEDITRON_ISA {
-
-struct Float32 {
-    using Element = float;
-    static MEDITRON_INLINE Vec load(const float* from) { return MEDITRON_ISA::load(from); }
-    static MEDITRON_INLINE void store(float* to, Vec x) { MEDITRON_ISA::store(to, x); }
-};
-
-struct BFloat16 {
-    using Element = uint16_t;
-    static MEDITRON_INLINE Vec load(const uint16_t* from) {
-        return from_bfloat16(*reinterpret_cast<const UnalignedHalf*>(from));
-    }
-    static MEDITRON_INLINE void store(uint16_t* to, Vec x) { *reinterpret_cast<UnalignedHalf*>(to) = to_bfloat16(x); }
-};
-
-struct Float16 {
-    using Element = uint16_t;
-    static MEDITRON_INLINE Vec load(const uint16_t* from) {
-        return from_float16(*reinterpret_cast<const UnalignedHalf*>(from));
-    }
-    static MEDITRON_INLINE void store(uint16_t* to, Vec x) { *reinterpret_cast<UnalignedHalf*>(to) = to_float16(x); }
-};
 
 // One head of one side of the problem, and how its rows turn.
 struct HeadRows {
@@ -40,7 +18,7 @@ struct HeadRows {
     HeadRows(const AttentionProblem& p, const Heads& heads, int64_t head, int64_t token, const int64_t* row_positions,
              bool rotated)
         : data(static_cast<char*>(heads.data) +
-               (token * heads.token_stride + head * heads.head_stride) * (p.dtype == DType::float32 ? 4 : 2)),
+               (token * heads.token_stride + head * heads.head_stride) * size_of(p.dtype)),
           stride(heads.token_stride),
           cos(rotated ? p.cos : nullptr),
           sin(p.sin),

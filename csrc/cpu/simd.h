@@ -1,6 +1,6 @@
 // Vectors of VL floats in the compiler's vector extension: the same source becomes AVX-512, AVX2, SSE2 or NEON code.
 //
-// Included by avx512.cpp, avx2.cpp and portable.cpp, each compiled for its own instruction set, with MEDITRON_ISA as the
+// Included by the files avx512.cpp, avx2.cpp and portable.cpp, each compiled for its own instruction set, with MEDITRON_ISA as the
 // namespace and MEDITRON_VECTOR_BYTES as the width. Nothing here may use inline functions of the standard library: the linker
 // keeps one copy of such a function, and it could be one that another processor cannot run.
 
@@ -104,6 +104,29 @@ MEDITRON_INLINE Half to_float16(Vec x) {  // to nearest, ties to even
     y = u > 0x7f800000u ? VecU{} + 0x7e00u : y;
     return __builtin_convertvector(y | sign, Half);
 }
+
+// The caller's memory as vectors of fp32.
+struct Float32 {
+    using Element = float;
+    static MEDITRON_INLINE Vec load(const float* from) { return MEDITRON_ISA::load(from); }
+    static MEDITRON_INLINE void store(float* to, Vec x) { MEDITRON_ISA::store(to, x); }
+};
+
+struct BFloat16 {
+    using Element = uint16_t;
+    static MEDITRON_INLINE Vec load(const uint16_t* from) {
+        return from_bfloat16(*reinterpret_cast<const UnalignedHalf*>(from));
+    }
+    static MEDITRON_INLINE void store(uint16_t* to, Vec x) { *reinterpret_cast<UnalignedHalf*>(to) = to_bfloat16(x); }
+};
+
+struct Float16 {
+    using Element = uint16_t;
+    static MEDITRON_INLINE Vec load(const uint16_t* from) {
+        return from_float16(*reinterpret_cast<const UnalignedHalf*>(from));
+    }
+    static MEDITRON_INLINE void store(uint16_t* to, Vec x) { *reinterpret_cast<UnalignedHalf*>(to) = to_float16(x); }
+};
 
 // --------------------------------------------------------------------------------------- VL x VL transposition
 

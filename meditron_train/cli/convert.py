@@ -131,6 +131,35 @@ def megatron_to_hf_command(
         _say(f"Wrote {hf_dir}. Check it with: meditron-train convert verify {ckpt_dir} {hf_dir}")
 
 
+@app.command("reshard")
+def reshard_command(
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="Sharded checkpoint, or one of Megatron-LM or Megatron-LLM.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.")],
+    tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks.", min=1)] = 1,
+    pp: Annotated[int, typer.Option("--pp", help="Pipeline stages.", min=1)] = 1,
+    optimizer: Annotated[
+        bool,
+        typer.Option("--optimizer/--no-optimizer", help="With the optimizer's state, where there is one."),
+    ] = True,
+    tokenizer: Tokenizer = None,
+    config: Config = None,
+    vocab_size: VocabSize = None,
+    rotary: Rotary = "auto",
+) -> None:
+    """Write a checkpoint as Megatron's per-rank files, for other tools; loading here never needs it."""
+    from meditron_train.convert.reshard import reshard
+
+    options = _foreign_options(tokenizer, config, vocab_size, rotary)
+    with _progress("writing") as advance:
+        result = reshard(
+            source, target, tp=tp, pp=pp, with_optimizer=optimizer, options=options, progress=advance
+        )
+    state = "weights and optimizer state" if result.with_optimizer else "weights"
+    _say(f"Wrote {target}/{result.iteration}: {tp} x {pp} ranks, {state}.")
+
+
 @app.command("verify")
 def verify_command(
     a: Annotated[Path, typer.Argument(metavar="A", help=_SIDE)],

@@ -14,7 +14,10 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -101,20 +104,20 @@ def write_holes(path: Path, plan: PlannedFile) -> None:
         file.truncate(plan.num_bytes)
 
 
-class emptying_files:
-    """While it lasts, conversions empty each file once it is finished."""
+@contextmanager
+def emptying_files() -> Iterator[None]:
+    """While it lasts, conversions empty each file once it is finished, and do not ask for room for all of them."""
+    record = Workspace.record
 
-    def __enter__(self) -> None:
-        self._record = Workspace.record
+    def record_and_empty(work: Workspace, name: str, written: WrittenFile) -> None:
+        record(work, name, written)
+        os.truncate(work.directory / name, 0)
 
-        def record(work: Workspace, name: str, written: WrittenFile) -> None:
-            self._record(work, name, written)
-            os.truncate(work.directory / name, 0)
-
-        Workspace.record = record  # type: ignore[method-assign]
-
-    def __exit__(self, *_: object) -> None:
-        Workspace.record = self._record  # type: ignore[method-assign]
+    with (
+        mock.patch.object(Workspace, "record", record_and_empty),
+        mock.patch("meditron_train.checkpoint.workspace._check_free_space"),
+    ):
+        yield
 
 
 def to_sharded(hf_directory: Path, checkpoint: Path, max_ram: str) -> None:

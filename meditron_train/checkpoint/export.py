@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -21,7 +21,7 @@ from meditron_train.checkpoint.hf_write import (
 )
 from meditron_train.checkpoint.manifest import TensorEntry, read_tensor_hashes, require_intact
 from meditron_train.checkpoint.megatron_read import MegatronSource
-from meditron_train.checkpoint.stream import PlannedTensor
+from meditron_train.checkpoint.stream import PlannedTensor, RowSource
 from meditron_train.checkpoint.tokenizer_compare import tokenizer_fingerprint
 from meditron_train.checkpoint.tokenizer_files import check_tokenizer, copy_tokenizer, read_json_object
 from meditron_train.checkpoint.workspace import Alone, Ranks, require_absent
@@ -64,9 +64,48 @@ def export_hf(
     hashes = read_tensor_hashes(checkpoint)
     streamed = {file for spec in specs for file in source.place(spec.name)} if hashes else set()
     (ranks or Alone()).on_first(lambda: require_intact(checkpoint, unhashed=streamed))
+    write_hf_model(
+        source,
+        hf_directory,
+        hf_files,
+        target=target,
+        max_num_bytes=max_num_bytes,
+        origin={"format": "sharded", "step": source.meta.get("step")},
+        expected=hashes,
+        limits=limits,
+        ranks=ranks,
+        progress=progress,
+    )
+
+
+class ShardedModel(RowSource, Protocol):
+    """Tensors under the names and in the order of `hf_map.tensor_specs`, and whose they are."""
+
+    directory: Path
+    model: ModelConfig
+
+
+def write_hf_model(
+    source: ShardedModel,
+    hf_directory: str | Path,
+    hf_files: Path | None,
+    *,
+    target: torch.dtype | None,
+    max_num_bytes: int,
+    origin: Mapping[str, Any],
+    expected: Mapping[str, str] | None,
+    limits: Limits,
+    ranks: Ranks | None,
+    progress: Progress | None,
+) -> None:
+    """Write weights, config and tokenizer of `source` as a Hugging Face directory with manifest.json; collective.
+
+    hf_files: where the tokenizer lies. target: dtype of all tensors, None for each its own. origin: what the manifest
+    says of the source. expected: hashes that the source's tensors must have. Raises as `convert_files` does.
+    """
     tensors = [
         PlannedTensor(name, target or source.dtype(spec.name), shape, tuple(hf_pieces(spec, name)))
-        for spec in specs
+        for spec in tensor_specs(source.model)
         for name, shape in zip(spec.hf_names, spec.hf_shapes, strict=True)
     ]
     files = plan_safetensors(tensors, max_num_bytes)
@@ -81,13 +120,16 @@ def export_hf(
         hf_directory,
         files,
         source,
-        identity={"to": "hugging-face", "dtype": dtype or "keep", "source": files_identity(checkpoint)},
+        identity={
+            "to": "hugging-face",
+            "dtype": "keep" if target is None else dtype_name(target),
+            "model": model.model_dump(mode="json"),
+            "source": files_identity(source.directory),
+        },
         complete=complete,
-        manifest=describe_conversion(
-            checkpoint, "sharded", model, hf_files, target, step=source.meta.get("step")
-        ),
+        manifest=describe_conversion(source.directory, model, hf_files, target, **origin),
         entries={tensor.name: TensorEntry(dtype_name(tensor.dtype), tensor.shape) for tensor in tensors},
-        expected=hashes,
+        expected=expected,
         limits=limits,
         ranks=ranks,
         progress=progress,
@@ -95,14 +137,14 @@ def export_hf(
 
 
 def describe_conversion(
-    directory: Path, form: str, model: ModelConfig, hf_files: Path, cast: torch.dtype | None, **source: Any
+    directory: Path, model: ModelConfig, hf_files: Path | None, cast: torch.dtype | None, **source: Any
 ) -> dict[str, Any]:
     """What a converted directory's manifest says beside its hashes: source, cast, model and tokenizer."""
     return {
-        "source": {"directory": directory.resolve().name, "format": form, **source},
+        "source": {"directory": directory.resolve().name, **source},
         "cast": None if cast is None else dtype_name(cast),
         "model": model.model_dump(mode="json"),
-        "tokenizer": tokenizer_fingerprint(hf_files),
+        "tokenizer": None if hf_files is None else tokenizer_fingerprint(hf_files),
     }
 
 

@@ -7,7 +7,7 @@ format (`foreign_legacy`) or in `torch_dist`. The model comes from the arguments
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -29,7 +29,7 @@ from meditron_train.checkpoint.foreign_legacy import (
 from meditron_train.checkpoint.hf_config import read_hf_config
 from meditron_train.checkpoint.hf_map import TensorSpec, tensor_specs
 from meditron_train.checkpoint.stored import Range, Shape
-from meditron_train.checkpoint.tokenizer_files import named_tokens, vocabularies
+from meditron_train.checkpoint.tokenizer_files import has_tokenizer, named_tokens, vocabularies
 from meditron_train.checkpoint.torch_dist import TorchDistTensors
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import UserError
@@ -43,13 +43,15 @@ class ForeignOptions:
 
     tokenizer: directory with the tokenizer. config: Hugging Face directory whose config.json describes the model, in
     place of the arguments. vocab_size: without padding. rotary: how query and key rows are ordered; auto: as the
-    program that wrote the checkpoint does today.
+    program that wrote the checkpoint does today. padded_vocabulary: where nothing says how many tokens there are, take
+    all rows, padding included: to look at a checkpoint, not to convert it.
     """
 
     tokenizer: Path | None = None
     config: Path | None = None
     vocab_size: int | None = None
     rotary: Literal["auto", "half", "interleaved"] = "auto"
+    padded_vocabulary: bool = False
 
 
 class _Tensors(Protocol):
@@ -70,13 +72,17 @@ class _Tensors(Protocol):
 class ForeignSource:
     """The model tensors of another program's checkpoint, named and ordered as in a sharded checkpoint of ours.
 
-    model, padded_vocab_size, names, place, shape, dtype and read are those of `MegatronSource`. iteration: as the
-    checkpoint says. layout: tensor and pipeline sizes it was written under, where known. Raises UserError when the
+    model, padded_vocab_size, names, place, shape, dtype and read are those of `MegatronSource`. tokenizer: the one of
+    the options, or one that lies beside the tracker file. iteration: as the checkpoint says. layout: tensor and
+    pipeline sizes it was written under, where known. Raises UserError when the
     directory is none, is damaged, or when an option is missing that would tell what the checkpoint does not.
     """
 
     def __init__(self, directory: str | Path, options: ForeignOptions | None = None) -> None:
         options = options or ForeignOptions()
+        if options.tokenizer is None and has_tokenizer(directory):
+            options = replace(options, tokenizer=Path(directory))
+        self.tokenizer = options.tokenizer
         self.directory = find_iteration(Path(directory))
         self.layout: dict[str, int] = {}
         if rank_directories(self.directory):
@@ -97,11 +103,13 @@ class ForeignSource:
             self.conventions = Conventions(self.conventions.gate_first, options.rotary == "interleaved")
         if isinstance(self._tensors, LegacyTensors):
             self._tensors.gate_first = self.conventions.gate_first
-        self.model = _model(args, options, self._any_dtype(where), where)
-        self._specs = {spec.name: spec for spec in tensor_specs(self.model)}
         embedding = "embedding.word_embeddings.weight"
         stored = set(self._tensors.names)
         self.padded_vocab_size = self._tensors.shape(embedding)[0] if embedding in stored else 0
+        if options.padded_vocabulary and not args.get("vocab_size") and options.tokenizer is None:
+            options = replace(options, vocab_size=self.padded_vocab_size)
+        self.model = _model(args, options, self._any_dtype(where), where)
+        self._specs = {spec.name: spec for spec in tensor_specs(self.model)}
         if problems := self.problems():
             shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
             raise UserError(

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from meditron_train.errors import UserError
+
 if TYPE_CHECKING:
     from meditron_train.checkpoint.conversion import Limits, Progress
+    from meditron_train.checkpoint.foreign import ForeignOptions
     from meditron_train.checkpoint.workspace import Ranks
     from meditron_train.convert.verify import Comparison
 
@@ -54,9 +57,34 @@ def hf_to_megatron_command(
         _say(f"Wrote {ckpt_dir}. Check it with: meditron-train convert verify {hf_dir} {ckpt_dir}")
 
 
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option("--tokenizer", help="Directory with the tokenizer of another program's checkpoint."),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="Hugging Face directory whose config.json describes another program's model."
+    ),
+]
+VocabSize = Annotated[
+    int | None,
+    typer.Option("--vocab-size", help="Tokens of another program's model, without padding.", min=1),
+]
+Rotary = Annotated[
+    str,
+    typer.Option(
+        "--rotary", help="Query and key rows of another program's model: auto, half or interleaved."
+    ),
+]
+
+
 @app.command("megatron-to-hf")
 def megatron_to_hf_command(
-    ckpt_dir: Annotated[Path, typer.Argument(metavar="CKPT_DIR", help="Finished sharded checkpoint.")],
+    ckpt_dir: Annotated[
+        Path,
+        typer.Argument(metavar="CKPT_DIR", help="Sharded checkpoint, or one of Megatron-LM or Megatron-LLM."),
+    ],
     hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face directory to write.")],
     dtype: Dtype = "keep",
     max_ram: MaxRam = "4GiB",
@@ -64,26 +92,72 @@ def megatron_to_hf_command(
         str, typer.Option("--max-shard-size", help="Largest safetensors file.")
     ] = "5GB",
     allow_nonfinite: AllowNonfinite = False,
+    tokenizer: Tokenizer = None,
+    config: Config = None,
+    vocab_size: VocabSize = None,
+    rotary: Rotary = "auto",
 ) -> None:
-    """Write a sharded checkpoint as a Hugging Face directory that transformers loads.
+    """Write a checkpoint as a Hugging Face directory that transformers loads.
 
     Interrupted, the same command goes on where it was. Under torchrun or srun the processes share the work.
     """
     from meditron_train.checkpoint.export import export_hf
+    from meditron_train.checkpoint.foreign import is_foreign_directory
+    from meditron_train.convert.foreign_to_hf import foreign_to_hf
 
-    limits = _limits(max_ram, allow_nonfinite)
-    with _ranks() as ranks, _progress("converting", hidden=not _is_first(ranks)) as advance:
-        export_hf(
-            ckpt_dir,
-            hf_dir,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            limits=limits,
-            ranks=ranks,
-            progress=advance,
+    limits, options = (
+        _limits(max_ram, allow_nonfinite),
+        _foreign_options(tokenizer, config, vocab_size, rotary),
+    )
+    is_foreign = is_foreign_directory(ckpt_dir)
+    if options is not None and not is_foreign:
+        raise UserError(
+            f"{ckpt_dir} is no checkpoint of Megatron-LM or Megatron-LLM: --tokenizer, --config, --vocab-size and "
+            "--rotary are for those. Leave them out."
         )
+    has_tokenizer = True
+    with _ranks() as ranks, _progress("converting", hidden=not _is_first(ranks)) as advance:
+        arguments: dict[str, Any] = {
+            "dtype": dtype, "max_shard_size": max_shard_size, "limits": limits, "ranks": ranks, "progress": advance,
+        }  # fmt: skip
+        if is_foreign:
+            source = foreign_to_hf(ckpt_dir, hf_dir, options or _foreign_defaults(), **arguments)
+            has_tokenizer = source.tokenizer is not None
+        else:
+            export_hf(ckpt_dir, hf_dir, **arguments)
     if _is_first(ranks):
+        if not has_tokenizer:
+            _say("No tokenizer was given (--tokenizer DIR): copy its files there before the model is used.")
         _say(f"Wrote {hf_dir}. Check it with: meditron-train convert verify {ckpt_dir} {hf_dir}")
+
+
+@app.command("reshard")
+def reshard_command(
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="Sharded checkpoint, or one of Megatron-LM or Megatron-LLM.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.")],
+    tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks.", min=1)] = 1,
+    pp: Annotated[int, typer.Option("--pp", help="Pipeline stages.", min=1)] = 1,
+    optimizer: Annotated[
+        bool,
+        typer.Option("--optimizer/--no-optimizer", help="With the optimizer's state, where there is one."),
+    ] = True,
+    tokenizer: Tokenizer = None,
+    config: Config = None,
+    vocab_size: VocabSize = None,
+    rotary: Rotary = "auto",
+) -> None:
+    """Write a checkpoint as Megatron's per-rank files, for other tools; loading here never needs it."""
+    from meditron_train.convert.reshard import reshard
+
+    options = _foreign_options(tokenizer, config, vocab_size, rotary)
+    with _progress("writing") as advance:
+        result = reshard(
+            source, target, tp=tp, pp=pp, with_optimizer=optimizer, options=options, progress=advance
+        )
+    state = "weights and optimizer state" if result.with_optimizer else "weights"
+    _say(f"Wrote {target}/{result.iteration}: {tp} x {pp} ranks, {state}.")
 
 
 @app.command("verify")
@@ -135,6 +209,24 @@ def inspect_command(
     else:
         _print_description(description)
     raise typer.Exit(0 if description["intact"] else 1)
+
+
+def _foreign_defaults() -> ForeignOptions:
+    from meditron_train.checkpoint.foreign import ForeignOptions
+
+    return ForeignOptions()
+
+
+def _foreign_options(
+    tokenizer: Path | None, config: Path | None, vocab_size: int | None, rotary: str
+) -> ForeignOptions | None:
+    """None when the user gave none of them."""
+    from meditron_train.checkpoint.foreign import ForeignOptions
+
+    if rotary not in ("auto", "half", "interleaved"):
+        raise UserError(f"--rotary is {rotary!r}. Write auto, half or interleaved.")
+    options = ForeignOptions(tokenizer, config, vocab_size, rotary)  # type: ignore[arg-type]
+    return None if options == ForeignOptions() else options
 
 
 def _comparison_json(a: Path, b: Path, result: Comparison) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def hf_to_megatron(
         source,
         identity={"to": "sharded", "dtype": dtype or "keep", "source": files_identity(hf_directory)},
         complete=complete,
-        manifest=describe_conversion(hf_directory, "hugging-face", model, hf_directory, target),
+        manifest=describe_conversion(hf_directory, model, hf_directory, target, format="hugging-face"),
         entries=entries,
         limits=limits,
         ranks=ranks,

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from meditron_train.checkpoint.conversion import Progress
+from meditron_train.checkpoint.foreign import ForeignOptions
 from meditron_train.checkpoint.hf_map import check_source
 from meditron_train.checkpoint.manifest import MANIFEST_NAME, describe_file, verify_manifest
 from meditron_train.checkpoint.tokenizer_files import check_tokenizer
 from meditron_train.convert.scan import in_parallel, scan_tensor
-from meditron_train.convert.side import FullSide, HFSide, MegatronSide, open_full_side
+from meditron_train.convert.side import ForeignSide, FullSide, HFSide, MegatronSide, open_full_side
 from meditron_train.errors import UserError
 
 
@@ -22,17 +23,20 @@ def inspect_directory(
 ) -> dict[str, Any]:
     """A JSON-ready description of a Hugging Face directory or a sharded checkpoint.
 
-    Keys: directory, format ("hugging-face" or "sharded"), intact, problems (one line each), model (ModelConfig),
-    num_parameters, num_bytes, dtypes (dtype -> number of tensors), tensors (name, shape, dtype, files), files (name,
-    num_bytes, sha256), and for a sharded checkpoint step, tokens, samples, layout, contains, padded_vocab_size,
-    versions. With `hashes`, files and tensors are read, hashed and looked through for NaN and
+    Keys: directory, format ("hugging-face", "sharded" or "megatron"), intact, problems (one line each), model
+    (ModelConfig), num_parameters, num_bytes, dtypes (dtype -> number of tensors), tensors (name, shape, dtype, files),
+    files (name, num_bytes, sha256), for a sharded checkpoint step, tokens, samples, layout, contains,
+    padded_vocab_size and versions, and for another program's step, layout and padded_vocab_size, as far as known.
+    With `hashes`, files and tensors are read, hashed and looked through for NaN and
     infinity, in blocks. Raises UserError when the directory is not a model at all.
     """
     directory = Path(directory)
-    side = open_full_side(directory)
+    side = open_full_side(directory, ForeignOptions(padded_vocabulary=True))
     description: dict[str, Any] = {"directory": str(directory), "format": side.format}
     if isinstance(side, MegatronSide):
         problems, tensors, facts = _sharded(side)
+    elif isinstance(side, ForeignSide):
+        problems, tensors, facts = _foreign(side)
     else:
         problems, tensors, facts = _hugging_face(side)
     manifest = _read_manifest(directory)
@@ -69,6 +73,18 @@ def _sharded(side: MegatronSide) -> tuple[list[str], list[dict[str, Any]], dict[
     ]
     keys = ("step", "tokens", "samples", "layout", "contains", "padded_vocab_size", "versions")
     return source.problems(), tensors, {key: source.meta.get(key) for key in keys}
+
+
+def _foreign(side: ForeignSide) -> tuple[list[str], list[dict[str, Any]], dict[str, Any]]:
+    source = side.source
+    tensors = [
+        _tensor(
+            name, source.shape(name), str(source.dtype(name)), source.dtype(name).itemsize, source.place(name)
+        )
+        for name in source.names
+    ]
+    facts = {"step": source.iteration, "layout": source.layout, "padded_vocab_size": source.padded_vocab_size}
+    return [], tensors, facts  # what is wrong with one is an error when it is opened
 
 
 def _hugging_face(side: HFSide) -> tuple[list[str], list[dict[str, Any]], dict[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from meditron_train.checkpoint.export import HF_SUBDIRECTORY
+from meditron_train.checkpoint.foreign import ForeignOptions, ForeignSource, is_foreign_directory
 from meditron_train.checkpoint.hf_config import read_hf_config
 from meditron_train.checkpoint.hf_map import Piece, TensorSpec, hf_pieces, is_ignored, tensor_specs
 from meditron_train.checkpoint.hf_read import HFSource, is_hf_directory
@@ -88,31 +89,26 @@ class HFSide:
         return tokenizer_fingerprint(self.hf_files)
 
 
-class MegatronSide:
-    """A sharded checkpoint. The parts of a joint tensor (q, k, v; gate, up) are read out of it row by row."""
+class _JointSide:
+    """Tensors of ours. The parts of a joint tensor (q, k, v; gate, up) are read out of it row by row."""
 
-    format = "sharded"
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.hf_files = directory / HF_SUBDIRECTORY
-        self.source = MegatronSource(directory, check=False)
-        self.model = self.source.model
-        self.cast = _stated_cast(directory)
-        stored = set(self.source.all_names)
+    def __init__(self, source: MegatronSource | ForeignSource, stored: set[str], hf_files: Path) -> None:
+        self.hf_files = hf_files
+        self._source = source
+        self.model = source.model
         specs = [spec for spec in tensor_specs(self.model) if spec.name in stored]
         self._spec_of: dict[str, TensorSpec] = {name: spec for spec in specs for name in spec.hf_names}
         self.names = list(self._spec_of)
 
     def shape(self, name: str) -> Shape:
         spec = self._spec_of[name]
-        stored = self.source.shape(spec.name)
-        if stored != spec.padded_shape(self.source.padded_vocab_size):
+        stored = self._source.shape(spec.name)
+        if stored != spec.padded_shape(self._source.padded_vocab_size):
             raise UserError(f"{spec.name} has shape {list(stored)}, which is not that of meta.json's model")
         return spec.hf_shapes[spec.hf_names.index(name)]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.source.dtype(self._spec_of[name].name)
+        return self._source.dtype(self._spec_of[name].name)
 
     def read(self, name: str, rows: Range | None = None) -> torch.Tensor:
         start, stop = rows or (0, self.shape(name)[0])
@@ -126,10 +122,34 @@ class MegatronSide:
 
     def _read_piece(self, piece: Piece, start: int, stop: int) -> torch.Tensor:
         assert piece.source is not None
-        return self.source.read(piece.source, rows=(piece.start + start, piece.start + stop))
+        return self._source.read(piece.source, rows=(piece.start + start, piece.start + stop))
 
     def tokenizer(self) -> dict[str, Any] | None:
         return tokenizer_fingerprint(self.hf_files)
+
+
+class MegatronSide(_JointSide):
+    """A sharded checkpoint."""
+
+    format = "sharded"
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.source = MegatronSource(directory, check=False)
+        super().__init__(self.source, set(self.source.all_names), directory / HF_SUBDIRECTORY)
+        self.cast = _stated_cast(directory)
+
+
+class ForeignSide(_JointSide):
+    """A checkpoint of Megatron-LM or Megatron-LLM."""
+
+    format = "megatron"
+    cast: str | None = None
+
+    def __init__(self, directory: Path, options: ForeignOptions) -> None:
+        self.directory = directory
+        self.source = ForeignSource(directory, options)
+        super().__init__(self.source, set(self.source.names), self.source.tokenizer or directory)
 
 
 class ManifestSide:
@@ -177,26 +197,33 @@ def row_blocks(shape: Shape, dtype: torch.dtype) -> list[Range | None]:
     return [(start, min(start + height, shape[0])) for start in range(0, shape[0], height)]
 
 
-def open_side(path: str | Path) -> HFSide | MegatronSide | ManifestSide:
-    """Open a model of either format, or a manifest: the file, or a directory that holds nothing else.
+def open_side(
+    path: str | Path, foreign: ForeignOptions | None = None
+) -> HFSide | MegatronSide | ForeignSide | ManifestSide:
+    """Open a model of any format, or a manifest: the file, or a directory that holds nothing else.
 
-    Raises UserError when it is none of these, or damaged beyond naming its tensors.
+    foreign: what to add to what another program's checkpoint says. Raises UserError when it is none of these, or
+    damaged beyond naming its tensors.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".json":
         return ManifestSide(path)
     if path.is_dir() and [entry.name for entry in path.iterdir()] == [MANIFEST_NAME]:
         return ManifestSide(path / MANIFEST_NAME)
-    return open_full_side(path)
+    return open_full_side(path, foreign)
 
 
-def open_full_side(directory: str | Path) -> HFSide | MegatronSide:
-    """Open a model of either format. Raises UserError as `open_side` does."""
+def open_full_side(
+    directory: str | Path, foreign: ForeignOptions | None = None
+) -> HFSide | MegatronSide | ForeignSide:
+    """Open a model of any format. Raises UserError as `open_side` does."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory.")
     if is_hf_directory(directory):
         return HFSide(directory)
+    if is_foreign_directory(directory):
+        return ForeignSide(directory, foreign or ForeignOptions())
     if is_megatron_directory(directory):
         return MegatronSide(directory)
     raise UserError(

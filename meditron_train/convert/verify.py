@@ -19,17 +19,27 @@ if TYPE_CHECKING:
     from meditron_train.convert.logits import LogitComparison
 
 from meditron_train.checkpoint.export import parse_dtype
+from meditron_train.checkpoint.foreign import ForeignOptions, is_foreign_directory
 from meditron_train.checkpoint.hf_config import read_hf_config
 from meditron_train.checkpoint.hf_map import hf_shapes
 from meditron_train.checkpoint.hf_read import is_hf_directory
 from meditron_train.checkpoint.manifest import MANIFEST_NAME, verify_manifest
 from meditron_train.checkpoint.tokenizer_compare import compare_fingerprints, compare_tokenizers
+from meditron_train.checkpoint.tokenizer_files import has_tokenizer
 from meditron_train.convert.bits import BitComparison
 from meditron_train.convert.scan import in_parallel, scan_tensor
-from meditron_train.convert.side import HFSide, ManifestSide, MegatronSide, Side, open_side, row_blocks
+from meditron_train.convert.side import (
+    ForeignSide,
+    HFSide,
+    ManifestSide,
+    MegatronSide,
+    Side,
+    open_side,
+    row_blocks,
+)
 from meditron_train.errors import UserError
 
-AnySide = HFSide | MegatronSide | ManifestSide
+AnySide = HFSide | MegatronSide | ForeignSide | ManifestSide
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ def verify(
     contradictions = _contradictory_configs(a, b)
     if contradictions:
         return Comparison(tuple(contradictions), 0, 0)
-    side_a, side_b = open_side(a), open_side(b)
+    side_a, side_b = _open_sides(a, b)
     cast = declared or _stated_cast(side_a, side_b)
     differences = _compare_configs(side_a, side_b)
     names = _names(side_a, side_b)
@@ -101,6 +111,21 @@ def verify(
         differences += more
     cast_name = str(cast).removeprefix("torch.") if num_cast else None
     return Comparison(tuple(differences), len(names), sum(sizes.values()), cast_name, compared)
+
+
+def _open_sides(a: str | Path, b: str | Path) -> tuple[AnySide, AnySide]:
+    """Another program's checkpoint has no tokenizer and not always a size of its vocabulary: those are B's then, or
+    A's. Its configuration is its own, and compared."""
+    if not is_foreign_directory(a):
+        side_a = open_side(a)
+        return side_a, open_side(b, _completed_by(side_a))
+    side_b = open_side(b)
+    return open_side(a, _completed_by(side_b)), side_b
+
+
+def _completed_by(side: AnySide) -> ForeignOptions:
+    tokenizer = None if isinstance(side, ManifestSide) or not has_tokenizer(side.hf_files) else side.hf_files
+    return ForeignOptions(tokenizer=tokenizer, vocab_size=side.model.vocab_size)
 
 
 def _stated_cast(side_a: Side, side_b: Side) -> torch.dtype | None:
@@ -249,8 +274,8 @@ def _changed_files(label: str, side: AnySide) -> list[Difference]:
     """Files of a side that are not as its manifest says. It sees what no tensor shows: padding rows, file framing."""
     if isinstance(side, ManifestSide):
         return []
-    if isinstance(side, HFSide) and not (side.directory / MANIFEST_NAME).is_file():
-        return []  # a Hugging Face directory need not have one
+    if isinstance(side, HFSide | ForeignSide) and not (side.directory / MANIFEST_NAME).is_file():
+        return []  # only a sharded checkpoint must have one
     return [Difference("file", f"of {label}", problem) for problem in verify_manifest(side.directory)]
 
 

@@ -202,7 +202,8 @@ def open_side(
 ) -> HFSide | MegatronSide | ForeignSide | ManifestSide:
     """Open a model of any format, or a manifest: the file, or a directory that holds nothing else.
 
-    foreign: what to add to what another program's checkpoint says. Raises UserError when it is none of these, or damaged beyond naming its tensors.
+    foreign: what to add to what another program's checkpoint says. Raises UserError when it is none of these, or
+    damaged beyond naming its tensors.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".json":

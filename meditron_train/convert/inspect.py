@@ -24,9 +24,9 @@ def inspect_directory(
     """A JSON-ready description of a Hugging Face directory or a sharded checkpoint.
 
     Keys: directory, format ("hugging-face", "sharded" or "megatron"), intact, problems (one line each), model
-    (ModelConfig), num_parameters, num_bytes, dtypes (dtype -> number of tensors), tensors (name, shape, dtype, files), files (name,
-    num_bytes, sha256), and for a sharded checkpoint step, tokens, samples, layout, contains, padded_vocab_size,
-    versions. With `hashes`, files and tensors are read, hashed and looked through for NaN and
+    (ModelConfig), num_parameters, num_bytes, dtypes (dtype -> number of tensors), tensors (name, shape, dtype, files),
+    files (name, num_bytes, sha256), and for a sharded checkpoint step, tokens, samples, layout, contains,
+    padded_vocab_size, versions. With `hashes`, files and tensors are read, hashed and looked through for NaN and
     infinity, in blocks. Raises UserError when the directory is not a model at all.
     """
     directory = Path(directory)

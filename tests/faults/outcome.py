@@ -18,7 +18,7 @@ class Outcome:
         promise: what should happen.
         recovery_s: from the fault until the run had caught up with the step it was hit at.
         steps_lost: steps that had to be taken again, beyond those of a checkpoint.
-        interval: steps between checkpoints, the most that may be lost.
+        most_lost: the most steps that the promise allows to be lost: those since the last checkpoint.
         last_step, planned_step: where the run ended, and where it should.
         identical: every loss, to the bit, is that of the undisturbed run.
         starts: times the run was started.
@@ -30,7 +30,7 @@ class Outcome:
     promise: str
     recovery_s: float
     steps_lost: int
-    interval: int
+    most_lost: int
     last_step: int
     planned_step: int
     identical: bool
@@ -40,12 +40,12 @@ class Outcome:
 
     @property
     def kept(self) -> bool:
-        """The promise was kept: the planned end, the same losses, and no more than an interval lost."""
+        """The promise was kept: the planned end, the same losses, and no more lost than it allows."""
         return (
             not self.problem
             and self.identical
             and self.last_step == self.planned_step
-            and self.steps_lost <= self.interval
+            and self.steps_lost <= self.most_lost
         )
 
     def append_to(self, path: Path) -> None:

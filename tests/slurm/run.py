@@ -102,7 +102,7 @@ class SlurmRun:
             promise=promise,
             recovery_s=round(self.recovery_s, 1),
             steps_lost=self.steps_lost,
-            interval=self.interval,
+            most_lost=self.interval,
             last_step=last,
             planned_step=len(undisturbed),
             identical=identical,

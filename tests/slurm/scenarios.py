@@ -191,6 +191,8 @@ def no_progress(job: SlurmRun, dice: random.Random) -> str:
     return _expect(job, "FAILED", said="giving up")
 
 
+QUICK_WATCHDOG = (("resilience", {"hang_min_s": 8.0, "hang_other_s": 90.0}),)
+
 SCENARIOS = (
     Scenario("time limit", "saved before it, requeued, no step lost", time_limit, short=True),
     Scenario("preempted by a job of higher priority", "saved in the grace time, waits, goes on", preemption, short=True),
@@ -201,7 +203,7 @@ SCENARIOS = (
     Scenario("kill -9 of slurmd", "Slurm requeues on other nodes", kill_slurmd),
     Scenario("a node loses power", "Slurm requeues on other nodes", lose_node, short=True),
     Scenario("the coordinator's node loses power", "Slurm requeues on other nodes", lose_head),
-    Scenario("SIGSTOP of a rank", "the watchdog ends the run, it starts again", stop_rank),
+    Scenario("SIGSTOP of a rank", "the watchdog ends the run, it starts again", stop_rank, config=QUICK_WATCHDOG),
     Scenario("network cut for 5 s", "the run waits and goes on", cut_briefly),
     Scenario("network cut for ever", "Slurm requeues on other nodes", cut_for_ever),
     Scenario("bad node, with a spare", "named by the pre-flight, left out", bad_node, short=True),

@@ -65,7 +65,7 @@ def undisturbed(cluster, workload, tmp_path_factory) -> list[float]:
     "scenario", [scenario for scenario in scenarios.SCENARIOS if scenario.short], ids=lambda s: s.name
 )
 def test_a_run_survives(scenario, start, undisturbed):
-    job = start()
+    job = start(**dict(scenario.config))
     problem = scenario.act(job, random.Random(scenario.name))
     outcome = job.outcome(scenario.name, scenario.promise, undisturbed, problem)
     assert outcome.kept, f"{outcome}\n{job.output()[-8000:]}"

@@ -1,4 +1,4 @@
-"""The two kinds of failure that end a command with one clear message instead of a traceback."""
+"""The kinds of failure that end a command with one clear message instead of a traceback."""
 
 from __future__ import annotations
 
@@ -16,3 +16,13 @@ class UserError(MeditronError):
     """
 
     exit_code = 2
+
+
+class RequeueError(MeditronError):
+    """The run cannot go on in these processes, but started again it can: exit code 85."""
+
+    exit_code = 85
+
+
+class SaveError(MeditronError):
+    """A checkpoint could not be written; the earlier ones are untouched."""

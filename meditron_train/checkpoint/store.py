@@ -28,7 +28,7 @@ from meditron_train.checkpoint.manifest import (
     write_manifest,
     write_text_atomically,
 )
-from meditron_train.errors import MeditronError
+from meditron_train.errors import SaveError
 from meditron_train.log import get_logger
 
 __all__ = ["MANIFEST_NAME", "CheckpointStore", "verify_manifest", "write_manifest"]
@@ -80,13 +80,13 @@ class CheckpointStore:
         return removed
 
     def check_free_space(self, needed_bytes: int) -> None:
-        """Raise MeditronError when the file system has less than `needed_bytes` left, before anything is
+        """Raise SaveError when the file system has less than `needed_bytes` left, before anything is
         written."""
         candidates = (self.directory, *self.directory.absolute().parents)
         existing = next(path for path in candidates if path.exists())
         free_bytes = shutil.disk_usage(existing).free
         if free_bytes < needed_bytes:
-            raise MeditronError(
+            raise SaveError(
                 f"the next checkpoint needs about {_gib(needed_bytes)}, but {self.directory} has "
                 f"{_gib(free_bytes)} free; {self._last_good()}. Free some space, or lower "
                 f"checkpoint.keep_last ({self.keep_last})."
@@ -105,7 +105,7 @@ class CheckpointStore:
     def publish(self, step: int) -> Path:
         """Hash, fsync and rename what begin(step) gave into a finished checkpoint, then apply retention.
 
-        Raises MeditronError when the disk is full or fails; the leftovers are then removed, and the
+        Raises SaveError when the disk is full or fails; the leftovers are then removed, and the
         checkpoint published before is untouched.
         """
         written, finished, replaced = self.unfinished_path(step), self.path(step), self._replaced(step)
@@ -132,7 +132,7 @@ class CheckpointStore:
         it."""
         self._delete([self.unfinished_path(step)], "the abandoned checkpoint")
 
-    def failed(self, step: int, error: BaseException) -> MeditronError:
+    def failed(self, step: int, error: BaseException) -> SaveError:
         """Abandon `step` and return the error to raise after `error` hit a save between begin() and
         publish().
 
@@ -147,7 +147,7 @@ class CheckpointStore:
         # torch's writer notices a disk that takes only a part of its data by the position alone.
         full = cause.errno in _DISK_FULL if isinstance(cause, OSError) else "unexpected pos" in str(cause)
         reason = "the disk is full" if full else f"{type(cause).__name__}: {cause}"
-        return MeditronError(
+        return SaveError(
             f"the checkpoint of step {step} could not be written to {self.unfinished_path(step)}: {reason} "
             f"({free} free when it failed); {self._last_good()}. "
             f"{'Free some space' if full else 'Remove the cause'} and start the same command again."

@@ -29,6 +29,8 @@ _NUMBER = BeforeValidator(
 )  # last in each Annotated, so that limits stay limits in the JSON Schema
 Int = Annotated[int, _NUMBER]
 Count = Annotated[int, Field(ge=1), _NUMBER]
+Positive = Annotated[float, Field(gt=0), _NUMBER]
+NotNegative = Annotated[float, Field(ge=0), _NUMBER]
 Beta = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
@@ -266,6 +268,16 @@ class CheckpointSection(Section):
     """Write the final model as a Hugging Face directory."""
     export_interval: Count | None = None
     """Also export every Nth step."""
+    local_interval: Count | None = None
+    """Also save every Nth step into local_dir, for a quick restart on the same nodes in the same layout."""
+    local_dir: Path | None = None
+    """A directory on each node's own disk or in its memory (/dev/shm). Needed with local_interval."""
+
+    @model_validator(mode="after")
+    def _check_local(self) -> CheckpointSection:
+        if (self.local_interval is None) != (self.local_dir is None):
+            raise ValueError("local_interval and local_dir need each other; give both or neither")
+        return self
 
 
 class ValidationSection(Section):
@@ -293,10 +305,42 @@ class LoggingSection(Section):
 
 
 class ResilienceSection(Section):
-    """What the run survives."""
+    """What the run survives, and when it gives up. Numbers that turn something off do so at 0."""
 
     max_skipped_steps: Count = 10
-    """Consecutive steps with a non-finite loss or gradient before the run stops."""
+    """Consecutive skipped steps (loss or gradient not finite, or an anomaly) before the run stops."""
+    retry_bad_steps: bool = True
+    """Compute a step that is not finite, or an anomaly, once more before believing it: a passing fault of the hardware
+    then costs one step's time and changes nothing."""
+    anomaly_action: Literal["report", "skip", "rollback"] = "report"
+    """On a loss spike or an exploding gradient norm. report: warn only. skip: no update on this batch.
+    rollback: take the weights of the last checkpoint and go on with the next batch."""
+    anomaly_window: Annotated[int, Field(ge=10), _NUMBER] = 100
+    """Past steps that say what is usual."""
+    loss_spike_sigma: NotNegative = 6.0
+    """A loss this many standard deviations above the mean of the window is a spike; 0: none is."""
+    grad_norm_factor: NotNegative = 20.0
+    """A gradient norm this many times the median of the window explodes; 0: none does."""
+    max_rollbacks: Count = 3
+    """Rollbacks to one checkpoint before the run stops."""
+    replica_check_interval: Annotated[int, Field(ge=0), _NUMBER] = 100
+    """Steps between comparisons of the weights that several ranks hold, which also precede every checkpoint; 0: never.
+    Finds flipped bits and names the rank."""
+    on_replica_mismatch: Literal["requeue", "stop"] = "requeue"
+    """requeue: end with exit code 85, to be started again from the last checkpoint. stop: end with exit code 1."""
+    hang_factor: NotNegative = 20.0
+    """No finished step for this many median steps is a hang: the run ends, to be requeued; 0: never."""
+    hang_min_s: Positive = 300.0
+    """The least time without a finished step that is called a hang, in seconds."""
+    hang_other_s: Positive = 1800.0
+    """The same for what is no step: the start, the first steps, validation, saving, exporting. Collective operations
+    give up by themselves after half as long again."""
+    slow_rank_factor: NotNegative = 1.3
+    """A rank whose own work takes this many times the median of its peers is reported; 0: none is."""
+    slow_rank_window: Count = 50
+    """Steps over which it is measured."""
+    max_failed_saves: Count = 3
+    """Checkpoints in a row that could not be written before the run stops. The last one of a run must succeed."""
 
 
 class Config(Section):

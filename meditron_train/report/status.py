@@ -5,8 +5,9 @@
     logs/rank_00003.failure.json    the exception that ended a rank
 
 An exit code does not survive torchrun, so a batch script goes by the files: `requeue` there: start again. Not there:
-`status.json` says "done", "failed" (the run gave up, and says why) or still "running" (it was killed from outside, or
-its machine was lost). All three are replaced atomically; where they cannot be written, training goes on.
+`status.json` says "done", "failed" (the run gave up, and says why), "crashed" (it met a bug, or lost other ranks) or
+still "running" (it was killed from outside, or its machine was lost). All three are replaced atomically; where they
+cannot be written, training goes on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from meditron_train.errors import MeditronError
+from meditron_train.errors import MeditronError, RequeueError
 from meditron_train.log import get_logger
 
 _log = get_logger(__name__)
@@ -32,7 +33,7 @@ STATUS_NAME = "status.json"
 REQUEUE_NAME = "requeue"
 STATUS_FORMAT = "meditron-train-status/1"
 
-State = Literal["starting", "running", "stopped", "failed", "done"]
+State = Literal["starting", "running", "stopped", "failed", "crashed", "done"]
 _SECONDS_BETWEEN_STEPS = 1.0  # steps of milliseconds need not each cost a rename on a shared file system
 _MAX_STARTS = 200
 
@@ -40,8 +41,8 @@ _MAX_STARTS = 200
 class RunStatus:
     """Keeps status.json of a run while its `with` block runs. With `enabled=False` (all ranks but one): nothing.
 
-    An exception that leaves the block makes the state "failed"; a block left in state "starting" or "running" without
-    one, too.
+    An exception that leaves the block decides the state: RequeueError "stopped", with a request to requeue; another
+    MeditronError "failed"; anything else, such as the loss of another rank, "crashed".
     """
 
     def __init__(self, run_dir: Path, *, enabled: bool) -> None:
@@ -58,7 +59,7 @@ class RunStatus:
         return self._values.get("run_id", "")
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Enter the start of the run with `facts` (hosts, world_size, job_id ...); removes an old request to requeue."""
+        """Enter a start of the run with `facts` (hosts, world_size, job_id ...); removes an old request to requeue."""
         if not self._enabled:
             return
         before = read_status(self._run_dir) or {}
@@ -98,14 +99,14 @@ class RunStatus:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._enabled or not self._values:
+        if not self._enabled or not self._values or error is None:
             return
-        if error is not None:
-            exit_code = error.exit_code if isinstance(error, MeditronError) else 1
-            reason = str(error) if isinstance(error, MeditronError) else f"{type(error).__name__}: {error}"
-            self.update(state="failed", reason=reason, exit_code=exit_code)
-        elif self._values["state"] in ("starting", "running"):
-            self.update(state="failed", reason="ended without a word", exit_code=1)
+        if isinstance(error, RequeueError):
+            self.stopped(str(error), error.exit_code)
+        elif isinstance(error, MeditronError):
+            self.update(state="failed", reason=str(error), exit_code=error.exit_code)
+        else:
+            self.update(state="crashed", reason=f"{type(error).__name__}: {error}", exit_code=1)
 
     def _write(self) -> None:
         self._values["updated"] = _now()
@@ -193,9 +194,11 @@ def _reason_for_start(before: Mapping[str, Any], run_dir: Path) -> str:
         return requeue
     if state == "done":
         return "continued after its end"
-    if state in ("stopped", "failed"):
+    if state in ("stopped", "failed", "crashed"):
         return f"{state}: {before.get('reason')}"
-    return f"ended without a word after step {before.get('step')} (killed from outside, or its machine was lost)"
+    return (
+        f"ended without a word after step {before.get('step')} (killed from outside, or its machine was lost)"
+    )
 
 
 def _replace(path: Path, text: str, *, durable: bool = False) -> None:

@@ -6,8 +6,9 @@ It knows nothing of files, schedules, logs or signals; `loop.py` composes those.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,19 +37,25 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one training step did, the same on every rank.
+    """What one global batch gave, the same numbers on every rank, to the bit.
 
     Attributes:
-        loss: mean cross-entropy over the labels that count, in nats; not finite when the step was skipped for it.
+        loss: mean cross-entropy over the labels that count, in nats.
         num_loss_tokens: labels that count in the global batch.
         grad_norm: global L2 norm before clipping.
-        skipped: loss or gradient was not finite and no weight was changed.
+        own_seconds: what this rank took before it met the others to add up gradients (differs between ranks).
+        skipped: no weight was changed.
     """
 
     loss: float
     num_loss_tokens: int
     grad_norm: float
-    skipped: bool
+    own_seconds: float
+    skipped: bool = False
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Engine:
@@ -74,6 +81,7 @@ class Engine:
             self.load_weights(source)
         self.ddp_chunks = self._wrap(self.chunks)
         self.optimizer = self._build_optimizer()
+        self._stopwatch = Stopwatch(mesh.device)
         self._connect_schedule()
 
     # ---- construction -------------------------------------------------------------------------------------------
@@ -168,7 +176,7 @@ class Engine:
     def _connect_schedule(self) -> None:
         """Tell megatron-core's forward-backward schedules how gradients are scaled, held back and reduced."""
         schedule, several = self.transformer_config, len(self.ddp_chunks) > 1
-        schedule.finalize_model_grads_func = finalize_model_grads
+        schedule.finalize_model_grads_func = self._finalize_grads
         schedule.grad_scale_func = self.optimizer.scale_loss
         per_chunk = {"no_sync_func": [chunk.no_sync for chunk in self.ddp_chunks]}
         if self.config.parallel.overlap_grad_reduce:
@@ -218,7 +226,15 @@ class Engine:
     # ---- steps --------------------------------------------------------------------------------------------------
 
     def train_step(self, batches: Sequence[PackedTokens], lr: float) -> StepResult:
-        """Forward and backward over this rank's micro-batches of a global batch, then one update at rate `lr`.
+        """Gradients of a global batch, and one update at rate `lr` if they are finite."""
+        result = self.compute_gradients(batches)
+        if result.is_finite:
+            self.update(result.grad_norm, lr)
+            return result
+        return replace(result, skipped=True)
+
+    def compute_gradients(self, batches: Sequence[PackedTokens]) -> StepResult:
+        """Forward and backward over this rank's micro-batches of a global batch; changes no weight.
 
         Gradients are of the mean loss over all labels that count in the global batch, whatever the layout.
         """
@@ -226,18 +242,27 @@ class Engine:
             ddp_chunk.train()
             ddp_chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self._stopwatch.start()
         loss, num_loss_tokens = self._forward_backward(batches, forward_only=False)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        # Both are sums over all ranks that hold them, so every rank decides alike.
-        finite = self.mesh.max_over_ranks(
-            [0.0 if math.isfinite(loss) and math.isfinite(grad_norm) else 1.0]
-        ) == [0.0]
-        if finite:
-            self._clip(grad_norm)
-            self._set_hyperparameters(lr)
-            self.optimizer.step_with_ready_grads()
-        return StepResult(loss, num_loss_tokens, grad_norm, skipped=not finite)
+        # Both are sums over all ranks that hold them. Still one rank may have been given other numbers, and all must
+        # decide alike: the largest counts, and what is not a number is larger than all.
+        worst = self.mesh.max_over_ranks([x if math.isfinite(x) else math.inf for x in (loss, grad_norm)])
+        loss, grad_norm = (
+            x if not math.isfinite(x) else y for x, y in zip((loss, grad_norm), worst, strict=True)
+        )
+        return StepResult(loss, num_loss_tokens, grad_norm, self._stopwatch.seconds())
+
+    def update(self, grad_norm: float, lr: float) -> None:
+        """Clip the gradients, whose global norm is `grad_norm`, and change the weights at rate `lr`."""
+        self._clip(grad_norm)
+        self._set_hyperparameters(lr)
+        self.optimizer.step_with_ready_grads()
+
+    def _finalize_grads(self, *args: Any, **kwargs: Any) -> None:
+        self._stopwatch.stop()  # from here on ranks wait for each other
+        finalize_model_grads(*args, **kwargs)
 
     def evaluate(self, batches: Sequence[PackedTokens]) -> tuple[float, int]:
         """Mean loss in nats, and the labels it is over, of a global batch; changes nothing."""
@@ -326,6 +351,32 @@ class Engine:
         for optimizer in self.optimizer.chained_optimizers:
             optimizer.init_state_fn(optimizer.optimizer)
         self.optimizer.zero_grad()
+
+
+class Stopwatch:
+    """Seconds of this rank's own work; on a GPU those of its stream, read without making the host wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._start: Any = 0.0
+        self._end: Any = 0.0
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self) -> None:
+        self._start = self._end = self._now()
+
+    def stop(self) -> None:
+        self._end = self._now()
+
+    def seconds(self) -> float:
+        """Between start and stop; on a GPU the work between must have been waited for."""
+        return self._start.elapsed_time(self._end) / 1000 if self._on_gpu else self._end - self._start
 
 
 def _forward_step(batches: Any, model: Any) -> tuple[torch.Tensor, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
-import resource
 import socket
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -16,20 +17,23 @@ from meditron_train.config.schema import Config
 from meditron_train.data.batch_schedule import BatchSchedule
 from meditron_train.data.loader import StepLoader
 from meditron_train.data.packed import PackedDataset
-from meditron_train.errors import MeditronError
+from meditron_train.errors import MeditronError, SaveError
 from meditron_train.launcher.environment import LaunchEnvironment
 from meditron_train.log import get_logger, setup_logging
 from meditron_train.parallel import Mesh, destroy, initialize
-from meditron_train.planner.flops import gpu_type, mfu
-from meditron_train.report.metrics import MetricsWriter, format_step_line
 from meditron_train.report.provenance import append_provenance, collect_provenance
 from meditron_train.report.status import RunStatus, forget_failures, record_failure
 from meditron_train.train.engine import StepResult, invented_batch
+from meditron_train.train.guard import StepGuard
+from meditron_train.train.heartbeat import Pulse, forget_heartbeats
+from meditron_train.train.injected_faults import InjectedFaults
 from meditron_train.train.lr_schedule import learning_rate
 from meditron_train.train.run_dir import RunDir
 from meditron_train.train.saving import Progress, RunCheckpoints
 from meditron_train.train.setup import Plan, build_engine, make_plan
+from meditron_train.train.step_log import StepLog
 from meditron_train.train.stop_signals import StopSignals
+from meditron_train.train.watchdog import Watchdog
 
 _log = get_logger(__name__)
 
@@ -63,6 +67,7 @@ def train(config: Config, launch: LaunchEnvironment, signals: StopSignals) -> in
             local_rank=launch.local_rank,
             device=config.train.device,
             seed=config.train.seed,
+            timeout_s=math.ceil(1.5 * config.resilience.hang_other_s),  # after the watchdog, who says more
         )
         hosts = mesh.gather_objects(socket.gethostname())
         status = RunStatus(run_dir.path, enabled=launch.rank == 0)
@@ -70,7 +75,7 @@ def train(config: Config, launch: LaunchEnvironment, signals: StopSignals) -> in
         setup_logging(launch.rank, run_dir.path)
         run: Run | None = None
         try:
-            run = Run(plan, mesh, run_dir, launch, signals, status, stack)
+            run = Run(plan, mesh, run_dir, launch, hosts, signals, status, stack)
             exit_code = run.loop()
         except BaseException as error:
             record_failure(run_dir.path, launch.rank, error, run.progress.step if run else None)
@@ -85,6 +90,7 @@ def _take(run_dir: RunDir, config: Config, status: RunStatus, facts: dict, stack
     run_dir.check_resumable(config)
     run_dir.write_config(config)
     forget_failures(run_dir.path)
+    forget_heartbeats(run_dir.path)
     stack.enter_context(status)
     status.start(facts)
 
@@ -101,26 +107,6 @@ def _facts(launch: LaunchEnvironment, plan: Plan, hosts: list[str]) -> dict[str,
     }
 
 
-class StepMeter:
-    """Time and tokens of the training steps since the last reading; validation and saving do not count."""
-
-    def __init__(self) -> None:
-        self._seconds, self._tokens, self._steps = 0.0, 0, 0
-
-    def add(self, seconds: float, tokens: int) -> None:
-        self._seconds, self._tokens, self._steps = (
-            self._seconds + seconds,
-            self._tokens + tokens,
-            self._steps + 1,
-        )
-
-    def read(self) -> tuple[float, float]:
-        """(seconds per step, tokens per second of all ranks together), then start anew."""
-        values = self._seconds / self._steps, self._tokens / self._seconds
-        self._seconds, self._tokens, self._steps = 0.0, 0, 0
-        return values
-
-
 class Run:
     """One rank's run: built, tried with a dry step and resumed; then `loop()` takes the steps."""
 
@@ -130,65 +116,61 @@ class Run:
         mesh: Mesh,
         run_dir: RunDir,
         launch: LaunchEnvironment,
+        hosts: Sequence[str],
         signals: StopSignals,
         status: RunStatus,
         stack: ExitStack,
     ) -> None:
-        config = plan.config
+        config, settings = plan.config, plan.config.resilience
         self.plan, self.config, self.mesh, self.run_dir = plan, config, mesh, run_dir
         self.signals, self.status = signals, status
+        self.pulse = Pulse()
+        stack.enter_context(
+            Watchdog(self.pulse, settings, run_dir.path, rank=mesh.rank, world_size=mesh.layout.world_size)
+        )
         self.batches = BatchSchedule(config.train.global_batch_size, config.train.batch_ramp)
         self.checkpoints = RunCheckpoints(plan, mesh, run_dir.checkpoints, status)
         newest = self.checkpoints.newest()
         self.engine = build_engine(plan, mesh, with_weights=newest is None)
         self.dry_run()
         self.progress = self.checkpoints.load(self.engine, newest) if newest else Progress()
+        self.pulse.step = self.progress.step
+        self.guard = StepGuard(self.engine, settings, hosts, self.progress.history)
+        self.faults = InjectedFaults(run_dir.path, mesh.rank)
+        self.num_failed_saves = self.num_rollbacks = 0
         self.loader = self.load(
             plan.train_data, self.batches, self.progress.step + 1, config.data.num_prefetch_steps
         )
         stack.callback(self.loader.close)
         if mesh.rank == 0:
             append_provenance(run_dir.path, self.provenance(launch))
-        self.metrics = MetricsWriter(
-            run_dir.path,
-            wandb=config.logging.wandb,
-            wandb_project=config.logging.wandb_project,
-            tensorboard=config.logging.tensorboard,
-            config=config.model_dump(mode="json", by_alias=True),
-            enabled=mesh.rank == 0,
-            resume_step=self.progress.step,
-        )
-        stack.callback(self.metrics.close)
-        self.meter = StepMeter()
+        self.log = StepLog(plan, mesh, self.engine, run_dir.path, self.progress.step)
+        stack.callback(self.log.close)
 
     def loop(self) -> int:
         """Take the remaining steps; returns the exit code."""
         config, last_step = self.config, self.config.train.steps
         self.status.update(state="running", step=self.progress.step)
         stop, _ = self.agree_on_requests()
-        if stop and self.progress.step < last_step:  # asked while it was starting: nothing is lost by not going on
+        if stop and self.progress.step < last_step:  # asked while it was starting: nothing to save
             return self.stop(stop)
         while self.progress.step < last_step:
-            start = time.monotonic()
-            step, batches = next(self.loader)
-            lr = learning_rate(step, config.schedule, config.optimizer, last_step)
-            result = self.engine.train_step(batches, lr)
-            self.meter.add(time.monotonic() - start, self.batches.batch_size(step) * config.train.seq_len)
-            self.count(step, result)
+            result, lr = self.take_step()
+            step = self.progress.step
             is_last = step == last_step
             validation_losses = self.validate() if is_last or step % config.validation.interval == 0 else {}
             if is_last or validation_losses or step % config.logging.interval == 0:
-                self.log_step(result, lr, validation_losses)
-            self.checkpoints.finish(wait=False)
+                self.log.write(self.progress, result, lr, validation_losses)
             self.status.update(step=step)
+            self.try_to_save(lambda: self.checkpoints.finish(wait=False), must=False)
             stop, save = self.agree_on_requests()
-            if stop or save or is_last or step % config.checkpoint.interval == 0 or self.export_is_due(step):
-                self.save()
+            if stop or save or self.save_is_due(step):
+                self.save(must=bool(stop) or is_last, wait=bool(stop) or save)
             if stop or save:
-                self.checkpoints.finish(wait=True)
                 self.signals.acknowledge(stop=bool(stop))
             if stop and not is_last:
                 return self.stop(stop)
+        self.pulse.enter("exporting")
         self.checkpoints.close()
         if config.checkpoint.export_hf:
             self.checkpoints.export(last_step, self.run_dir.path / "hf")
@@ -200,14 +182,43 @@ class Run:
         """End before the last step, after a checkpoint, asking to be started again."""
         self.checkpoints.close()
         self.signals.acknowledge(stop=True)
-        _log.info("stopped after step %d because of %s; the same command continues", self.progress.step, reason)
+        _log.info(
+            "stopped after step %d because of %s; the same command continues", self.progress.step, reason
+        )
         self.status.stopped(reason, EXIT_REQUEUE)
         return EXIT_REQUEUE
 
     # ---- parts of a step ----------------------------------------------------------------------------------------
 
+    def take_step(self) -> tuple[StepResult, float]:
+        """Take the next step and count it; returns its result and learning rate."""
+        start = time.monotonic()
+        self.pulse.enter("waiting for data")
+        step, batches = next(self.loader)
+        seconds_waited = time.monotonic() - start
+        self.pulse.enter("training step")
+        self.faults.before_step(step, self.engine)
+        lr = learning_rate(step, self.config.schedule, self.config.optimizer, self.config.train.steps)
+        taken = self.guard.take_step(
+            step, batches, lr, seconds_waited_for_data=seconds_waited, is_saved=self.save_is_due(step)
+        )
+        seconds = time.monotonic() - start
+        self.log.meter.add(seconds, self.batches.batch_size(step) * self.config.train.seq_len)
+        self.pulse.finished_step(step, seconds)
+        if taken.problem:
+            skipped = "no weight was changed" if taken.result.skipped else "it is reported only"
+            _log.warning("step %d %s: %s", step, taken.problem, skipped)
+        if taken.slow_ranks is not None:
+            self.status.update(slow_ranks=[str(rank) for rank in taken.slow_ranks])
+            for rank in taken.slow_ranks:
+                _log.warning("%s", rank)
+        self.count(step, taken.result)
+        if taken.roll_back:
+            self.roll_back()
+        return taken.result, lr
+
     def count(self, step: int, result: StepResult) -> None:
-        """Advance the counters; stop the run when too many steps in a row were not finite."""
+        """Advance the counters; stop the run when too many steps in a row were skipped."""
         progress, limit = self.progress, self.config.resilience.max_skipped_steps
         progress.step = step
         progress.samples += self.batches.batch_size(step)
@@ -217,21 +228,39 @@ class Run:
             return
         progress.num_skipped_steps += 1
         progress.num_consecutive_skips += 1
-        _log.warning(
-            "step %d is not finite (loss %s, gradient norm %s): no weight was changed, %d in a row",
-            *(step, result.loss, result.grad_norm, progress.num_consecutive_skips),
-        )
         if progress.num_consecutive_skips >= limit:
             self.checkpoints.close()
-            good = self.checkpoints.newest()
             raise MeditronError(
-                f"{limit} steps in a row were not finite (resilience.max_skipped_steps), the last one step {step}. "
-                f"The last good checkpoint is {good}. Look at the data of these steps (`meditron-train data trace "
-                f"{self.run_dir.path} --step {step}`), lower optimizer.lr, or start from an earlier checkpoint"
+                f"{limit} steps in a row were skipped, not finite or anomalous (resilience.max_skipped_steps); the last "
+                f"one was step {step}. The last good checkpoint is {self.checkpoints.newest()}. Look at the data of these "
+                f"steps (`meditron-train data trace {self.run_dir.path} --step {step}`), lower optimizer.lr, or start "
+                "from an earlier checkpoint"
             )
+
+    def roll_back(self) -> None:
+        """Load the last checkpoint's weights. The steps since then count as skipped; their batches do not return."""
+        self.pulse.enter("rolling back")
+        self.checkpoints.finish(wait=True)
+        newest, limit = self.checkpoints.newest(), self.config.resilience.max_rollbacks
+        if newest is None:
+            _log.warning("there is no checkpoint to roll back to yet: only this step is skipped")
+            return
+        if self.num_rollbacks >= limit:
+            raise MeditronError(
+                f"step {self.progress.step} would be rollback {limit + 1} to {newest} (resilience.max_rollbacks). Look "
+                "at the data since then, lower optimizer.lr, or start from an earlier checkpoint"
+            )
+        self.num_rollbacks += 1
+        restored = self.checkpoints.load(self.engine, newest)
+        num_undone = self.progress.step - restored.step
+        self.progress.num_skipped_steps = restored.num_skipped_steps + num_undone
+        _log.warning(
+            "rolled back to the weights of %s; the %d steps since then count as skipped", newest, num_undone
+        )
 
     def validate(self) -> dict[str, float]:
         """Mean loss over a fixed set of samples of each validation source, in nats per token."""
+        self.pulse.enter("validation")
         losses = {}
         schedule = BatchSchedule(self.config.train.global_batch_size)
         for name, dataset in self.plan.validation_data.items():
@@ -255,17 +284,45 @@ class Run:
         reasons = self.mesh.gather_objects(self.signals.requested)
         return next((reason for reason in reasons if reason), "a request"), bool(save)
 
-    def save(self) -> None:
-        self.metrics.sync()
-        seconds = self.checkpoints.save(self.engine, self.progress)
-        _log.info("training stood still for %.1f s to save step %d", seconds, self.progress.step)
-        if self.export_is_due(self.progress.step):
-            step = self.progress.step
-            self.checkpoints.export(step, self.run_dir.path / f"hf_step_{step:08d}")
+    def save_is_due(self, step: int) -> bool:
+        is_regular = step == self.config.train.steps or step % self.config.checkpoint.interval == 0
+        return is_regular or self.export_is_due(step)
 
     def export_is_due(self, step: int) -> bool:
         interval = self.config.checkpoint.export_interval
         return interval is not None and step % interval == 0
+
+    def save(self, *, must: bool, wait: bool) -> None:
+        """Save, and with `wait` do not go on before it is published; `must`: a failure ends the run."""
+        self.pulse.enter("saving")
+        step = self.progress.step
+        self.guard.check_replicas(step)
+        self.progress.history = self.guard.monitor.history
+
+        def write() -> None:
+            self.log.sync()
+            seconds = self.checkpoints.save(self.engine, self.progress)
+            _log.info("training stood still for %.1f s to save step %d", seconds, step)
+            if wait:
+                self.checkpoints.finish(wait=True)
+            if self.export_is_due(step):
+                self.pulse.enter("exporting")
+                self.checkpoints.export(step, self.run_dir.path / f"hf_step_{step:08d}")
+            self.num_failed_saves = self.num_rollbacks = 0
+
+        self.try_to_save(write, must=must)
+
+    def try_to_save(self, action: Callable[[], object], *, must: bool) -> None:
+        """A checkpoint that cannot be written ends the run if it `must` be, or if it is one too many in a row."""
+        try:
+            action()
+        except SaveError as error:
+            self.num_failed_saves += 1
+            limit = self.config.resilience.max_failed_saves
+            if must or self.num_failed_saves >= limit:
+                raise
+            _log.error("%s Training goes on: failure %d of %d in a row", error, self.num_failed_saves, limit)
+            self.status.update(last_save_error=str(error))
 
     def dry_run(self) -> None:
         """One step on invented data at full size, so that too little memory shows before the first real step."""
@@ -283,44 +340,7 @@ class Run:
                 "or parallel.pipeline"
             ) from error
 
-    # ---- numbers ------------------------------------------------------------------------------------------------
-
-    def log_step(self, result: StepResult, lr: float, validation_losses: dict[str, float]) -> None:
-        """Write the numbers of the step just taken; times are means since the previous line. Collective."""
-        step_time_s, tokens_per_second = self.meter.read()
-        (peak_memory_bytes,) = self.mesh.max_over_ranks([_peak_memory_bytes(self.mesh)])
-        metrics = {
-            "step": self.progress.step,
-            "tokens": self.progress.tokens,
-            "loss": result.loss,
-            "lr": lr,
-            "grad_norm": result.grad_norm,
-            "param_norm": self.engine.param_norm(),
-            "num_loss_tokens": result.num_loss_tokens,
-            "tokens_per_second": tokens_per_second,
-            "step_time_s": step_time_s,
-            "mfu": self.mfu(tokens_per_second),
-            "num_skipped_steps": self.progress.num_skipped_steps,
-            "peak_memory_bytes": int(peak_memory_bytes),
-            **validation_losses,
-        }
-        self.metrics.write(metrics)
-        if self.mesh.rank == 0:
-            _log.info(format_step_line(metrics, self.config.train.steps))
-
-    def mfu(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs utilisation by 6·N (the planner states the convention); None where the peak is unknown."""
-        gpu: str | None = self.config.train.gpu
-        if gpu is None and self.mesh.on_gpu:
-            gpu = gpu_type(torch.cuda.get_device_name(self.mesh.device))
-        return mfu(
-            self.plan.model,
-            self.config.train.seq_len,
-            tokens_per_second=tokens_per_second,
-            num_gpus=self.mesh.layout.world_size,
-            gpu=gpu,
-            precision=self.config.train.precision,
-        )
+    # ---- parts of the start -------------------------------------------------------------------------------------
 
     def load(
         self, dataset: PackedDataset, schedule: BatchSchedule, start_step: int, num_prefetch_steps: int
@@ -346,10 +366,3 @@ class Run:
             fingerprints,
             {**asdict(launch), "layout": asdict(self.plan.layout), "resumed_after_step": self.progress.step},
         )
-
-
-def _peak_memory_bytes(mesh: Mesh) -> float:
-    """The most this process has held: on the GPU as torch's allocator counts, on CPU as the kernel does."""
-    if mesh.on_gpu:
-        return float(torch.cuda.max_memory_allocated(mesh.device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ class Progress:
     Attributes:
         step: last finished step; the data position follows from it.
         samples, tokens: consumed so far, skipped steps and padding included (tokens = samples x seq_len).
-        num_skipped_steps: steps whose loss or gradient was not finite, so far.
+        num_skipped_steps: steps that changed no weight, or whose change was rolled back, so far.
         num_consecutive_skips: those at the end, without a good step after them.
+        history: (loss, gradient norm) of the last good steps, which say what is usual (`anomalies`).
     """
 
     step: int = 0
@@ -44,6 +45,7 @@ class Progress:
     tokens: int = 0
     num_skipped_steps: int = 0
     num_consecutive_skips: int = 0
+    history: list[tuple[float, float]] = field(default_factory=list)
 
 
 class RunCheckpoints:

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from meditron_train.errors import UserError
+from meditron_train.errors import MeditronError, RequeueError, UserError
 from meditron_train.report.status import (
     RunStatus,
     forget_failures,
@@ -43,6 +43,22 @@ def test_a_whole_run(run_dir):
     assert values["hosts"] == ["n1"]
     assert read_requeue(run_dir) is None
     assert sorted(os.listdir(run_dir)) == ["logs", "status.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "requeue"),
+    [
+        (RequeueError("rank 1 differs"), "stopped", "rank 1 differs"),
+        (MeditronError("too many skipped steps"), "failed", None),
+        (RuntimeError("Connection closed by peer"), "crashed", None),
+    ],
+)
+def test_an_error_decides_the_state(run_dir, error, state, requeue):
+    with pytest.raises(type(error)), start(run_dir):
+        raise error
+    assert read_status(run_dir)["state"] == state
+    assert str(error) in read_status(run_dir)["reason"]
+    assert read_requeue(run_dir) == requeue
 
 
 def test_every_restart_has_its_reason(run_dir):

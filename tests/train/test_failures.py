@@ -202,20 +202,20 @@ def poisoned_rank(rank: int, world_size: int, config_file: Path, steps: dict[int
     """Run with the losses of the given steps multiplied by NaN or infinity, on the last rank only."""
     from meditron_train.train.engine import Engine
 
-    train_step = Engine.train_step
+    compute_gradients = Engine.compute_gradients
     calls = iter(range(1, 1000))
 
-    def poisoned(self, batches, lr):
+    def poisoned(self, batches):
         value = steps.get(next(calls))
         if value is None or rank != world_size - 1:
-            return train_step(self, batches, lr)
+            return compute_gradients(self, batches)
         hook = self.chunks[-1].register_forward_hook(lambda _, __, output: output * float(value))
         try:
-            return train_step(self, batches, lr)
+            return compute_gradients(self, batches)
         finally:
             hook.remove()
 
-    Engine.train_step = poisoned
+    Engine.compute_gradients = poisoned
     return message_rank(rank, world_size, config_file)
 
 
@@ -226,6 +226,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(write_config
     config = write_config(
         train={"steps": 6, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"},
         validation={"interval": 1},
+        resilience={"retry_bad_steps": False},
     )
     assert run_ranks(poisoned_rank, 2, config, {3: value}) == [(0, "")] * 2
     metrics = read_metrics(tmp_path / "run")
@@ -240,10 +241,10 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_checkpoint(write_conf
     config = write_config(
         train={"steps": 9, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"},
         checkpoint={"interval": 2, "export_hf": False},
-        resilience={"max_skipped_steps": 3},
+        resilience={"max_skipped_steps": 3, "retry_bad_steps": False},
     )
     results = run_ranks(poisoned_rank, 2, config, {2: "nan", 4: "nan", 5: "nan", 6: "nan"})
     assert [code for code, _ in results] == [1, 1]
     message = results[0][1]
-    assert "3 steps in a row were not finite" in message and "the last one step 6" in message
+    assert "3 steps in a row were skipped" in message and "the last one was step 6" in message
     assert "step_00000004" in message and "--step 6" in message

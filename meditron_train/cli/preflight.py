@@ -110,21 +110,20 @@ def _print_table(
         return "-" if value is None else format(value, form)
 
     width = max(6, *(len(node) for node in nodes))
-    header = f"{'node':{width}}  {'GPUs':>4}  {'TFLOP/s':>8}  {'in node':>8}  {'network':>8}  {'clock':>7}  {'disk':>7}  {'shm':>7}"
-    typer.echo(
-        header
-        + f"\n{'':{width}}  {'':>4}  {'':>8}  {'GB/s':>8}  {'GB/s':>8}  {'s':>7}  {'GiB':>7}  {'GiB':>7}"
-    )
+    columns = ("GPUs", "TFLOP/s", "in node", "network", "clock", "disk", "shm")
+    units = ("", "", "GB/s", "GB/s", "s", "GiB", "GiB")
+    for first, rest in (("node", columns), ("", units)):
+        typer.echo("  ".join([f"{first:{width}}", *(f"{word:>8}" for word in rest)]))
     for rank, node in enumerate(nodes):
         known = facts.get(node)
         cells = [
-            f"{known.num_gpus if known else '-':>4}",
+            f"{known.num_gpus if known else '-':>8}",
             f"{number(known.matmul_tflops if known else None, '.2f'):>8}",
             f"{number(known.local_bandwidth_gb_s if known else None, '.1f'):>8}",
             f"{number(links.best_pair_gb_s.get(rank), '.2f'):>8}",
-            f"{number(links.clock_skew_s.get(rank), '+.3f'):>7}",
-            f"{number(known.free_disk_gib if known else None, '.0f'):>7}",
-            f"{number(known.shared_memory_gib if known else None, '.1f'):>7}",
+            f"{number(links.clock_skew_s.get(rank), '+.3f'):>8}",
+            f"{number(known.free_disk_gib if known else None, '.0f'):>8}",
+            f"{number(known.shared_memory_gib if known else None, '.1f'):>8}",
         ]
         typer.echo("  ".join([f"{node:{width}}", *cells]) + (f"  BAD: {bad[node]}" if node in bad else ""))
     if links.bandwidth_gb_s is not None:
@@ -164,4 +163,6 @@ def _is_finished(settings: Config) -> bool:
     run_dir, export = settings.logging.run_dir, settings.checkpoint.export_hf
     latest = run_dir / "checkpoints" / "latest"
     last = f"step_{settings.train.steps:08d}"
-    return latest.is_file() and latest.read_text().strip() == last and (not export or (run_dir / "hf").is_dir())
+    return (
+        latest.is_file() and latest.read_text().strip() == last and (not export or (run_dir / "hf").is_dir())
+    )

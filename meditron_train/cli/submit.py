@@ -26,7 +26,8 @@ def submit(
         typer.Argument(help="Values that replace those of the file.", metavar="[section.field=value]..."),
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option("--nodes", min=1, help="Nodes; absent: as few as the layout and the memory need.")
+        int | None,
+        typer.Option("--nodes", min=1, help="Nodes; absent: as few as the layout and the memory need."),
     ] = None,
     gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=0, help="0: nodes without GPUs.")] = 8,
     ranks_per_node: Annotated[
@@ -34,11 +35,16 @@ def submit(
     ] = None,
     gpu: Annotated[
         str | None,
-        typer.Option("--gpu", help="a100-80gb, h100-80gb or h200-141gb: refuse what does not fit into its memory."),
+        typer.Option(
+            "--gpu", help="a100-80gb, h100-80gb or h200-141gb: refuse what does not fit into its memory."
+        ),
     ] = None,
     time_limit: Annotated[str, typer.Option("--time", help="Time limit of one job.")] = "24:00:00",
     save_time: Annotated[
-        int, typer.Option("--save-time", min=1, help="Seconds before the time limit at which the run saves and stops.")
+        int,
+        typer.Option(
+            "--save-time", min=1, help="Seconds before the time limit at which the run saves and stops."
+        ),
     ] = 300,
     partition: Annotated[str | None, typer.Option("--partition", help="Slurm partition.")] = None,
     account: Annotated[str | None, typer.Option("--account", help="Slurm account.")] = None,
@@ -47,9 +53,13 @@ def submit(
     ] = 0,
     chain: Annotated[
         int,
-        typer.Option("--chain", min=1, help="Jobs one after the other; 1: one job that requeues itself until done."),
+        typer.Option(
+            "--chain", min=1, help="Jobs one after the other; 1: one job that requeues itself until done."
+        ),
     ] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script; submit nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the batch script; submit nothing.")
+    ] = False,
 ) -> None:
     """Write a batch script for CONFIG.yaml and give it to Slurm.
 
@@ -90,7 +100,10 @@ def submit(
     typer.echo(_summary(settings, job, memory), err=True)
     if dry_run:
         typer.echo(text, nl=False)
-        typer.echo(f"\nnot submitted; without --dry-run: {' && '.join(sbatch.submit_commands(job, script))}", err=True)
+        typer.echo(
+            f"\nnot submitted; without --dry-run: {' && '.join(sbatch.submit_commands(job, script))}",
+            err=True,
+        )
         return
     script.parent.mkdir(exist_ok=True)
     script.write_text(text)
@@ -131,9 +144,9 @@ def _fewest_nodes(settings: Config, model: ModelConfig | None, ranks_per_node: i
         if fullest_stage(settings, model, layout).total <= GPU_MEMORY_BYTES[gpu]:
             return number
     raise UserError(
-        f"no number of nodes up to {_MOST_NODES} with {ranks_per_node} ranks each suits parallel.tensor x pipeline x context "
-        f"= {settings.parallel.layout(1).model_parallel_size}, train.global_batch_size {train.global_batch_size} and the "
-        "memory; give --nodes to see what is wrong with it"
+        f"no number of nodes up to {_MOST_NODES} with {ranks_per_node} ranks each suits parallel.tensor x pipeline x "
+        f"context = {settings.parallel.layout(1).model_parallel_size}, train.global_batch_size "
+        f"{train.global_batch_size} and the memory; give --nodes to see what is wrong with it"
     )
 
 
@@ -153,7 +166,9 @@ def _check_memory(settings: Config, model: ModelConfig | None, world_size: int, 
 
 def _summary(settings: Config, job: Job, memory: str) -> str:
     layout = settings.parallel.layout(job.world_size)
-    parts = f"tensor {layout.tensor}, pipeline {layout.pipeline}, context {layout.context}, data {layout.data}"
+    parts = (
+        f"tensor {layout.tensor}, pipeline {layout.pipeline}, context {layout.context}, data {layout.data}"
+    )
     spare = f" and {job.num_spare_nodes} spare" if job.num_spare_nodes else ""
     count = f"{job.num_nodes} node{'s' if job.num_nodes > 1 else ''}{spare}"
     return f"{job.name}: {count} with {job.ranks_per_node} ranks each: {parts}\n{memory}"

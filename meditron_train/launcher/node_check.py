@@ -75,10 +75,14 @@ def examine_node(node: str, run_dir: Path, *, num_ranks: int) -> NodeFacts:
     free_disk_gib = _free_gib(run_dir, problems)
     shared_memory_gib = shutil.disk_usage("/dev/shm").free / _GIB
     if free_disk_gib < _LEAST_DISK_GIB:
-        problems.append(f"{free_disk_gib:.1f} GiB of disk are free at {run_dir}, {_LEAST_DISK_GIB} are needed")
+        problems.append(
+            f"{free_disk_gib:.1f} GiB of disk are free at {run_dir}, {_LEAST_DISK_GIB} are needed"
+        )
     least = _LEAST_SHARED_MEMORY_GIB["gpu" if gpus else "cpu"]
     if shared_memory_gib < least:
-        problems.append(f"{shared_memory_gib * 1024:.0f} MiB of /dev/shm are free, {least * 1024:.0f} are needed")
+        problems.append(
+            f"{shared_memory_gib * 1024:.0f} MiB of /dev/shm are free, {least * 1024:.0f} are needed"
+        )
     matmul_tflops, local_bandwidth_gb_s = None, None
     try:
         matmul_tflops, local_bandwidth_gb_s = measure_speed(len(gpus))
@@ -152,7 +156,8 @@ def measure_speed(num_gpus: int) -> tuple[float, float | None]:
     if num_gpus == 0:
         return _matmul_tflops(torch.device("cpu"), size=512, dtype=torch.float32, repeats=4), None
     slowest = min(
-        _matmul_tflops(torch.device("cuda", i), size=8192, dtype=torch.bfloat16, repeats=20) for i in range(num_gpus)
+        _matmul_tflops(torch.device("cuda", i), size=8192, dtype=torch.bfloat16, repeats=20)
+        for i in range(num_gpus)
     )
     return slowest, _local_bandwidth_gb_s(num_gpus) if num_gpus > 1 else None
 
@@ -183,7 +188,9 @@ def _local_bandwidth_gb_s(num_gpus: int, num_bytes: int = 2**28, repeats: int = 
     for buffer in buffers:
         _synchronize(buffer.device)
         if float(buffer[0]) != num_gpus:
-            raise RuntimeError(f"the all-reduce over {num_gpus} GPUs gave {float(buffer[0])} on {buffer.device}")
+            raise RuntimeError(
+                f"the all-reduce over {num_gpus} GPUs gave {float(buffer[0])} on {buffer.device}"
+            )
     start = time.monotonic()
     for _ in range(repeats):
         nccl.all_reduce(buffers)

@@ -79,8 +79,14 @@ def batch_script(job: Job, *, directory: Path, launch_dir: Path) -> str:
         "output": "logs/%x-%j.out",
     }
     lines = ["#!/usr/bin/env bash"]
-    lines += [f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}" for name, value in options.items()]
-    lines += ["", "set -euo pipefail", f"export TRAIN_NODES={job.num_nodes} NPROC_PER_NODE={job.ranks_per_node}"]
+    lines += [
+        f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}" for name, value in options.items()
+    ]
+    lines += [
+        "",
+        "set -euo pipefail",
+        f"export TRAIN_NODES={job.num_nodes} NPROC_PER_NODE={job.ranks_per_node}",
+    ]
     words = [str(launch_dir / "train.sbatch"), str(job.config), *job.overrides]
     lines.append("exec " + shlex.join(words))
     return "\n".join(lines) + "\n"
@@ -127,7 +133,9 @@ def time_limit_s(text: str) -> int:
     """Seconds of Slurm's time formats: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
     match = _TIME.fullmatch(text)
     if match is None:
-        raise UserError(f"--time {text!r} is no time limit; write hours:minutes:seconds (24:00:00) or days-hours (2-12)")
+        raise UserError(
+            f"--time {text!r} is no time limit; write hours:minutes:seconds (24:00:00) or days-hours (2-12)"
+        )
     fields = [int(field) for field in match["fields"].split(":")]
     if match["days"] is not None:  # from the hours down
         days, units = int(match["days"]), (3600, 60, 1)

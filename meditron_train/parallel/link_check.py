@@ -42,7 +42,7 @@ def meet(
     Raises:
         RuntimeError: the first node, which keeps the table, cannot be reached (torch's own message).
     """
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         address,
         port,
         None,
@@ -79,7 +79,7 @@ def measure_links(store: Any, rank: int, members: list[int], *, on_gpu: bool, ti
             torch.cuda.set_device(device)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=dist.PrefixStore("links", store),
+            store=dist.PrefixStore("links", store),  # type: ignore[attr-defined]
             rank=place,
             world_size=size,
             timeout=timeout,

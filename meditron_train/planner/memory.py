@@ -4,35 +4,36 @@ What is counted, for one pipeline stage and one tensor-parallel rank (t: tensor,
 training precision, h: hidden, f: intermediate, N and K: heads and key/value heads, D: head size, V: padded
 vocabulary):
 
-| part        | bytes                                                                                              |
-|-------------|----------------------------------------------------------------------------------------------------|
-| weights     | e per parameter                                                                                    |
-| gradients   | 4 per parameter: they are added up in fp32                                                         |
-| optimizer   | 12 per parameter in bf16 (fp32 copy, two moments), 8 in fp32; over d with the distributed optimizer |
-| activations | below, times the micro-batches that the pipeline schedule keeps alive                              |
-| logits      | V/t per token of one micro-batch, on the last stage: 4 for the loss, and e where that is not fp32  |
-| allowance   | 3 GiB (CUDA context, NCCL's buffers, workspaces) and 5 % (fragmentation): experience, no formula   |
+| part        | bytes                                                                                       |
+|-------------|---------------------------------------------------------------------------------------------|
+| weights     | e per parameter                                                                             |
+| gradients   | 4 per parameter: they are added up in fp32                                                  |
+| optimizer   | 12 per parameter in bf16 (fp32 copy, two moments), 8 in fp32; with the distributed optimizer |
+|             | over d                                                                                      |
+| activations | below, times the micro-batches that the pipeline schedule keeps alive                       |
+| logits      | V/t per token of one micro-batch, last stage: 4 for the loss, and e where that is not fp32  |
+| allowance   | 3 GiB (CUDA context, NCCL's buffers, workspaces) and 5 % (fragmentation): no formula        |
 
 Activations of a layer per token of the rank's micro-batch, after Korthikanti et al. 2022 (arXiv 2205.05198, section
 4), for what our layers keep for the backward pass: no dropout masks, a SwiGLU instead of a GELU, grouped-query
 attention, and, as attention is fused and stays inside packed documents, nothing that grows with S². s is 1/t under
 sequence parallelism, else 1:
 
-    norms      2 · (e·h·s + 4)                       their inputs and statistics
+    norms      2 · (e·h·s + 4)                  their inputs and statistics
                (on the CPU PyTorch keeps two fp32 tensors instead: 2 · (8·h·s + 4))
-    linear in  2 · e·h·s                             inputs of QKV and of gate and up, as sequence parallelism shards them
-    attention  e·(N+2K)·D/t + e·(N+K)·D/t            QKV as projected (v is a view of it); q and k once rotated
-               + 2·e·N·D/t + 4·N/t                   output, its packed copy, softmax statistics
-    MLP        5·e·f/t                               gate and up, silu(gate), up once copied by megatron-core, their product
+    linear in  2 · e·h·s                        inputs of QKV and of gate and up, as sequence parallelism shards them
+    attention  e·(N+2K)·D/t + e·(N+K)·D/t       QKV as projected (v is a view of it); q and k once rotated
+               + 2·e·N·D/t + 4·N/t              output, its packed copy, softmax statistics
+    MLP        5·e·f/t                          gate and up, silu(gate), megatron-core's copy of up, their product
 
 Recomputing attention (`selective`) drops rotated q and k, one output and the statistics, and keeps q once more, as it
-was before its rotation (megatron-core copies it out of QKV); `full` keeps e·h·s per layer,
-and everything above for the one layer that is being recomputed. Micro-batches alive on stage p of P with m
-micro-batches: min(m, P-p); with v chunks per stage min(m·v, 2(P-p-1) + (v-1)·P + 1) chunks (Narayanan et al. 2021, arXiv
-2104.04473). Each also keeps two fp32 rotation tables of D per token.
+was before its rotation (megatron-core copies it out of QKV); `full` keeps e·h·s per layer, and everything above for
+the one layer that is being recomputed. Micro-batches alive on stage p of P with m micro-batches: min(m, P-p); with v
+chunks per stage min(m·v, 2(P-p-1) + (v-1)·P + 1) chunks (Narayanan et al. 2021, arXiv 2104.04473). Each also keeps two
+fp32 rotation tables of D per token.
 
-tests/planner/test_memory.py compares these with the bytes that real steps of a tiny model keep, on CPUs; the GPU's norms
-and the allowance have not been measured.
+tests/planner/test_memory.py compares these with the bytes that real steps of a tiny model keep, on CPUs; the GPU's
+norms and the allowance have not been measured.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ def require_fit(estimate: MemoryEstimate, gpu: str) -> None:
         return
     raise UserError(
         f"this does not fit: pipeline stage {estimate.stage} needs about {estimate.total / _GIB:.0f} GiB per GPU, "
-        f"{gpu} has {available / _GIB:.0f} ({describe(estimate)}). Raise parallel.tensor, parallel.pipeline or the number "
-        "of nodes, lower train.micro_batch_size, or choose train.recompute=full"
+        f"{gpu} has {available / _GIB:.0f} ({describe(estimate)}). Raise parallel.tensor, parallel.pipeline or the "
+        "number of nodes, lower train.micro_batch_size, or choose train.recompute=full"
     )
 
 
@@ -204,9 +205,7 @@ def microbatches_alive(layout: ParallelLayout, stage: int, num_microbatches: int
     return min(num_microbatches * chunks, warmup + 1)
 
 
-def _activations(
-    config: Config, model: ModelConfig, layout: ParallelLayout, stage: int, on_gpu: bool
-) -> int:
+def _activations(config: Config, model: ModelConfig, layout: ParallelLayout, stage: int, on_gpu: bool) -> int:
     train, element = config.train, _ELEMENT_BYTES[config.train.precision]
     tokens = _tokens_per_microbatch(config, layout)
     num_microbatches = train.global_batch_size // (train.micro_batch_size * layout.data)

@@ -70,13 +70,18 @@ def run_on_slurm(results: Path, work: Path, workload: Workload, options: argpars
                 continue
             for number in range(done.get(scenario.name, 0), options.rounds):
                 dice = random.Random(f"{options.seed}/{scenario.name}/{number}")
-                job = new_run(f"{scenario.name.replace(' ', '-').replace('/', '-')}-{time.time_ns()}", **dict(scenario.config))
+                job = new_run(
+                    f"{scenario.name.replace(' ', '-').replace('/', '-')}-{time.time_ns()}",
+                    **dict(scenario.config),
+                )
                 try:
                     cluster.repair()
                     problem = scenario.act(job, dice)
                 except AssertionError as error:
                     problem = str(error)
-                outcome = job.outcome(scenario.name, scenario.promise, undisturbed, problem, " ".join(job.job_ids))
+                outcome = job.outcome(
+                    scenario.name, scenario.promise, undisturbed, problem, " ".join(job.job_ids)
+                )
                 (job.directory / "all.out").write_text(job.output())
                 _record(outcome, results, job.directory / "all.out", work, number)
 
@@ -98,7 +103,10 @@ def _record(outcome: Outcome, results: Path, log: Path, work: Path, number: int)
         flush=True,
     )
     if not outcome.kept and log.exists():
-        shutil.copy(log, work / f"broken-{outcome.where}-{outcome.fault.replace(' ', '-').replace('/', '-')}-{number}.log")
+        shutil.copy(
+            log,
+            work / f"broken-{outcome.where}-{outcome.fault.replace(' ', '-').replace('/', '-')}-{number}.log",
+        )
 
 
 def main() -> None:

@@ -89,10 +89,14 @@ class SupervisedRun:
         port = free_port()
         before = len(self.watch.resumed_after())
         if self.fault_time and not self.steps_lost:
-            threading.Thread(target=self._note_loss, args=(before, self.watch.highest_step), daemon=True).start()
+            threading.Thread(
+                target=self._note_loss, args=(before, self.watch.highest_step), daemon=True
+            ).start()
         self.processes = [
             _context().Process(
-                target=_rank_main, args=(rank, port, str(self.config), str(self.log), self.environment), daemon=True
+                target=_rank_main,
+                args=(rank, port, str(self.config), str(self.log), self.environment),
+                daemon=True,
             )
             for rank in range(WORLD_SIZE)
         ]
@@ -225,7 +229,9 @@ def damage_latest(run: SupervisedRun, dice: random.Random) -> None:
 
     def spoil() -> None:
         newest = sorted(path for path in checkpoints.glob("step_*") if path.name[-1].isdigit())[-1]
-        victim = dice.choice(sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size))
+        victim = dice.choice(
+            sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
+        )
         content = bytearray(victim.read_bytes())
         if kind == "bit":
             content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
@@ -269,21 +275,58 @@ WATCHDOG = (("resilience", QUICK),)
 FAULTS = (
     Fault("kill -9 of one rank", "the other is ended, both start again", 15, kill_one),
     Fault("kill -9 of all ranks", "start again from the last checkpoint", 5, kill_all),
-    Fault("kill -9 while a checkpoint is written", "the one before is taken; no half checkpoint is left", 25, kill_while_writing),
-    Fault("SIGTERM at a random moment", "saved, no step lost", 8, ask(signal.SIGTERM)),
-    Fault("SIGUSR1 at a random moment", "saved, no step lost", 8, ask(signal.SIGUSR1)),
-    Fault("RUN_DIR/stop at a random moment", "saved, no step lost", 4, stop_file),
-    Fault("latest checkpoint damaged", "found by its hashes, the one before is taken", 16, damage_latest, intervals=2),
-    Fault("disk full", "the run goes on or ends cleanly; the last checkpoint stays", 6, fill_disk, on_small_disk=True),
+    Fault(
+        "kill -9 while a checkpoint is written",
+        "the one before is taken, nothing half is left",
+        25,
+        kill_while_writing,
+    ),
+    Fault("SIGTERM at a random moment", "saved, no step lost", 8, ask(signal.SIGTERM), intervals=0),
+    Fault("SIGUSR1 at a random moment", "saved, no step lost", 8, ask(signal.SIGUSR1), intervals=0),
+    Fault("RUN_DIR/stop at a random moment", "saved, no step lost", 4, stop_file, intervals=0),
+    Fault(
+        "latest checkpoint damaged",
+        "found by its hashes, the one before is taken",
+        16,
+        damage_latest,
+        intervals=2,
+    ),
+    Fault(
+        "disk full",
+        "goes on or ends cleanly, the last checkpoint stays",
+        6,
+        fill_disk,
+        on_small_disk=True,
+        intervals=2,
+    ),
     Fault("SIGSTOP of one rank", "the watchdog ends the run, it starts again", 4, freeze, config=WATCHDOG),
-    Fault("NaN in the loss of one rank, passing", "the step is computed again", 4, injected="nan-once@{step}:rank={rank}"),
-    Fault("bit flip in a weight of one rank", "found by comparing replicas before a checkpoint; from the last one on",
-          6, injected="bitflip@{step}:rank={rank}", config=(*WATCHDOG,)),
+    Fault(
+        "NaN in the loss, passing", "the step is computed again", 4, injected="nan-once@{step}:rank={rank}"
+    ),
+    Fault(
+        "bit flip in a weight",
+        "found by comparing replicas, from the last checkpoint on",
+        6,
+        injected="bitflip@{step}:rank={rank}",
+        config=WATCHDOG,
+    ),
     Fault("exception in one rank", "both end, start again", 4, injected="crash@{step}:rank={rank}"),
-    Fault("rank hangs in Python", "the watchdog ends the run, it starts again", 3, injected="hang@{step}:rank={rank}", config=WATCHDOG),
-    Fault("W&B's process killed", "training does not notice", 3, kill_wandb,
-          config=(("logging", {"wandb": "offline"}),)),
-)  # fmt: skip
+    Fault(
+        "a rank hangs in Python",
+        "the watchdog ends the run, it starts again",
+        3,
+        injected="hang@{step}:rank={rank}",
+        config=WATCHDOG,
+    ),
+    Fault(
+        "W&B's process killed",
+        "training does not notice",
+        3,
+        kill_wandb,
+        config=(("logging", {"wandb": "offline"}),),
+        intervals=0,
+    ),
+)
 
 
 @contextlib.contextmanager
@@ -298,7 +341,10 @@ def _small_disk(directory: Path, size: str = "40m"):
 
 
 def sections(fault: Fault) -> dict[str, dict]:
-    base: dict[str, dict] = {"train": {"steps": STEPS}, "checkpoint": {"interval": INTERVAL, "export_hf": False}}
+    base: dict[str, dict] = {
+        "train": {"steps": STEPS},
+        "checkpoint": {"interval": INTERVAL, "export_hf": False},
+    }
     for name, values in fault.config:
         base[name] = {**base.get(name, {}), **values}
     return base
@@ -314,7 +360,9 @@ def run_undisturbed(workload: Workload, directory: Path) -> list[float]:
     return run.watch.losses()
 
 
-def try_fault(fault: Fault, seed: str, workload: Workload, directory: Path, undisturbed: list[float]) -> Outcome:
+def try_fault(
+    fault: Fault, seed: str, workload: Workload, directory: Path, undisturbed: list[float]
+) -> Outcome:
     """One run, hit once."""
     dice = random.Random(seed)
     environment = {}
@@ -347,6 +395,8 @@ def try_fault(fault: Fault, seed: str, workload: Workload, directory: Path, undi
             planned_step=STEPS,
             identical=identical,
             starts=len(run.starts),
-            problem=problem if run.fault_time else "; ".join(filter(None, (problem, "the fault did not happen"))),
+            problem=problem
+            if run.fault_time
+            else "; ".join(filter(None, (problem, "the fault did not happen"))),
             detail=f"seed {seed}; {environment.get('MEDITRON_INJECT', '')}; exit codes {codes}",
         )

@@ -112,9 +112,7 @@ def count_bytes(rank: int, world_size: int, config: Config) -> dict[str, int]:
         if isinstance(tensor, torch.Tensor) and tensor.numel() > 1
     ]
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in states
-    }
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in states}
     return {
         "stage": mesh.at.pipeline,
         "num_parameters": sum(parameter.numel() for parameter in parameters),
@@ -165,7 +163,9 @@ def check(config: Config, world_size: int, stages: tuple[int, ...] = (0, 1)) -> 
         assert counted["optimizer"] == pytest.approx(estimate.optimizer, rel=0.02)
         # Of the logits autograd keeps the fp32 ones; the others live only while the loss is computed.
         expected = estimate.activations + estimate.logits * (2 / 3 if config.train.precision == "bf16" else 1)
-        if config.train.recompute != "none":  # the rotation tables are then kept by the micro-batch, not by autograd
+        if (
+            config.train.recompute != "none"
+        ):  # the rotation tables are then kept by the micro-batch, not by autograd
             alive = microbatches_alive(layout, estimate.stage, NUM_MICROBATCHES // layout.data)
             expected -= alive * config.train.seq_len * 2 * 4 * model.head_dim
         if counted["stage"] in stages:
@@ -183,13 +183,17 @@ def test_parameters_of_all_stages_are_those_of_the_model():
 def test_activations_by_hand():
     """Llama-2-7B, bf16, one GPU: per token and layer, in units of h (f = 2.6875 h, as many kv heads as heads)."""
     layout = make_config().parallel.layout(1)
-    num_bytes = layer_activation_bytes_per_token(LLAMA2_7B, layout, precision="bf16", recompute="none", on_gpu=True)
+    num_bytes = layer_activation_bytes_per_token(
+        LLAMA2_7B, layout, precision="bf16", recompute="none", on_gpu=True
+    )
     in_h = 2 * 2 + 2 * 2 + 2 * 3 + 2 * 2 + 2 * 2 + 5 * 2 * 2.6875
     assert num_bytes == pytest.approx(in_h * 4096 + 2 * 4 + 4 * 32)
 
 
 def test_tensor_and_sequence_parallelism_divide_everything_but_the_statistics():
-    alone, eight = (make_config(parallel=p).parallel.layout(n) for p, n in (({}, 1), ({"tensor": 8, "sequence": True}, 8)))
+    alone, eight = (
+        make_config(parallel=p).parallel.layout(n) for p, n in (({}, 1), ({"tensor": 8, "sequence": True}, 8))
+    )
     options = {"precision": "bf16", "recompute": "none", "on_gpu": True}
     one = layer_activation_bytes_per_token(LLAMA2_70B, alone, **options)
     assert layer_activation_bytes_per_token(LLAMA2_70B, eight, **options) == pytest.approx(one / 8, rel=1e-3)

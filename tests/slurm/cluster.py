@@ -15,6 +15,7 @@ Needs root and Debian's slurmctld, slurmd, slurm-client, munge and iproute2. Why
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -148,7 +149,9 @@ class SlurmCluster:
         found = []
         for pid in map(int, run("ip", "netns", "pids", node).split()):
             try:
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                command = (
+                    Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                )
             except OSError:
                 continue
             if is_alive(pid) and re.search(pattern, command):
@@ -219,16 +222,26 @@ class SlurmCluster:
         hosts = ["127.0.0.1 localhost", f"{_HEAD} {head}"]
         hosts += [f"{_address(number)} {node}" for number, node in enumerate(self.nodes)]
         (etc / "hosts").write_text("\n".join(hosts) + "\n")
-        lines = [line for line in Path("/etc/nsswitch.conf").read_text().splitlines() if not line.startswith("hosts:")]
+        lines = [
+            line
+            for line in Path("/etc/nsswitch.conf").read_text().splitlines()
+            if not line.startswith("hosts:")
+        ]
         (etc / "nsswitch.conf").write_text("\n".join([*lines, "hosts: files"]) + "\n")
-        (etc / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # no detection, which fails without cgroup mounts
+        (etc / "cgroup.conf").write_text(
+            "CgroupPlugin=cgroup/v1\n"
+        )  # no detection, which fails without cgroup mounts
         node_lines = [
             f"NodeName={node} NodeHostname={node} NodeAddr={_address(number)} Port=6818 CPUs=4 RealMemory=4000"
             for number, node in enumerate(self.nodes)
         ]
         self.conf.write_text(
             SLURM_CONF.format(
-                base=self.base, head=head, address=_HEAD, port=_CONTROLLER_PORT, first_job=int(time.time()) % 100000 * 10
+                base=self.base,
+                head=head,
+                address=_HEAD,
+                port=_CONTROLLER_PORT,
+                first_job=int(time.time()) % 100000 * 10,
             )
             + "\n".join(node_lines)
             + PARTITIONS
@@ -274,10 +287,15 @@ MinJobAge=600
 JobRequeue=1
 WaitTime=0
 """
-PARTITIONS = """
-PartitionName=normal Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP OverSubscribe=NO PriorityTier=1 GraceTime=20
-PartitionName=urgent Nodes=ALL MaxTime=30 State=UP OverSubscribe=NO PriorityTier=10 PreemptMode=OFF
-"""
+_PARTITION = "PartitionName={} Nodes=ALL State=UP OverSubscribe=NO"
+PARTITIONS = "\n".join(
+    (
+        "",
+        f"{_PARTITION.format('normal')} Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=20",
+        f"{_PARTITION.format('urgent')} MaxTime=30 PriorityTier=10 PreemptMode=OFF",
+        "",
+    )
+)
 
 
 def _address(number: int) -> str:
@@ -285,10 +303,8 @@ def _address(number: int) -> str:
 
 
 def _kill(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _start_munge() -> None:

@@ -27,7 +27,9 @@ def prepare(directory: Path) -> Path:
 class SlurmRun:
     """One run: submitted, watched, hit by a fault, judged."""
 
-    def __init__(self, cluster: SlurmCluster, directory: Path, config: Path, run_dir: Path, interval: int) -> None:
+    def __init__(
+        self, cluster: SlurmCluster, directory: Path, config: Path, run_dir: Path, interval: int
+    ) -> None:
         self.cluster, self.directory, self.config = cluster, directory, config
         self.watch, self.interval = RunWatch(run_dir), interval
         self.job_ids: list[str] = []
@@ -40,9 +42,18 @@ class SlurmRun:
 
     def sbatch(self, *options: str, nodes: int = 2, environment: dict[str, str] | None = None) -> str:
         """Submit launch/train.sbatch as it is in the repository; returns the job's id."""
-        words = ["sbatch", "--parsable", f"--nodes={nodes}", "--gpus-per-node=0", "--time=20:00", "--signal=B:USR1@60"]
+        words = [
+            "sbatch",
+            "--parsable",
+            f"--nodes={nodes}",
+            "--gpus-per-node=0",
+            "--time=20:00",
+            "--signal=B:USR1@60",
+        ]
         words += [*options, "launch/train.sbatch", str(self.config)]
-        variables = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_JOB", "MASTER_"))}
+        variables = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_JOB", "MASTER_"))
+        }
         variables |= {"OMP_NUM_THREADS": "1", **(environment or {})}
         job_id = run(*words, cwd=self.directory, env=variables).strip()
         self.job_ids.append(job_id)
@@ -94,7 +105,9 @@ class SlurmRun:
                     return
             time.sleep(0.05)
 
-    def outcome(self, fault: str, promise: str, undisturbed: list[float], problem: str = "", detail: str = "") -> Outcome:
+    def outcome(
+        self, fault: str, promise: str, undisturbed: list[float], problem: str = "", detail: str = ""
+    ) -> Outcome:
         last, identical, difference = compare(self.watch.steps(), self.watch.losses(), undisturbed)
         return Outcome(
             fault=fault,

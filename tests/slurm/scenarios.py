@@ -55,7 +55,15 @@ def preemption(job: SlurmRun, dice: random.Random) -> str:
     job.sbatch()
     job.wait_for_step(_a_step(dice))
     job.fault()
-    run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3", cwd=job.directory)
+    run(
+        "sbatch",
+        "--partition=urgent",
+        "--nodes=4",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 3",
+        cwd=job.directory,
+    )
     return _expect(job)
 
 
@@ -195,7 +203,12 @@ QUICK_WATCHDOG = (("resilience", {"hang_min_s": 8.0, "hang_other_s": 90.0}),)
 
 SCENARIOS = (
     Scenario("time limit", "saved before it, requeued, no step lost", time_limit, short=True),
-    Scenario("preempted by a job of higher priority", "saved in the grace time, waits, goes on", preemption, short=True),
+    Scenario(
+        "preempted by a job of higher priority",
+        "saved in the grace time, waits, goes on",
+        preemption,
+        short=True,
+    ),
     Scenario("scancel, then submitted again", "saved within KillWait, goes on", scancel),
     Scenario("RUN_DIR/stop, then submitted again", "saved, job ends, goes on", stop_file),
     Scenario("kill -9 of a rank", "all ranks end, start again on the same nodes", kill_rank, short=True),
@@ -203,7 +216,9 @@ SCENARIOS = (
     Scenario("kill -9 of slurmd", "Slurm requeues on other nodes", kill_slurmd),
     Scenario("a node loses power", "Slurm requeues on other nodes", lose_node, short=True),
     Scenario("the coordinator's node loses power", "Slurm requeues on other nodes", lose_head),
-    Scenario("SIGSTOP of a rank", "the watchdog ends the run, it starts again", stop_rank, config=QUICK_WATCHDOG),
+    Scenario(
+        "SIGSTOP of a rank", "the watchdog ends the run, it starts again", stop_rank, config=QUICK_WATCHDOG
+    ),
     Scenario("network cut for 5 s", "the run waits and goes on", cut_briefly),
     Scenario("network cut for ever", "Slurm requeues on other nodes", cut_for_ever),
     Scenario("bad node, with a spare", "named by the pre-flight, left out", bad_node, short=True),

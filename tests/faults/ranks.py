@@ -68,6 +68,7 @@ class SupervisedRun:
         self.starts: list[list[int | None]] = []  # exit codes of each
         self.fault_time = self.recovery_s = 0.0
         self.fault_step = self.steps_lost = 0
+        self.supervised = True
         self.between: Callable[[], None] | None = None  # done once, before the next start
 
     @property
@@ -87,37 +88,38 @@ class SupervisedRun:
 
     def _start(self) -> None:
         port = free_port()
-        before = len(self.watch.resumed_after())
-        if self.fault_time and not self.steps_lost:
-            threading.Thread(
-                target=self._note_loss, args=(before, self.watch.highest_step), daemon=True
-            ).start()
+        if self.fault_time and self.starts:
+            self.recovery_s = 0.0
+            before, highest = len(self.watch.resumed_after()), self.watch.highest_step
+            threading.Thread(target=self._note_recovery, args=(before, highest), daemon=True).start()
         self.processes = [
             _context().Process(
                 target=_rank_main,
                 args=(rank, port, str(self.config), str(self.log), self.environment),
-                daemon=True,
+                daemon=False,
             )
             for rank in range(WORLD_SIZE)
         ]
         for process in self.processes:
             process.start()
 
-    def _note_loss(self, starts_before: int, highest: int) -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
+    def _note_recovery(self, starts_before: int, highest: int) -> None:
+        """Of the start that begins now: what it takes again, and when it has caught up."""
+        while self.supervised:
             starts = self.watch.resumed_after()
             if len(starts) > starts_before:
-                self.steps_lost = max(0, highest - starts[starts_before])
-                return
+                self.steps_lost = max(self.steps_lost, highest - starts[starts_before])
+                if self.watch.step() >= highest:
+                    self.recovery_s = time.monotonic() - self.fault_time
+                    return
             time.sleep(0.02)
 
     def _wait(self) -> list[int | None]:
         first_end: float | None = None
         while any(process.is_alive() for process in self.processes):
             step = self.watch.step()
-            if self.fault_time and not self.recovery_s and step > self.fault_step:
-                self.recovery_s = time.monotonic() - self.fault_time
+            if self.fault_time and not self.starts and not self.recovery_s and step > self.fault_step:
+                self.recovery_s = time.monotonic() - self.fault_time  # unless it has to start again
             ended_badly = any(process.exitcode not in (None, 0) for process in self.processes)
             if ended_badly and first_end is None:
                 first_end = time.monotonic()
@@ -380,6 +382,7 @@ def try_fault(
             run.fault_step, run.fault_time = step - 1, time.monotonic()
         run.supervise()
         time.sleep(0.1)
+        run.supervised = False
         last, identical, problem = compare(run.watch.steps(), run.watch.losses(), undisturbed)
         if run.is_writing():
             problem = "; ".join(filter(None, (problem, "an unfinished checkpoint was left")))

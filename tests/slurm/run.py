@@ -99,10 +99,11 @@ class SlurmRun:
                 self.steps_lost = max(0, highest - starts[self._starts_before])
             elif not resumed:
                 highest = max(highest, step)
-            if step > self.fault_step:
+            if resumed and step >= highest:
                 self.recovery_s = time.monotonic() - self.fault_time
-                if resumed:
-                    return
+                return
+            if not resumed and step > self.fault_step and not self.recovery_s:
+                self.recovery_s = time.monotonic() - self.fault_time  # unless it has to start again
             time.sleep(0.05)
 
     def outcome(

@@ -92,7 +92,7 @@ def submit(
         chain=chain,
         options=tuple(options.items()),
     )
-    check_config(settings, model, job.world_size, check_files=not dry_run)
+    check_config(settings, model, job.world_size, check_files=False)
     memory = _check_memory(settings, model, job.world_size, gpu)
     directory = Path.cwd()
     text = sbatch.batch_script(job, directory=directory, launch_dir=launch_dir)
@@ -105,6 +105,7 @@ def submit(
             err=True,
         )
         return
+    check_config(settings, model, job.world_size)  # now the files, too
     script.parent.mkdir(exist_ok=True)
     script.write_text(text)
     ids = sbatch.submit(job, script)

@@ -80,7 +80,12 @@ def run_on_slurm(results: Path, work: Path, workload: Workload, options: argpars
                 except AssertionError as error:
                     problem = str(error)
                 outcome = job.outcome(
-                    scenario.name, scenario.promise, undisturbed, problem, " ".join(job.job_ids)
+                    scenario.name,
+                    scenario.promise,
+                    undisturbed,
+                    problem,
+                    " ".join(job.job_ids),
+                    scenario.tolerance,
                 )
                 (job.directory / "all.out").write_text(job.output())
                 _record(outcome, results, job.directory / "all.out", work, number)

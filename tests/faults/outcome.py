@@ -20,7 +20,7 @@ class Outcome:
         steps_lost: steps that had to be taken again, beyond those of a checkpoint.
         most_lost: the most steps that the promise allows to be lost: those since the last checkpoint.
         last_step, planned_step: where the run ended, and where it should.
-        identical: every loss, to the bit, is that of the undisturbed run.
+        identical: every loss is that of the undisturbed run, to the bit (on another number of ranks: within 1e-5).
         starts: times the run was started.
         problem: what broke the promise; "" when nothing did.
     """
@@ -64,13 +64,15 @@ def read_outcomes(path: Path) -> list[Outcome]:
     return outcomes
 
 
-def compare(steps: list[int], losses: list[float], undisturbed: list[float]) -> tuple[int, bool, str]:
-    """(last step, losses identical to the bit, what is wrong with them)."""
+def compare(
+    steps: list[int], losses: list[float], undisturbed: list[float], tolerance: float = 0.0
+) -> tuple[int, bool, str]:
+    """(last step, losses identical within `tolerance` x their size, what is wrong with them)."""
     planned = len(undisturbed)
     last = steps[-1] if steps else 0
     if steps != list(range(1, last + 1)):
         return last, False, "the metrics do not have each step once"
-    if losses != undisturbed[:last]:
-        where = next(step for step, a, b in zip(steps, losses, undisturbed, strict=False) if a != b)
-        return last, False, f"the loss of step {where} differs from the undisturbed run's"
+    for step, ours, theirs in zip(steps, losses, undisturbed, strict=False):
+        if not abs(ours - theirs) <= tolerance * theirs:
+            return last, False, f"the loss of step {step} differs from the undisturbed run's"
     return last, True, "" if last == planned else f"the run ended at step {last} of {planned}"

@@ -94,7 +94,7 @@ class RunWatch:
         found = []
         for line in text.splitlines():
             try:
-                found.append(int(json.loads(line)["launcher"]["resumed_after_step"]))
+                found.append(int(json.loads(line)["launch"]["resumed_after_step"]))
             except (ValueError, KeyError):
                 continue
         return found

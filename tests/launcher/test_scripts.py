@@ -37,13 +37,12 @@ def test_they_name_no_cluster():
 
 
 def test_the_example_sets_nothing():
-    """Every line is a comment: a copy that nobody has edited changes nothing."""
-    done = subprocess.run(
-        ["bash", "-c", 'before=$(set -o posix; set); source launch/cluster.env.example; comm -13 <(echo "$before" | sort) '
-         '<(set -o posix; set | sort) | grep -v "^\\(before\\|_\\|BASH_\\|PIPESTATUS\\)"'],
-        cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.stdout == ""
+    """Every line is a comment: a copy that nobody has edited changes nothing. With the marks gone it is still bash."""
+    text = (LAUNCH / "cluster.env.example").read_text()
+    assert all(not line.strip() or line.startswith("#") for line in text.splitlines())
+    settings = [line[1:] for line in text.splitlines() if re.match(r"#(export )?[A-Z_0-9]+=", line)]
+    assert len(settings) > 15
+    assert subprocess.run(["bash", "-n"], input="\n".join(settings), text=True).returncode == 0
 
 
 @pytest.mark.parametrize("script", ["train.sbatch", "convert.sbatch"])

@@ -24,6 +24,8 @@ class Scenario:
     short: bool = False
     config: tuple[tuple[str, dict], ...] = ()
     """Sections of the configuration that differ."""
+    tolerance: float = 0.0
+    """Relative difference of losses that is allowed: 0 in the same layout."""
 
 
 def _expect(job: SlurmRun, state: str = "COMPLETED", said: str = "", timeout_s: float = 300) -> str:
@@ -38,7 +40,7 @@ def _a_step(dice: random.Random) -> int:
 
 
 def undisturbed(job: SlurmRun, dice: random.Random) -> str:
-    job.sbatch()
+    job.submit()
     return _expect(job, said="done")
 
 
@@ -199,6 +201,34 @@ def no_progress(job: SlurmRun, dice: random.Random) -> str:
     return _expect(job, "FAILED", said="giving up")
 
 
+def chain(job: SlurmRun, dice: random.Random) -> str:
+    """The second job waits for the first (singleton), which ends at its time limit instead of requeueing itself."""
+    limits = ("--time=1", "--signal=B:USR1@15", "--dependency=singleton")
+    job.sbatch(*limits, environment={"CHAIN_REST": "1"})
+    first = job.job_id
+    job.sbatch("--dependency=singleton", environment={"CHAINED": "yes", "CHAIN_REST": "0"})
+    wait_for("the warning", lambda: job.said("the time limit is near"), 120, 0.1)
+    job.fault()
+    problem = _expect(job, said="the next job of the chain goes on")
+    return problem or (
+        "" if job.cluster.state(first) == "COMPLETED" else f"the first job ended {job.cluster.state(first)}"
+    )
+
+
+def _on_other_nodes(before: int, after: int) -> Callable[[SlurmRun, random.Random], str]:
+    def act(job: SlurmRun, dice: random.Random) -> str:
+        job.sbatch(nodes=before)
+        job.wait_for_step(_a_step(dice))
+        job.fault()
+        run("scancel", job.job_id)
+        job.wait_for_end()
+        wait_for("its nodes are free", lambda: len(job.cluster.idle_nodes()) == 4, 60)
+        job.sbatch(nodes=after)
+        return _expect(job)
+
+    return act
+
+
 QUICK_WATCHDOG = (("resilience", {"hang_min_s": 8.0, "hang_other_s": 90.0}),)
 
 SCENARIOS = (
@@ -222,5 +252,18 @@ SCENARIOS = (
     Scenario("network cut for 5 s", "the run waits and goes on", cut_briefly),
     Scenario("network cut for ever", "Slurm requeues on other nodes", cut_for_ever),
     Scenario("bad node, with a spare", "named by the pre-flight, left out", bad_node, short=True),
+    Scenario("time limit of a job in a chain", "saved, the next job goes on", chain),
+    Scenario(
+        "goes on with one node of two",
+        "same samples, losses within 1e-5",
+        _on_other_nodes(2, 1),
+        tolerance=1e-5,
+    ),
+    Scenario(
+        "goes on with four nodes of two",
+        "same samples, losses within 1e-5",
+        _on_other_nodes(2, 4),
+        tolerance=1e-5,
+    ),
     Scenario("bad node, without a spare", "named, excluded, requeued on another", bad_node_without_spare),
 )

@@ -231,10 +231,10 @@ class Run:
         if progress.num_consecutive_skips >= limit:
             self.checkpoints.close()
             raise MeditronError(
-                f"{limit} steps in a row were skipped, not finite or anomalous (resilience.max_skipped_steps); the last "
-                f"one was step {step}. The last good checkpoint is {self.checkpoints.newest()}. Look at the data of these "
-                f"steps (`meditron-train data trace {self.run_dir.path} --step {step}`), lower optimizer.lr, or start "
-                "from an earlier checkpoint"
+                f"{limit} steps in a row were skipped, not finite or anomalous (resilience.max_skipped_steps); "
+                f"the last one was step {step}. The last good checkpoint is {self.checkpoints.newest()}. Look at "
+                f"the data of these steps (`meditron-train data trace {self.run_dir.path} --step {step}`), lower "
+                "optimizer.lr, or start from an earlier checkpoint"
             )
 
     def roll_back(self) -> None:

@@ -83,6 +83,11 @@ class RunCheckpoints:
         self._status.update(last_checkpoint=published.name)
         _log.info("saved %s", published)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is begun and not published yet."""
+        return self._being_written is not None
+
     def close(self) -> None:
         """Finish what is being written and stop the writers."""
         self.finish(wait=True)

@@ -105,11 +105,16 @@ class SupervisedRun:
 
     def _note_recovery(self, starts_before: int, highest: int) -> None:
         """Of the start that begins now: what it takes again, and when it has caught up."""
+        has_gone_back = False
         while self.supervised:
             starts = self.watch.resumed_after()
             if len(starts) > starts_before:
-                self.steps_lost = max(self.steps_lost, highest - starts[starts_before])
-                if self.watch.step() >= highest:
+                lost, step = highest - starts[starts_before], self.watch.step()
+                self.steps_lost = max(self.steps_lost, lost)
+                has_gone_back |= (
+                    step < highest or lost == 0
+                )  # the lost lines are removed a moment after the start
+                if has_gone_back and step >= highest:
                     self.recovery_s = time.monotonic() - self.fault_time
                     return
             time.sleep(0.02)

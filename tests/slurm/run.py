@@ -104,7 +104,7 @@ class SlurmRun:
         self._observer.start()
 
     def _observe(self) -> None:
-        highest, resumed = self.fault_step, False
+        highest, resumed, has_gone_back = self.fault_step, False, False
         while time.monotonic() - self.fault_time < 600:
             starts, step = self.watch.resumed_after(), self.watch.step()
             if not resumed and len(starts) > self._starts_before:
@@ -112,7 +112,8 @@ class SlurmRun:
                 self.steps_lost = max(0, highest - starts[self._starts_before])
             elif not resumed:
                 highest = max(highest, step)
-            if resumed and step >= highest:
+            has_gone_back |= resumed and (step < highest or self.steps_lost == 0)
+            if has_gone_back and step >= highest:
                 self.recovery_s = time.monotonic() - self.fault_time
                 return
             if not resumed and step > self.fault_step and not self.recovery_s:

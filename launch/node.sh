@@ -27,6 +27,9 @@ if [ "$what" = rank ]; then # its environment is torchrun's
     exec python -m meditron_train train "$@"
 fi
 
+node=${SLURMD_NODENAME:-$(hostname)}
+if [ "$what" = preflight ]; then touch "$LOG_DIR/preflight/unfinished-$node"; fi # until it has been through
+
 if [ -n "${MODULES:-}" ]; then
     # shellcheck disable=SC2086 # a list of modules
     module load $MODULES
@@ -64,7 +67,13 @@ export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$LOG_DIR/nccl_trace_rank_}
 
 case "$what" in
-    preflight) exec python -m meditron_train preflight --report-dir "$LOG_DIR/preflight" --timeout "${PREFLIGHT_TIMEOUT_S:-60}" "$@" ;;
+    preflight)
+        code=0
+        python -m meditron_train preflight --report-dir "$LOG_DIR/preflight" --timeout "${PREFLIGHT_TIMEOUT_S:-60}" "$@" || code=$?
+        # 1 is a verdict on some node; anything else is this node's own failure, unless the configuration is wrong (2).
+        if ((code <= 2)); then rm -f "$LOG_DIR/preflight/unfinished-$node"; fi
+        exit "$code"
+        ;;
     convert) exec python -m meditron_train convert "$@" ;;
     train)
         # USR1 asks the ranks to save, and kills a torchrun that does not ignore it. The ranks set handlers of their own.

@@ -61,15 +61,21 @@ def preflight(
     if launch.world_size == 1:
         facts, links = {own.node: own}, Links(None, {}, {})
     else:
-        store, answers, members = meet(
-            launch.rank,
-            launch.world_size,
-            launch.master_addr,
-            launch.master_port,
-            own.to_json(),
-            fit=not own.problems,
-            timeout_s=timeout_s / 2,
-        )
+        try:
+            store, answers, members = meet(
+                launch.rank,
+                launch.world_size,
+                launch.master_addr,
+                launch.master_port,
+                own.to_json(),
+                fit=not own.problems,
+                timeout_s=timeout_s / 2,
+            )
+        except (
+            RuntimeError
+        ) as error:  # torch's DistError: for the batch script that is the first node's failure
+            typer.echo(f"[{own.node}] no answer from the first node: {str(error).splitlines()[0]}", err=True)
+            raise typer.Exit(3 if launch.rank == 0 else 1) from None
         links = Links(None, {}, {})
         if launch.rank in members:
             links = measure_links(

@@ -45,7 +45,7 @@ def undisturbed(job: SlurmRun, dice: random.Random) -> str:
 
 
 def time_limit(job: SlurmRun, dice: random.Random) -> str:
-    job.sbatch("--time=1", "--signal=B:USR1@15")
+    job.sbatch("--time=2", "--signal=B:USR1@50")
     job.wait_for_step(5)
     wait_for("the warning", lambda: job.said("the time limit is near"), 120, 0.1)
     job.fault()
@@ -203,7 +203,7 @@ def no_progress(job: SlurmRun, dice: random.Random) -> str:
 
 def chain(job: SlurmRun, dice: random.Random) -> str:
     """The second job waits for the first (singleton), which ends at its time limit instead of requeueing itself."""
-    limits = ("--time=1", "--signal=B:USR1@15", "--dependency=singleton")
+    limits = ("--time=2", "--signal=B:USR1@50", "--dependency=singleton")
     job.sbatch(*limits, environment={"CHAIN_REST": "1"})
     first = job.job_id
     job.sbatch("--dependency=singleton", environment={"CHAINED": "yes", "CHAIN_REST": "0"})

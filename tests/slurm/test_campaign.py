@@ -77,6 +77,13 @@ def test_a_run_without_progress_is_given_up(start):
     assert not problem, f"{problem}\n{job.output()[-8000:]}"
 
 
+def test_a_broken_installation_blames_no_node(start, tmp_path):
+    job = start()
+    job.sbatch(environment={"VENV": str(tmp_path / "nothing")})
+    assert job.wait_for_end() == "FAILED"
+    assert "the pre-flight failed on every node" in job.output() and "bad node" not in job.output()
+
+
 def test_a_wrong_configuration_ends_the_job_at_once(start):
     job = start(parallel={"tensor": 3})
     job.sbatch()

@@ -65,14 +65,24 @@ def read_outcomes(path: Path) -> list[Outcome]:
 
 
 def compare(
-    steps: list[int], losses: list[float], undisturbed: list[float], tolerance: float = 0.0
+    steps: list[int],
+    losses: list[float],
+    undisturbed: list[float],
+    tolerance: float = 0.0,
+    *,
+    gaps: bool = False,
 ) -> tuple[int, bool, str]:
-    """(last step, losses identical within `tolerance` x their size, what is wrong with them)."""
+    """(last step, losses identical within `tolerance` x their size, what is wrong with them).
+
+    `gaps`: lines may be missing, as where the disk was full; none may be there twice.
+    """
     planned = len(undisturbed)
     last = steps[-1] if steps else 0
-    if steps != list(range(1, last + 1)):
+    in_order = sorted(set(steps)) == steps if gaps else steps == list(range(1, last + 1))
+    if not in_order:
         return last, False, "the metrics do not have each step once"
-    for step, ours, theirs in zip(steps, losses, undisturbed, strict=False):
+    for step, ours in zip(steps, losses, strict=True):
+        theirs = undisturbed[step - 1]
         if not abs(ours - theirs) <= tolerance * theirs:
             return last, False, f"the loss of step {step} differs from the undisturbed run's"
     return last, True, "" if last == planned else f"the run ended at step {last} of {planned}"

@@ -303,6 +303,7 @@ FAULTS = (
         "goes on or ends cleanly, the last checkpoint stays",
         6,
         fill_disk,
+        config=WATCHDOG,
         on_small_disk=True,
         intervals=2,
     ),
@@ -388,7 +389,9 @@ def try_fault(
         run.supervise()
         time.sleep(0.1)
         run.supervised = False
-        last, identical, problem = compare(run.watch.steps(), run.watch.losses(), undisturbed)
+        last, identical, problem = compare(
+            run.watch.steps(), run.watch.losses(), undisturbed, gaps=fault.on_small_disk
+        )
         if run.is_writing():
             problem = "; ".join(filter(None, (problem, "an unfinished checkpoint was left")))
         codes = " ".join(",".join(map(str, codes)) for codes in run.starts)

@@ -55,6 +55,12 @@ def test_another_layout_may_round_differently_and_not_more():
     assert compare([1, 2], [3.0, 2.0001], [3.0, 2.0], tolerance=1e-5)[1] is False
 
 
+def test_a_full_disk_may_cost_lines_and_no_loss():
+    assert compare([1, 3], [3.0, 1.0], [3.0, 2.0, 1.0], gaps=True) == (3, True, "")
+    assert compare([1, 3], [3.0, 2.0], [3.0, 2.0, 1.0], gaps=True)[1] is False
+    assert compare([1, 3, 3], [3.0, 1.0, 1.0], [3.0, 2.0, 1.0], gaps=True)[1] is False
+
+
 def test_results_of_an_interrupted_campaign(tmp_path):
     path = tmp_path / "results.jsonl"
     GOOD.append_to(path)

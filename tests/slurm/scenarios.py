@@ -46,7 +46,6 @@ def undisturbed(job: SlurmRun, dice: random.Random) -> str:
 
 def time_limit(job: SlurmRun, dice: random.Random) -> str:
     job.sbatch("--time=2", "--signal=B:USR1@50")
-    job.wait_for_step(5)
     wait_for("the warning", lambda: job.said("the time limit is near"), 120, 0.1)
     job.fault()
     problem = _expect(job, said="stopped by the time limit: back to the queue")

@@ -300,12 +300,12 @@ FAULTS = (
     ),
     Fault(
         "disk full",
-        "goes on or ends cleanly, the last checkpoint stays",
+        "goes on, or ends at the third save that fails; the last checkpoint stays",
         6,
         fill_disk,
         config=WATCHDOG,
         on_small_disk=True,
-        intervals=2,
+        intervals=3,
     ),
     Fault("SIGSTOP of one rank", "the watchdog ends the run, it starts again", 4, freeze, config=WATCHDOG),
     Fault(

@@ -1,5 +1,6 @@
 """A real Slurm cluster on this one machine: slurmctld, and a slurmd for each node in a network namespace of its own.
 
+    python -m tests.slurm.cluster install what it needs, from the distribution's packages, where root may
     python -m tests.slurm.cluster up      start it, print the environment that its commands need, leave it running
     python -m tests.slurm.cluster down
 
@@ -327,10 +328,27 @@ def _munge_answers() -> bool:
     return subprocess.run(["munge", "-n"], stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
 
 
+def install() -> str | None:
+    """Install PACKAGES where they are missing; why that cannot be, or None."""
+    if all(shutil.which(program) for program in _PROGRAMS):
+        return None
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return f"Slurm is not installed, and only root can, with apt-get: {' '.join(PACKAGES)}"
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for words in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
+        done = subprocess.run(["apt-get", "-qq", *words], env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            return f"apt-get {words[0]} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}"
+    return None
+
+
 def main() -> None:
     cluster = SlurmCluster(Path("/tmp/meditron-slurm"))
     if sys.argv[1:] == ["down"]:
         cluster.down()
+    elif sys.argv[1:] == ["install"]:
+        reason = install()
+        print(f"no Slurm, its tests are skipped: {reason}" if reason else "Slurm is installed")
     elif sys.argv[1:] == ["up"]:
         reason = cannot_run()
         if reason:

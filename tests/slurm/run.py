@@ -70,7 +70,11 @@ class SlurmRun:
         variables = {
             name: value for name, value in os.environ.items() if not name.startswith(("SLURM_JOB", "MASTER_"))
         }
-        return {**variables, "OMP_NUM_THREADS": "1"}
+        return {
+            **variables,
+            "OMP_NUM_THREADS": "1",
+            "PREFLIGHT_TIMEOUT_S": "150",
+        }  # the nodes share a few cores
 
     @property
     def job_id(self) -> str:
@@ -85,9 +89,9 @@ class SlurmRun:
         return "".join(path.read_text(errors="replace") for path in sorted(self.directory.glob("**/*.out")))
 
     def wait_for_step(self, step: int) -> None:
-        self.watch.wait_for_step(step, 180, ended=lambda: self.cluster.state(self.job_id) in ENDED)
+        self.watch.wait_for_step(step, 400, ended=lambda: self.cluster.state(self.job_id) in ENDED)
 
-    def wait_for_end(self, timeout_s: float = 300) -> str:
+    def wait_for_end(self, timeout_s: float = 900) -> str:
         """Wait until the job has ended for good; its last state."""
 
         def ended() -> str | None:
@@ -105,7 +109,7 @@ class SlurmRun:
 
     def _observe(self) -> None:
         highest, resumed, has_gone_back = self.fault_step, False, False
-        while time.monotonic() - self.fault_time < 600:
+        while time.monotonic() - self.fault_time < 900:
             starts, step = self.watch.resumed_after(), self.watch.step()
             if not resumed and len(starts) > self._starts_before:
                 resumed = True

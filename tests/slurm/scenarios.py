@@ -28,7 +28,7 @@ class Scenario:
     """Relative difference of losses that is allowed: 0 in the same layout."""
 
 
-def _expect(job: SlurmRun, state: str = "COMPLETED", said: str = "", timeout_s: float = 300) -> str:
+def _expect(job: SlurmRun, state: str = "COMPLETED", said: str = "", timeout_s: float = 900) -> str:
     got = job.wait_for_end(timeout_s)
     if got != state:
         return f"the job ended {got}, not {state}"
@@ -44,10 +44,23 @@ def undisturbed(job: SlurmRun, dice: random.Random) -> str:
     return _expect(job, said="done")
 
 
-def time_limit(job: SlurmRun, dice: random.Random) -> str:
-    job.sbatch("--time=2", "--signal=B:USR1@50")
+# From step 100 on a step takes a second: there is time for the time limit, and the losses are the same.
+SLOW_END = {"MEDITRON_INJECT": "slow@100:rank=1"}
+
+
+def _reach_the_time_limit(job: SlurmRun) -> None:
+    """Bring Slurm's time limit close when the run is at step 100, wait for its warning, and put it back."""
+    job.wait_for_step(100)
+    hours, minutes, _ = job.cluster.job(job.job_id)["RunTime"].split(":")
+    run("scontrol", "update", f"JobId={job.job_id}", f"TimeLimit={int(hours) * 60 + int(minutes) + 2}")
     wait_for("the warning", lambda: job.said("the time limit is near"), 120, 0.1)
     job.fault()
+    run("scontrol", "update", f"JobId={job.job_id}", "TimeLimit=20")
+
+
+def time_limit(job: SlurmRun, dice: random.Random) -> str:
+    job.sbatch("--signal=B:USR1@120", environment=SLOW_END)
+    _reach_the_time_limit(job)
     problem = _expect(job, said="stopped by the time limit: back to the queue")
     return problem or ("" if job.steps_lost == 0 else f"{job.steps_lost} steps were taken again")
 
@@ -202,12 +215,11 @@ def no_progress(job: SlurmRun, dice: random.Random) -> str:
 
 def chain(job: SlurmRun, dice: random.Random) -> str:
     """The second job waits for the first (singleton), which ends at its time limit instead of requeueing itself."""
-    limits = ("--time=2", "--signal=B:USR1@50", "--dependency=singleton")
-    job.sbatch(*limits, environment={"CHAIN_REST": "1"})
-    first = job.job_id
+    first = job.sbatch(
+        "--signal=B:USR1@120", "--dependency=singleton", environment={"CHAIN_REST": "1", **SLOW_END}
+    )
+    _reach_the_time_limit(job)
     job.sbatch("--dependency=singleton", environment={"CHAINED": "yes", "CHAIN_REST": "0"})
-    wait_for("the warning", lambda: job.said("the time limit is near"), 120, 0.1)
-    job.fault()
     problem = _expect(job, said="the next job of the chain goes on")
     return problem or (
         "" if job.cluster.state(first) == "COMPLETED" else f"the first job ended {job.cluster.state(first)}"

@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.workload import RunWatch, Workload
 from tests.slurm import scenarios
-from tests.slurm.cluster import SlurmCluster, cannot_run, run
+from tests.slurm.cluster import SlurmCluster, cannot_run, run, wait_for
 from tests.slurm.run import SlurmRun, prepare
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -75,6 +75,16 @@ def test_a_run_without_progress_is_given_up(start):
     job = start()
     problem = scenarios.no_progress(job, random.Random(0))
     assert not problem, f"{problem}\n{job.output()[-8000:]}"
+
+
+def test_a_job_that_is_cancelled_while_it_starts_stays_cancelled(start):
+    job = start()
+    job.sbatch()
+    wait_for("the job has started", lambda: job.said("start 1 on"), 60)
+    run("scancel", job.job_id)
+    assert job.wait_for_end() == "CANCELLED"
+    wait_for("its nodes are free", lambda: len(job.cluster.idle_nodes()) == 4, 60)
+    assert job.cluster.state(job.job_id) == "CANCELLED" and not job.said("back to the queue")
 
 
 def test_a_broken_installation_blames_no_node(start, tmp_path):

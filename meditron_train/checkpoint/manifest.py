@@ -6,9 +6,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from meditron_train.errors import UserError
 
@@ -20,27 +22,58 @@ _BLOCK_BYTES = 4 * 1024 * 1024
 _NUM_THREADS = min(16, 2 * (os.cpu_count() or 1))  # hashlib and read() both let go of the GIL
 
 
-def write_manifest(directory: Path) -> dict:
+@dataclass(frozen=True)
+class TensorEntry:
+    """One Hugging Face tensor in a manifest: dtype as config.json spells it ("bfloat16"), and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def write_manifest(
+    directory: Path,
+    *,
+    known: Mapping[str, Mapping[str, int | str]] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    leave_out: Collection[str] = (),
+) -> dict:
     """Hash every file under `directory` (recursively) and write `manifest.json` beside them, atomically.
 
-    Every file is also fsynced, so what the manifest vouches for is on the disk before the manifest is.
-    Returns the manifest: {"format", "hash": "sha256", "files": {relative path: {"num_bytes", "sha256"}}}.
+    Every file is also fsynced, so what the manifest vouches for is on the disk before the manifest is. known: entries
+    of files that were hashed and synced while they were written. extra: further keys of the manifest. leave_out: files
+    that do not belong to the checkpoint.
+    Returns the manifest: {"format", "hash": "sha256", "files": {relative path: {"num_bytes", "sha256"}}, …}.
     Raises OSError when a file cannot be read or the disk is full.
     """
-    names = sorted(_file_names(directory) - {MANIFEST_NAME})
+    known = known or {}
+    names = sorted(_file_names(directory) - {MANIFEST_NAME, *leave_out})
+    unknown = [name for name in names if name not in known]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        entries = list(pool.map(lambda name: _describe(directory / name, sync=True), names))
-    manifest = {"format": MANIFEST_FORMAT, "hash": "sha256", "files": dict(zip(names, entries, strict=True))}
+        described = pool.map(lambda name: describe_file(directory / name, sync=True), unknown)
+        entries = {**known, **dict(zip(unknown, described, strict=True))}
+    files = {name: dict(entries[name]) for name in names}
+    manifest = {"format": MANIFEST_FORMAT, "hash": "sha256", "files": files, **(extra or {})}
     write_text_atomically(directory / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
     return manifest
 
 
-def verify_manifest(directory: Path, *, check_hashes: bool = True) -> list[str]:
+def read_tensor_hashes(directory: Path) -> dict[str, str]:
+    """Hugging Face name -> SHA-256 of the tensor's bytes, from a converted directory's manifest; empty without."""
+    try:
+        tensors = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))["tensors"]
+        return {name: str(entry["sha256"]) for name, entry in tensors.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def verify_manifest(
+    directory: Path, *, check_hashes: bool = True, unhashed: Collection[str] = ()
+) -> list[str]:
     """What is wrong with a finished checkpoint directory, one line per problem; an empty list means intact.
 
     Finds missing, additional, cut off and changed files. Sizes are compared first: a file of the wrong size
-    is not hashed. `check_hashes=False` stops there (fast, but blind to flipped bits). Never raises for bad
-    files.
+    is not hashed. `check_hashes=False` stops there (fast, but blind to flipped bits), for all files or the `unhashed`.
+    Never raises for bad files.
     """
     try:
         manifest = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
@@ -59,6 +92,8 @@ def verify_manifest(directory: Path, *, check_hashes: bool = True) -> list[str]:
         except OSError as error:
             problems.append(f"{name} cannot be read: {error}")
             continue
+        if num_bytes == expected[name][0] and name in unhashed:
+            continue
         if num_bytes == expected[name][0]:
             right_size.append(name)
         else:
@@ -68,9 +103,9 @@ def verify_manifest(directory: Path, *, check_hashes: bool = True) -> list[str]:
     return problems
 
 
-def require_intact(directory: Path, *, check_hashes: bool = True) -> None:
+def require_intact(directory: Path, *, check_hashes: bool = True, unhashed: Collection[str] = ()) -> None:
     """Raise UserError with the lines of `verify_manifest` unless the finished checkpoint is as it was written."""
-    if problems := verify_manifest(directory, check_hashes=check_hashes):
+    if problems := verify_manifest(directory, check_hashes=check_hashes, unhashed=unhashed):
         raise not_intact(directory, problems)
 
 
@@ -117,7 +152,8 @@ def _file_names(directory: Path) -> set[str]:
     return names
 
 
-def _describe(path: Path, *, sync: bool) -> dict[str, int | str]:
+def describe_file(path: Path, *, sync: bool = False) -> dict[str, int | str]:
+    """{"num_bytes", "sha256"} of a file; with `sync`, it is on the disk afterwards."""
     digest = hashlib.sha256()
     num_bytes = 0
     buffer = memoryview(bytearray(_BLOCK_BYTES))
@@ -133,7 +169,7 @@ def _describe(path: Path, *, sync: bool) -> dict[str, int | str]:
 def _changed_files(directory: Path, names: Iterable[str], expected: dict[str, tuple[int, str]]) -> list[str]:
     def problem_of(name: str) -> str | None:
         try:
-            sha256 = _describe(directory / name, sync=False)["sha256"]
+            sha256 = describe_file(directory / name)["sha256"]
         except OSError as error:
             return f"{name} cannot be read: {error}"
         if sha256 != expected[name][1]:

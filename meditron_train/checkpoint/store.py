@@ -17,12 +17,13 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
 from meditron_train.checkpoint.manifest import (
     MANIFEST_NAME,
+    describe_file,
     sync_directory,
     verify_manifest,
     write_manifest,
@@ -36,6 +37,7 @@ __all__ = ["MANIFEST_NAME", "CheckpointStore", "verify_manifest", "write_manifes
 _log = get_logger(__name__)
 
 FINISHED_NAME = re.compile(r"step_(\d{8,})")
+_RANKS_FILE = re.compile(r"__(\d+)_\d+\.distcp")  # as torch's writers name them
 _REPLACED_SUFFIX = ".replaced.tmp"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -102,15 +104,29 @@ class CheckpointStore:
             raise self.failed(step, error) from error
         return directory
 
-    def publish(self, step: int) -> Path:
+    def describe_files(self, step: int, writer: int, *, with_shared: bool) -> dict[str, dict[str, int | str]]:
+        """Manifest entries of the files that rank `writer` wrote of an unfinished checkpoint, fsynced and hashed.
+
+        `with_shared`: those of no rank in particular, too. Unlike the rest of this class, every rank may call it.
+        """
+        directory = self.unfinished_path(step)
+        entries = {}
+        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+            rank = _RANKS_FILE.fullmatch(path.name)
+            if with_shared if rank is None else int(rank[1]) == writer:
+                entries[path.relative_to(directory).as_posix()] = describe_file(path, sync=True)
+        return entries
+
+    def publish(self, step: int, entries: Mapping[str, Mapping[str, int | str]] | None = None) -> Path:
         """Hash, fsync and rename what begin(step) gave into a finished checkpoint, then apply retention.
 
+        `entries` are of files that are hashed and on the disk already.
         Raises SaveError when the disk is full or fails; the leftovers are then removed, and the
         checkpoint published before is untouched.
         """
         written, finished, replaced = self.unfinished_path(step), self.path(step), self._replaced(step)
         try:
-            write_manifest(written)
+            write_manifest(written, known=entries)
             for parent, _, _ in os.walk(written, topdown=False):
                 sync_directory(Path(parent))
             next_latest = self.directory / "latest.tmp"  # written now: after the rename nothing needs space
@@ -139,7 +155,7 @@ class CheckpointStore:
         The message names the cause (the OSError inside, if there is one), the path, the space left and the
         last good checkpoint.
         """
-        cause = _os_error_inside(error) or error
+        cause = os_error_inside(error) or error
         free = _gib(shutil.disk_usage(self.directory).free) if self.directory.exists() else "nothing"
         self.abandon(step)
         if self._replaced(step).exists() and not self.path(step).exists():
@@ -219,7 +235,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _os_error_inside(error: BaseException) -> OSError | None:
+def os_error_inside(error: BaseException) -> OSError | None:
     """The OSError in a chain of exceptions; writers in other threads or processes wrap what they met."""
     seen: set[int] = set()
     waiting: list[BaseException] = [error]

@@ -44,11 +44,17 @@ class Finding:
 
 def doctor(
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Explain how this run ended instead.", metavar="RUN_DIR")
+    ] = None,
 ) -> None:
-    """What is installed, built, reachable; what to do about the rest.
+    """What is installed, built, reachable; what to do about the rest. With --run: why that run ended.
 
-    Exits 0 when training can run, 1 when something it needs is missing.
+    Exits 0 when training can run, 1 when something it needs is missing; with --run always 0, if there is such a run.
     """
+    if run is not None:
+        _explain_run(run, json_output=json_output)
+        return
     findings = examine()
     can_train = not any(finding.blocks_training for finding in findings)
     if json_output:
@@ -285,6 +291,32 @@ def _space(name: str, path: Path, least_gib: int, remedy: str) -> Finding:
     enough = writable and free_gib >= least_gib
     detail = f"{free_gib:.1f} GiB free in {path}" + ("" if writable else ", not writable")
     return Finding(name, True, enough, detail, "" if enough else remedy)
+
+
+def _explain_run(run_dir: Path, *, json_output: bool) -> None:
+    from meditron_train.errors import UserError
+    from meditron_train.report.diagnosis import diagnose
+    from meditron_train.report.status import read_status
+
+    if not run_dir.is_dir():
+        raise UserError(f"there is no run directory {run_dir}; give the logging.run_dir of a run")
+    found, status = diagnose(run_dir), read_status(run_dir)
+    if json_output:
+        print(json.dumps({"run_dir": str(run_dir), **asdict(found), "status": status}, indent=2))
+        return
+    print(found.summary)
+    for line in found.evidence:
+        print(f"  {line}")
+    if status is not None:
+        print(
+            f"last checkpoint: {status.get('last_checkpoint') or 'none'}; starts so far: {len(status['starts'])}"
+        )
+        for start in status["starts"][-5:]:
+            print(f"  {start['time']}: {start['why']}")
+    if found.will_requeue:
+        print("The run asks to be started again (RUN_DIR/requeue).")
+    if found.advice:
+        print(found.advice)
 
 
 def _import(name: str) -> tuple[Any, str]:

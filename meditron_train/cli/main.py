@@ -1,13 +1,12 @@
 """`meditron-train`: the verbs, and the one place where an error becomes a message and an exit code.
 
 Exit codes: 0 done; 1 the program failed; 2 the user's input or configuration is wrong; 85 stopped early on
-purpose, wants to be requeued; 130 interrupted from the keyboard.
+purpose, or by a fault that a new start mends, wants to be requeued; 130 interrupted from the keyboard.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from typing import Annotated, Any
 
@@ -41,7 +40,8 @@ class _Verbs(TyperGroup):
         except MeditronError as error:
             if ctx.params.get("debug"):
                 raise
-            print(_message(error), file=sys.stderr, flush=True)
+            if message := _message(error):
+                print(message, file=sys.stderr, flush=True)
             raise typer.Exit(error.exit_code) from None
         except OSError as error:
             if ctx.params.get("debug") or error.filename is None:
@@ -64,12 +64,31 @@ class _Verbs(TyperGroup):
 
 
 def _message(error: MeditronError) -> str:
-    """What to print for an error. A user's mistake hits every rank: one per node tells it whole."""
-    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    """What to print for an error; "" for nothing.
+
+    A user's mistake is met by every rank: rank 0 tells it whole, and one rank of each other node its first line, as it
+    may be that node's alone (a file that only exists elsewhere).
+    """
+    rank, local_rank = _place()
     text = str(error)
-    if isinstance(error, UserError) and local_rank != "0":
+    if rank == 0:
+        return f"error: {text}"
+    if isinstance(error, UserError):
+        if local_rank != 0:
+            return ""
         text = text.partition("\n")[0]
-    return f"error: {text}" if rank == "0" else f"[rank {rank}] error: {text}"
+    return f"[rank {rank}] error: {text}"
+
+
+def _place() -> tuple[int, int]:
+    """(rank, local rank) as torchrun or srun gave them; (0, 0) where they are not to be read."""
+    from meditron_train.launcher.environment import detect_launcher
+
+    try:
+        launch = detect_launcher()
+    except UserError:  # which is then the error to be told
+        return 0, 0
+    return launch.rank, launch.local_rank
 
 
 app = typer.Typer(

@@ -11,6 +11,7 @@ from importlib import metadata
 
 from meditron_train.errors import UserError
 from meditron_train.mcore import adam, cpu_redirects, lone_rank, writer_queue
+from meditron_train.mcore.writer_queue import end_with_parent_only, forget_results_queue
 
 SUPPORTED_VERSIONS = ("0.16",)
 
@@ -93,7 +94,9 @@ __all__ = [
     "TransformerConfig",
     "check_version",
     "dist_checkpointing",
+    "end_with_parent_only",
     "finalize_model_grads",
+    "forget_results_queue",
     "get_default_save_sharded_strategy",
     "get_forward_backward_func",
     "get_gpt_layer_local_spec",

@@ -15,9 +15,11 @@ from multiprocessing.managers import SyncManager
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+_kept_alive: list[Any] = []
 
 
-def _end_with_parent_only() -> None:
+def end_with_parent_only() -> None:
+    """In a forked process: no signal but its parent's end ends it."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -27,10 +29,17 @@ def _end_with_parent_only() -> None:
 def results_queue() -> Any:
     """This process's queue, made when first asked for."""
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(initializer=_end_with_parent_only)
+    manager.start(initializer=end_with_parent_only)
     queue: Any = manager.Queue()
     queue._keeps_alive = manager  # the server ends when its manager is collected
     return queue
+
+
+def forget_results_queue() -> None:
+    """In a forked process: its own queue is made at the next use, instead of sharing its parent's."""
+    if results_queue.cache_info().currsize:
+        _kept_alive.append(results_queue())  # the parent's server is not this process's to end
+    results_queue.cache_clear()
 
 
 def install() -> None:

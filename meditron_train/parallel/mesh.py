@@ -84,8 +84,11 @@ class Mesh:
         return outcome["value"]
 
 
-def choose_device(wanted: str, local_rank: int) -> torch.device:
+def choose_device(wanted: str, local_rank: int, *, one_gpu_per_task: bool = False) -> torch.device:
     """The device of this rank for `train.device` auto, cpu or cuda.
+
+    Args:
+        one_gpu_per_task: the launcher shows every rank a GPU of its own, and no other (srun --gpus-per-task).
 
     Raises:
         UserError: CUDA is asked for and absent, there are more ranks than GPUs, or the CPU is asked for where CUDA is
@@ -97,10 +100,12 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
                 "train.device is cpu, but this process sees a GPU, which megatron-core would use all the same. "
                 "Write CUDA_VISIBLE_DEVICES= (empty) before the command, or train.device=auto"
             )
+        if one_gpu_per_task and torch.cuda.device_count() == 1:
+            return torch.device("cuda", 0)
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}. "
-                "Start at most one process per GPU (torchrun --nproc-per-node)"
+                "Start at most one process per GPU (torchrun --nproc-per-node, srun --ntasks-per-node)"
             )
         return torch.device("cuda", local_rank)
     if wanted == "cuda":
@@ -115,6 +120,7 @@ def initialize(
     *,
     rank: int,
     local_rank: int,
+    one_gpu_per_task: bool = False,
     device: str = "auto",
     seed: int = 1234,
     timeout_s: int = 1800,
@@ -123,7 +129,7 @@ def initialize(
 
     Several ranks meet at MASTER_ADDR:MASTER_PORT, as torchrun sets them; a lone process needs neither.
     """
-    torch_device = choose_device(device, local_rank)
+    torch_device = choose_device(device, local_rank, one_gpu_per_task=one_gpu_per_task)
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
     if not dist.is_initialized():

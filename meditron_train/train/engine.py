@@ -191,9 +191,10 @@ class Engine:
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def sharded_state(self, *, with_optimizer: bool, is_loading: bool) -> dict[str, Any]:
-        """This rank's part of the model's (and optimizer's) state, as megatron-core's checkpoints describe it."""
-        if not is_loading:
-            self._gather_params()
+        """This rank's part of the model's (and optimizer's) state, as megatron-core's checkpoints describe it.
+
+        Collective; before saving, `gather_params` comes first.
+        """
         models = {
             f"model{virtual_rank}": without_extra_state(chunk.sharded_state_dict(metadata=STATE_METADATA))
             for virtual_rank, chunk in enumerate(self.chunks)
@@ -206,11 +207,47 @@ class Engine:
             )
         return state
 
-    def _gather_params(self) -> None:
-        """With overlap_param_gather the last update reaches a rank's parameters only when they are next used."""
+    def gather_params(self) -> None:
+        """Make the parameters whole; collective.
+
+        With overlap_param_gather the last update reaches a rank's parameters only when they are next used.
+        """
         if self.config.parallel.overlap_param_gather:
             for ddp_chunk in self.ddp_chunks:
                 ddp_chunk.start_param_sync(force_sync=True)
+
+    def local_state(self) -> dict[str, Any]:
+        """All tensors that this rank trains with, and the settings of its optimizers: views, nothing is copied.
+
+        Enough to continue on the same rank of the same layout. `load_local_state` takes the same structure.
+        """
+        optimizers = [optimizer.optimizer for optimizer in self.optimizer.chained_optimizers]
+        tensors = [parameter.data for chunk in self.chunks for parameter in chunk.parameters()]
+        for optimizer in optimizers:
+            for master in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+                tensors.append(master.data)
+                tensors += [optimizer.state[master][name] for name in sorted(optimizer.state[master])]
+        groups = [
+            [{name: value for name, value in group.items() if name != "params"} for group in o.param_groups]
+            for o in optimizers
+        ]
+        return {"tensors": tensors, "groups": groups}
+
+    @torch.no_grad()
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """Take over a `local_state`; the optimizer's state must be allocated, as `dry_run` does."""
+        for ours, theirs in zip(self.local_state()["tensors"], state["tensors"], strict=True):
+            ours.copy_(theirs)
+        for optimizer, groups in zip(self.optimizer.chained_optimizers, state["groups"], strict=True):
+            for ours, theirs in zip(optimizer.optimizer.param_groups, groups, strict=True):
+                ours.update(theirs)
+
+    def rejoin(self, mesh: Mesh) -> None:
+        """In a forked copy of this rank: let what saving needs talk through the groups of `mesh`."""
+        self.mesh = mesh
+        for optimizer in self.optimizer.chained_optimizers:
+            if self.config.parallel.distributed_optimizer:
+                optimizer.data_parallel_group = mesh.groups.dp_cp
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `load_sharded` read into `sharded_state(is_loading=True)`."""
@@ -327,7 +364,7 @@ class Engine:
     @torch.no_grad()
     def param_norm(self) -> float:
         """Global L2 norm of the parameters, replicas and shared copies counted once."""
-        self._gather_params()
+        self.gather_params()
         counted = [
             parameter
             for chunk in self.chunks

@@ -27,9 +27,10 @@ from meditron_train.train.engine import StepResult, invented_batch
 from meditron_train.train.guard import StepGuard
 from meditron_train.train.heartbeat import Pulse, forget_heartbeats
 from meditron_train.train.injected_faults import InjectedFaults
+from meditron_train.train.local_checkpoints import LocalCheckpoints
 from meditron_train.train.lr_schedule import learning_rate
 from meditron_train.train.run_dir import RunDir
-from meditron_train.train.saving import Progress, RunCheckpoints
+from meditron_train.train.saving import Progress, RunCheckpoints, step_of
 from meditron_train.train.setup import Plan, build_engine, make_plan
 from meditron_train.train.step_log import StepLog
 from meditron_train.train.stop_signals import StopSignals
@@ -65,6 +66,7 @@ def train(config: Config, launch: LaunchEnvironment, signals: StopSignals) -> in
             plan.layout,
             rank=launch.rank,
             local_rank=launch.local_rank,
+            one_gpu_per_task=launch.kind == "slurm",
             device=config.train.device,
             seed=config.train.seed,
             timeout_s=math.ceil(1.5 * config.resilience.hang_other_s),  # after the watchdog, who says more
@@ -130,10 +132,14 @@ class Run:
         )
         self.batches = BatchSchedule(config.train.global_batch_size, config.train.batch_ramp)
         self.checkpoints = RunCheckpoints(plan, mesh, run_dir.checkpoints, status)
-        newest = self.checkpoints.newest()
-        self.engine = build_engine(plan, mesh, with_weights=newest is None)
+        self.local = LocalCheckpoints(plan, mesh, mesh.from_first_rank(status.run_id))
+        newest, local_step = self.checkpoints.newest(), self.local.newest()
+        self.engine = build_engine(plan, mesh, with_weights=newest is None and local_step is None)
         self.dry_run()
-        self.progress = self.checkpoints.load(self.engine, newest) if newest else Progress()
+        if local_step is not None and (newest is None or local_step > step_of(newest)):
+            self.progress = self.local.load(self.engine, local_step)
+        else:
+            self.progress = self.checkpoints.load(self.engine, newest) if newest else Progress()
         self.pulse.step = self.progress.step
         self.guard = StepGuard(self.engine, settings, hosts, self.progress.history)
         self.faults = InjectedFaults(run_dir.path, mesh.rank)
@@ -163,6 +169,7 @@ class Run:
                 self.log.write(self.progress, result, lr, validation_losses)
             self.status.update(step=step)
             self.try_to_save(lambda: self.checkpoints.finish(wait=False), must=False)
+            self.save_locally()
             stop, save = self.agree_on_requests()
             if stop or save or self.save_is_due(step):
                 self.save(must=bool(stop) or is_last, wait=bool(stop) or save)
@@ -174,6 +181,7 @@ class Run:
         self.checkpoints.close()
         if config.checkpoint.export_hf:
             self.checkpoints.export(last_step, self.run_dir.path / "hf")
+        self.local.remove()
         _log.info("all %d steps are done: %s", last_step, self.run_dir.path)
         self.status.update(state="done", step=last_step, reason=None, exit_code=EXIT_DONE)
         return EXIT_DONE
@@ -311,6 +319,16 @@ class Run:
             self.num_failed_saves = self.num_rollbacks = 0
 
         self.try_to_save(write, must=must)
+
+    def save_locally(self) -> None:
+        """Save on this node where that is due and no checkpoint is."""
+        interval, step = self.config.checkpoint.local_interval, self.progress.step
+        if interval is None or step % interval or self.save_is_due(step):
+            return
+        self.pulse.enter("saving")
+        self.guard.check_replicas(step)
+        self.progress.history = self.guard.monitor.history
+        self.local.save(self.engine, self.progress)
 
     def try_to_save(self, action: Callable[[], object], *, must: bool) -> None:
         """A checkpoint that cannot be written ends the run if it `must` be, or if it is one too many in a row."""

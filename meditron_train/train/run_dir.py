@@ -5,15 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import json
 import os
-import socket
-import sys
-from collections.abc import Iterator, Mapping
-from datetime import datetime, timezone
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -22,6 +17,7 @@ from meditron_train.config.load import dump_config
 from meditron_train.config.schema import Config
 from meditron_train.errors import MeditronError, UserError
 from meditron_train.log import get_logger
+from meditron_train.train.run_lock import RunLock
 
 _log = get_logger(__name__)
 
@@ -33,8 +29,6 @@ _FIXED_KEYS = (
 )
 _FREE_KEYS = ("data.num_prefetch_steps", "data.validation")
 
-_NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-
 
 class RunDir:
     """RUN_DIR of one run. Every rank may hold one for its paths; one rank creates, locks and writes."""
@@ -44,8 +38,7 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.config_file = self.path / "config.yaml"
-        self._lock_path = self.path / ".lock"
-        self._lock_file: IO[str] | None = None
+        self._lock = RunLock(self.path)
 
     def create(self) -> None:
         """Make the directories that are missing. Raises UserError where that is not allowed."""
@@ -71,40 +64,14 @@ class RunDir:
             self.unlock()
 
     def lock(self) -> None:
-        """Take the directory for this process, creating it if needed; this object must live as long.
-
-        The kernel holds the lock (flock on RUN_DIR/.lock) and lets go of it when the process ends in any way;
-        the file's text says who the owner is. Raises UserError, naming the owner, when another process has
-        it. A lock left by a killed process is taken over, with a line in the log.
-        """
+        """Take the directory for this process, creating it if needed; raises UserError, naming the owner, when another
+        run has it."""
         self.create()
-        try:
-            lock_file = open(os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644), "r+")  # noqa: SIM115
-        except OSError as error:
-            raise _creation_error(self.path, error) from error
-        try:
-            has_flock = _try_flock(lock_file)
-            owner = _read_owner(lock_file)
-            if has_flock is False or (has_flock is None and owner and not _is_gone(owner)):
-                raise self._in_use(owner, certain=has_flock is False)
-            if owner:
-                _log.warning(
-                    "%s was left locked by %s, which is gone; the lock is taken over", self.path, _name(owner)
-                )
-            _write_owner(lock_file)
-        except BaseException:
-            lock_file.close()
-            raise
-        self._lock_file = lock_file
+        self._lock.acquire()
 
     def unlock(self) -> None:
         """Give the directory back; without a lock, nothing happens."""
-        if self._lock_file is None:
-            return
-        with contextlib.suppress(OSError):  # the text only informs; closing is what unlocks
-            self._lock_file.truncate(0)
-        self._lock_file.close()
-        self._lock_file = None
+        self._lock.release()
 
     def check_resumable(self, config: Config) -> None:
         """Refuse to resume this directory's run with another model or other data.
@@ -151,79 +118,11 @@ class RunDir:
             ) from None
         return values if isinstance(values, dict) else {}
 
-    def _in_use(self, owner: Mapping[str, Any], *, certain: bool) -> UserError:
-        who = _name(owner) if owner else "a process that has not given its name yet"
-        message = (
-            f"{self.path} is in use by {who}. Two runs must not write one directory: wait for that run, end "
-            "it, or give this one its own logging.run_dir."
-        )
-        if not certain:
-            message += f" If that process is surely gone, remove {self._lock_path}."
-        return UserError(message)
-
 
 def _creation_error(path: Path, error: OSError) -> MeditronError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
         return MeditronError(f"the run directory {path} cannot be created: {error}")
     return UserError(f"the run directory {path} cannot be created: {error}; choose another logging.run_dir")
-
-
-def _try_flock(file: IO[str]) -> bool | None:
-    """True: the lock is ours; False: another process has it; None: this file system has no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in _NO_FLOCK:
-            _log.warning("the file system of %s has no file locks (%s)", file.name, error.strerror)
-            return None
-        raise
-    return True
-
-
-def _read_owner(file: IO[str]) -> dict[str, Any]:
-    """{} when nobody has left a name, or none that can be read."""
-    try:
-        file.seek(0)
-        owner = json.loads(file.read())
-    except (OSError, ValueError):
-        return {}
-    return owner if isinstance(owner, dict) else {}
-
-
-def _write_owner(file: IO[str]) -> None:
-    owner = {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
-    }
-    file.seek(0)
-    file.truncate()
-    file.write(json.dumps(owner) + "\n")
-    file.flush()
-
-
-def _is_gone(owner: Mapping[str, Any]) -> bool:
-    """Whether the owner was a process of this host that no longer lives."""
-    if owner.get("host") != socket.gethostname():
-        return False
-    try:
-        os.kill(int(owner.get("pid", 0)), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return False
-
-
-def _name(owner: Mapping[str, Any]) -> str:
-    unknown = "unknown"
-    return (
-        f"process {owner.get('pid', unknown)} on host {owner.get('host', unknown)} "
-        f"since {owner.get('since', unknown)} ({owner.get('command', unknown)})"
-    )
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ from meditron_train.checkpoint.store import CheckpointStore
 from meditron_train.errors import MeditronError, UserError
 from meditron_train.log import get_logger
 from meditron_train.mcore import ShardedObject
-from meditron_train.parallel import Mesh
+from meditron_train.parallel import Mesh, free_port, rejoin
 from meditron_train.planner.checkpoint_size import checkpoint_bytes
 from meditron_train.report.status import RunStatus
 from meditron_train.train.engine import Engine
+from meditron_train.train.forked_copy import ForkedCopy
 from meditron_train.train.setup import Plan
 
 _log = get_logger(__name__)
@@ -48,15 +51,44 @@ class Progress:
     history: list[tuple[float, float]] = field(default_factory=list)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step of a finished checkpoint, as its name says."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+@dataclass
+class _Unfinished:
+    """A checkpoint between begin and publication; every stage is waited for on all ranks, then the next one begins.
+
+    Attributes:
+        stage: "writing" the tensors; "hashing" what this rank wrote; "publishing", by rank 0.
+        outcome: what the stage gave on this rank, once it has ended here: (value,).
+    """
+
+    progress: Progress
+    stage: str = "writing"
+    copy: ForkedCopy | None = None
+    job: Future | None = None
+    outcome: tuple[Any] | None = None
+
+
 class RunCheckpoints:
-    """The checkpoints of one run, seen from one rank; rank 0 does what concerns names and manifests."""
+    """The checkpoints of one run, seen from one rank; rank 0 does what concerns names and manifests.
+
+    With async_save on a CPU a forked copy of every rank does the whole saving, so training stands still for the fork
+    alone. CUDA does not survive a fork: on a GPU the state is gathered and copied to the host first, and only the
+    writing is left to a forked process. Hashing and publishing happen in a thread in either case.
+    """
 
     def __init__(self, plan: Plan, mesh: Mesh, directory: Path, status: RunStatus) -> None:
         self._plan, self._mesh, self._status = plan, mesh, status
         settings = plan.config.checkpoint
+        self._is_async = settings.async_save
+        self._forks = settings.async_save and not mesh.on_gpu
         self._store = CheckpointStore(directory, settings.keep_last, settings.keep_every)
-        self._saver = ShardedSaver(self._mesh.groups.dp_cp, asynchronous=settings.async_save)
-        self._being_written: Progress | None = None
+        self._saver = ShardedSaver(mesh.groups.dp_cp, asynchronous=settings.async_save and mesh.on_gpu)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._unfinished: _Unfinished | None = None
 
     # ---- saving -------------------------------------------------------------------------------------------------
 
@@ -64,41 +96,84 @@ class RunCheckpoints:
         """Save after `progress.step`; with async_save the files are finished later. Returns seconds training stood.
 
         Raises:
-            MeditronError: the disk is full or fails; no leftovers, earlier checkpoints are untouched.
+            SaveError: the disk is full or fails; no leftovers, earlier checkpoints are untouched.
         """
         start = time.monotonic()
         self.finish(wait=True)
-        directory = self._mesh.on_first_rank(lambda: self._begin(progress.step))
-        self._being_written = replace(progress)
-        self._together(lambda: self._write(engine, directory))
-        self.finish(wait=not self._plan.config.checkpoint.async_save)
+        directory, port = self._mesh.on_first_rank(lambda: self._begin(progress.step))
+        self._unfinished = _Unfinished(replace(progress))
+        self._together(lambda: self._start_writing(engine, directory, port))
+        self.finish(wait=not self._is_async)
         return time.monotonic() - start
 
     def finish(self, *, wait: bool) -> None:
-        """Publish a checkpoint whose files are all written; with `wait`, wait for that. Cheap when there is none."""
-        if self._being_written is None or not self._together(lambda: self._saver.finished(wait=wait)):
-            return
-        written, self._being_written = self._being_written, None
-        published = self._mesh.on_first_rank(lambda: self._publish(written))
-        self._status.update(last_checkpoint=published.name)
-        _log.info("saved %s", published)
+        """Bring a checkpoint that is being written as far as it goes; with `wait`, until it is published.
+
+        Cheap when there is none. Raises SaveError as `save` does.
+        """
+        while (unfinished := self._unfinished) is not None:
+            outcomes = self._together(lambda: self._outcome(unfinished, wait=wait))
+            if None in outcomes:
+                return
+            self._begin_next_stage(unfinished, [value for (value,) in outcomes])
 
     @property
     def is_writing(self) -> bool:
         """Whether a checkpoint is begun and not published yet."""
-        return self._being_written is not None
+        return self._unfinished is not None
 
     def close(self) -> None:
         """Finish what is being written and stop the writers."""
         self.finish(wait=True)
         self._saver.close()
+        self._thread.shutdown()
 
-    def _begin(self, step: int) -> Path:
-        self._store.check_free_space(checkpoint_bytes(self._plan.model, self._plan.config.train.precision))
-        return self._store.begin(step)
+    def _start_writing(self, engine: Engine, directory: Path, port: int) -> None:
+        assert self._unfinished is not None
+        engine.gather_params()
+        if self._forks:
+            self._unfinished.copy = ForkedCopy(lambda: self._write_in_copy(engine, directory, port))
+        else:
+            self._saver.save(self._state(engine), directory)
 
-    def _publish(self, progress: Progress) -> Path:
-        try:
+    def _write_in_copy(self, engine: Engine, directory: Path, port: int) -> None:
+        mesh = rejoin(self._mesh, port, timeout_s=self._plan.config.resilience.hang_other_s)
+        engine.rejoin(mesh)
+        ShardedSaver(mesh.groups.dp_cp, asynchronous=False).save(self._state(engine), directory)
+
+    def _outcome(self, unfinished: _Unfinished, *, wait: bool) -> tuple[Any] | None:
+        """(what the stage gave,) once it has ended on this rank, else None."""
+        if unfinished.outcome is None:
+            if unfinished.job is not None:
+                if wait or unfinished.job.done():
+                    unfinished.outcome = (unfinished.job.result(),)
+            elif (unfinished.copy or self._saver).finished(wait=wait):
+                unfinished.outcome = (None,)
+        return unfinished.outcome
+
+    def _begin_next_stage(self, unfinished: _Unfinished, values: list[Any]) -> None:
+        """The stage has ended on all ranks and gave `values`, in rank order."""
+        unfinished.outcome = None
+        if unfinished.stage == "writing":
+            unfinished.stage = "hashing"
+            unfinished.job = self._thread.submit(self._hash, unfinished.progress)
+        elif unfinished.stage == "hashing":
+            unfinished.stage = "publishing"
+            entries = {name: entry for of_rank in values for name, entry in of_rank.items()}
+            step = unfinished.progress.step
+            is_first = self._mesh.rank == 0
+            unfinished.job = self._thread.submit(
+                lambda: self._store.publish(step, entries) if is_first else None
+            )
+        else:
+            self._unfinished = None
+            self._status.update(last_checkpoint=values[0].name)
+            _log.info("saved %s", values[0])
+
+    def _hash(self, progress: Progress) -> dict[str, dict[str, int | str]]:
+        """Manifest entries of what this rank wrote; on rank 0 also of the companions, which it writes first."""
+        is_first = self._mesh.rank == 0
+        if is_first:
             write_companions(
                 self._store.unfinished_path(progress.step),
                 self._meta(progress),
@@ -106,9 +181,11 @@ class RunCheckpoints:
                 self._plan.config.data.tokenizer,
                 self._plan.config.data.special_tokens,
             )
-        except OSError as error:
-            raise self._store.failed(progress.step, error) from error
-        return self._store.publish(progress.step)
+        return self._store.describe_files(progress.step, self._mesh.rank, with_shared=is_first)
+
+    def _begin(self, step: int) -> tuple[Path, int]:
+        self._store.check_free_space(checkpoint_bytes(self._plan.model, self._plan.config.train.precision))
+        return self._store.begin(step), free_port() if self._forks else 0
 
     def _meta(self, progress: Progress) -> dict[str, Any]:
         counters = asdict(progress)
@@ -124,10 +201,10 @@ class RunCheckpoints:
         )
         return {**known, **counters, "data_fingerprint": self._plan.train_data.fingerprint}
 
-    def _write(self, engine: Engine, directory: Path) -> None:
+    def _state(self, engine: Engine) -> dict[str, Any]:
         state = engine.sharded_state(with_optimizer=True, is_loading=False)
         state["rng"] = self._rng_state(torch.get_rng_state())
-        self._saver.save(state, directory)
+        return state
 
     def _rng_state(self, state: torch.Tensor | None) -> ShardedObject:
         layout = self._plan.layout
@@ -223,8 +300,8 @@ class RunCheckpoints:
 
     # ---- errors on one rank are errors on all -------------------------------------------------------------------
 
-    def _together(self, action: Any) -> Any:
-        """`action()` on all ranks. When it fails on one, the checkpoint being written is given up on all."""
+    def _together(self, action: Callable[[], Any]) -> list[Any]:
+        """`action()` on all ranks; its values in rank order. A failure on one gives the checkpoint up on all."""
         value, failure = None, None
         try:
             value = action()
@@ -233,10 +310,15 @@ class RunCheckpoints:
             CheckpointException,
         ) as error:  # the latter is a BaseException; explained and raised below
             failure = error
-        failures = [f for f in self._mesh.gather_objects(None if failure is None else repr(failure)) if f]
+        outcomes = self._mesh.gather_objects((value, None if failure is None else repr(failure)))
+        failures = [said for _, said in outcomes if said is not None]
         if not failures:
-            return value
-        assert self._being_written is not None
-        step, self._being_written = self._being_written.step, None
+            return [outcome for outcome, _ in outcomes]
+        assert self._unfinished is not None
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished.copy is not None:
+            unfinished.copy.kill()
         cause = failure if failure is not None else RuntimeError(failures[0])
-        raise self._mesh.on_first_rank(lambda: self._store.failed(step, cause)) from failure
+        raise self._mesh.on_first_rank(
+            lambda: self._store.failed(unfinished.progress.step, cause)
+        ) from failure

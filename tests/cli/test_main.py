@@ -75,21 +75,41 @@ def test_errors_become_a_message_and_an_exit_code(
     assert err == said
 
 
-def test_other_ranks_say_who_they_are(app_that_raises, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "8")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(SystemExit):
-        app_that_raises(UserError("2 problems\n  - a\n  - b"))(["verb"])
-    assert capsys.readouterr().err == "[rank 8] error: 2 problems\n  - a\n  - b\n"
+def as_rank(monkeypatch, launcher: str, rank: int, ranks_per_node: int = 4) -> None:
+    local_rank = rank % ranks_per_node
+    torchrun = dict(
+        RANK=rank,
+        LOCAL_RANK=local_rank,
+        WORLD_SIZE=16,
+        LOCAL_WORLD_SIZE=4,
+        MASTER_ADDR="n0",
+        MASTER_PORT=29500,
+    )
+    srun = dict(
+        SLURM_PROCID=rank, SLURM_LOCALID=local_rank, SLURM_STEP_NUM_TASKS=16, SLURM_STEP_NODELIST="n[0-3]"
+    )
+    for name in torchrun:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (torchrun if launcher == "torchrun" else srun).items():
+        monkeypatch.setenv(name, str(value))
 
 
-@pytest.mark.parametrize(("error", "lines"), [(UserError("one\ntwo"), 1), (MeditronError("one\ntwo"), 2)])
-def test_a_users_mistake_is_told_whole_once_per_node(app_that_raises, capsys, monkeypatch, error, lines):
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+@pytest.mark.parametrize(
+    ("rank", "error", "said"),
+    [
+        (0, UserError("two\n  - a"), "error: two\n  - a\n"),
+        (3, UserError("two\n  - a"), ""),  # rank 0 of the same node tells it
+        (8, UserError("two\n  - a"), "[rank 8] error: two\n"),  # it may be that node's alone
+        (3, MeditronError("two\n  - a"), "[rank 3] error: two\n  - a\n"),
+    ],
+)
+def test_which_rank_tells_an_error(app_that_raises, capsys, monkeypatch, launcher, rank, error, said):
+    as_rank(monkeypatch, launcher, rank)
+    with pytest.raises(SystemExit) as exit_:
         app_that_raises(error)(["verb"])
-    assert len(capsys.readouterr().err.splitlines()) == lines
+    assert exit_.value.code == error.exit_code
+    assert capsys.readouterr().err == said
 
 
 def test_debug_shows_the_traceback(app_that_raises):

@@ -1,14 +1,7 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import json
 import logging
-import os
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,99 +39,6 @@ def make_config(**changes) -> Config:
         section, name = key.split("__")
         values.setdefault(section, {})[name] = value
     return Config.model_validate(values)
-
-
-def start_owner(path: Path) -> subprocess.Popen:
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom meditron_train.train.run_dir import RunDir\n"
-        "run_dir = RunDir(Path(sys.argv[1]))\nrun_dir.lock()\nprint('locked', flush=True)\nsys.stdin.read()\n"
-    )
-    command = [sys.executable, "-c", code, str(path)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "locked\n"
-    return process
-
-
-# --- the lock
-
-
-def test_a_second_process_is_refused_and_told_by_whom(tmp_path):
-    owner = start_owner(tmp_path / "run")
-    try:
-        with pytest.raises(UserError) as caught:
-            RunDir(tmp_path / "run").lock()
-        text = str(caught.value)
-        assert f"process {owner.pid} on host {socket.gethostname()} since 20" in text
-        assert "logging.run_dir" in text
-        assert caught.value.exit_code == 2
-    finally:
-        owner.communicate()
-    with RunDir(tmp_path / "run").locked():
-        pass
-
-
-def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, messages):
-    owner = start_owner(tmp_path)
-    owner.send_signal(signal.SIGKILL)
-    owner.communicate()
-    run_dir = RunDir(tmp_path)
-    run_dir.lock()
-    assert len(messages) == 1
-    assert f"left locked by process {owner.pid}" in messages[0]
-    with pytest.raises(UserError, match=f"process {os.getpid()}"):
-        RunDir(tmp_path).lock()
-    run_dir.unlock()
-
-
-def test_unlock_gives_it_back_without_a_trace(tmp_path, messages):
-    run_dir = RunDir(tmp_path)
-    run_dir.unlock()
-    for _ in range(2):
-        with run_dir.locked():
-            assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
-        assert (tmp_path / ".lock").read_text() == ""
-    with pytest.raises(RuntimeError), run_dir.locked():
-        raise RuntimeError
-    with RunDir(tmp_path).locked():
-        pass
-    assert messages == []
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\0\0"])
-def test_an_unreadable_owner_does_not_matter(tmp_path, text):
-    (tmp_path / ".lock").write_text(text)
-    with RunDir(tmp_path).locked():
-        pass
-
-
-def test_a_lock_held_without_a_name(tmp_path):
-    with open(tmp_path / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="in use by a process that has not given its name yet"):
-            RunDir(tmp_path).lock()
-
-
-def without_flock(*arguments):
-    raise OSError(errno.ENOLCK, "No locks available")
-
-
-def write_owner(path: Path, pid: int, host: str) -> None:
-    (path / ".lock").write_text(json.dumps({"pid": pid, "host": host, "since": "2024-01-01T00:00:00+00:00"}))
-
-
-def test_without_file_locks_the_name_decides(tmp_path, monkeypatch, messages):
-    monkeypatch.setattr(run_dir_module.fcntl, "flock", without_flock)
-    finished = subprocess.Popen([sys.executable, "-c", ""])
-    finished.wait()
-    write_owner(tmp_path, finished.pid, socket.gethostname())
-    with RunDir(tmp_path).locked():
-        assert any("has no file locks" in message for message in messages)
-        assert any(f"left locked by process {finished.pid}" in message for message in messages)
-        with pytest.raises(UserError, match=r"remove .*\.lock"):
-            RunDir(tmp_path).lock()
-    write_owner(tmp_path, finished.pid, "another-host")  # nobody can tell from here
-    with pytest.raises(UserError, match=r"on host another-host since 2024-01-01.*remove .*\.lock"):
-        RunDir(tmp_path).lock()
 
 
 def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):

@@ -1,0 +1,117 @@
+"""Checkpoints on each node's own disk or memory, for a quick restart of the same ranks on the same nodes.
+
+    LOCAL_DIR/RUN_ID/rank_00003/step_00000120.pt     the rank's tensors, as they are
+                                step_00000120.json   written last: its size and hash, layout, counters
+
+Between two checkpoints that everyone can read, each rank keeps its own part to itself: no communication, no shared file
+system. A restart uses it only when every rank finds its part, intact, of the same step and layout; otherwise, and
+whenever the other checkpoints are newer, it is ignored. Failures here cost a warning and never the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meditron_train.checkpoint.manifest import describe_file, write_text_atomically
+from meditron_train.log import get_logger
+from meditron_train.parallel import Mesh
+from meditron_train.train.engine import Engine
+from meditron_train.train.saving import Progress
+from meditron_train.train.setup import Plan
+
+_log = get_logger(__name__)
+
+_KEPT = 2  # the newest, and the one before in case a rank dies while it writes the newest
+
+
+class LocalCheckpoints:
+    """Those of one rank; without `checkpoint.local_dir` nothing is written or found.
+
+    Args:
+        run_id: tells this run from others that use the same local directory.
+    """
+
+    def __init__(self, plan: Plan, mesh: Mesh, run_id: str) -> None:
+        self._mesh = mesh
+        local_dir = plan.config.checkpoint.local_dir
+        self._directory = local_dir / run_id / f"rank_{mesh.rank:05d}" if local_dir and run_id else None
+        self._identity = {
+            "layout": asdict(plan.layout),
+            "precision": plan.config.train.precision,
+            "distributed_optimizer": plan.config.parallel.distributed_optimizer,
+            "model": plan.model.model_dump(mode="json"),
+            "data_fingerprint": plan.train_data.fingerprint,
+        }
+        self._max_step = plan.config.train.steps
+
+    def save(self, engine: Engine, progress: Progress) -> None:
+        """Write this rank's part; training stands still meanwhile. Collective only with overlap_param_gather."""
+        if self._directory is None:
+            return
+        start = time.monotonic()
+        engine.gather_params()
+        tensors, sidecar = self._paths(progress.step)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            sidecar.unlink(missing_ok=True)
+            torch.save({**engine.local_state(), "rng": torch.get_rng_state()}, tensors)
+            facts = {**self._identity, **describe_file(tensors, sync=True), "progress": asdict(progress)}
+            write_text_atomically(sidecar, json.dumps(facts) + "\n")
+            self._delete_all_but(self._steps()[-_KEPT:])
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            _log.warning("rank %d could not save step %d locally: %s", self._mesh.rank, progress.step, error)
+            tensors.unlink(missing_ok=True)
+            return
+        _log.info("saved step %d locally in %.1f s", progress.step, time.monotonic() - start)
+
+    def newest(self) -> int | None:
+        """The newest step that every rank holds intact; collective."""
+        mine = [step for step in self._steps() if self._is_intact(step)]
+        common = set.intersection(*(set(steps) for steps in self._mesh.gather_objects(mine)))
+        return max(common, default=None)
+
+    def load(self, engine: Engine, step: int) -> Progress:
+        """Continue from this rank's part of `step`, which `newest` found."""
+        tensors, sidecar = self._paths(step)
+        state = torch.load(tensors, map_location="cpu", weights_only=True, mmap=True)
+        engine.load_local_state(state)
+        torch.set_rng_state(state["rng"])
+        _log.info("resuming from the local checkpoints in %s, after step %d", self._directory, step)
+        return Progress(**json.loads(sidecar.read_text(encoding="utf-8"))["progress"])
+
+    def remove(self) -> None:
+        """The run is done: leave nothing on the node."""
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _paths(self, step: int) -> tuple[Path, Path]:
+        assert self._directory is not None
+        return self._directory / f"step_{step:08d}.pt", self._directory / f"step_{step:08d}.json"
+
+    def _steps(self) -> list[int]:
+        if self._directory is None:
+            return []
+        return sorted(int(path.stem.removeprefix("step_")) for path in self._directory.glob("step_*.json"))
+
+    def _is_intact(self, step: int) -> bool:
+        tensors, sidecar = self._paths(step)
+        try:
+            facts: dict[str, Any] = json.loads(sidecar.read_text(encoding="utf-8"))
+            same = all(facts.get(name) == value for name, value in self._identity.items())
+            return same and step <= self._max_step and describe_file(tensors)["sha256"] == facts["sha256"]
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def _delete_all_but(self, kept: list[int]) -> None:
+        assert self._directory is not None
+        for path in self._directory.glob("step_*"):
+            if int(path.name[len("step_") :].partition(".")[0]) not in kept:
+                os.unlink(path)

@@ -1,0 +1,126 @@
+"""Each way in which a run ends, as its files tell it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from meditron_train.errors import MeditronError, RequeueError, SaveError, UserError
+from meditron_train.report.diagnosis import diagnose
+from meditron_train.report.status import RunStatus, record_failure, request_requeue
+
+PEER = RuntimeError(
+    "[../third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.3]:4242"
+)
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    (tmp_path / "logs").mkdir()
+    return tmp_path
+
+
+def end(run_dir: Path, error: BaseException | None, *, rank: int = 0) -> RunStatus:
+    """A run of 3 ranks that comes to step 7, where `error` ends it (None: it goes on, or is killed)."""
+    status = RunStatus(run_dir, enabled=True)
+    try:
+        with status:
+            status.start({"hosts": ["n1"], "world_size": 3, "steps": 20})
+            status.update(state="running", step=7, last_checkpoint="step_00000005")
+            if error is not None:
+                raise error
+    except BaseException:
+        record_failure(run_dir, rank, error, 7)
+    return status
+
+
+def test_finished(run_dir):
+    end(run_dir, None).update(state="done", step=20)
+    found = diagnose(run_dir)
+    assert found.cause == "finished" and "all 20 steps are done" in found.summary and not found.will_requeue
+
+
+def test_the_time_limit(run_dir):
+    end(run_dir, None).stopped("SIGUSR1", 85)
+    found = diagnose(run_dir)
+    assert found.cause == "time_limit" and found.will_requeue and "after step 7 of 20" in found.summary
+
+
+@pytest.mark.parametrize("reason", ["SIGTERM", "the file /runs/a/stop"])
+def test_asked_to_stop(run_dir, reason):
+    end(run_dir, None).stopped(reason, 85)
+    assert diagnose(run_dir).cause == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (RequeueError("in step 8 copies of the same weights differ: rank 1 on host n2 (norm)"), "bit_flip"),
+        (MeditronError("3 steps in a row were skipped, not finite or anomalous"), "nan"),
+        (SaveError("the checkpoint of step 8 could not be written: the disk is full"), "disk"),
+        (SaveError("could not be written: OSError: [Errno 30] Read-only file system: 'x'"), "disk"),
+        (UserError("the training data has changed since step_00000005 was written"), "data_changed"),
+        (UserError("parallel.tensor 3 does not divide 4 heads"), "user_error"),
+        (MeditronError("a training step does not fit into the memory of cuda:0"), "out_of_memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out_of_memory"),
+        (ValueError("a bug"), "crashed"),
+    ],
+)
+def test_what_ranks_say(run_dir, error, cause):
+    end(run_dir, error)
+    found = diagnose(run_dir)
+    assert found.cause == cause
+    assert str(error)[:20] in found.summary + "".join(found.evidence)
+    assert found.advice
+    assert found.will_requeue == isinstance(error, RequeueError)
+
+
+def test_a_hang_is_told_by_the_watchdog_though_rank_0_never_could(run_dir):
+    end(run_dir, None)
+    request_requeue(run_dir, "hang in training step after step 7: ...; rank 2 on host n3 is busy")
+    found = diagnose(run_dir)
+    assert found.cause == "hang" and found.will_requeue and "rank 2 on host n3" in found.evidence[0]
+
+
+def test_the_rank_that_failed_by_itself_counts_more_than_those_that_lost_it(run_dir):
+    end(run_dir, PEER)
+    record_failure(run_dir, 2, RuntimeError("CUDA out of memory"), 7)
+    found = diagnose(run_dir)
+    assert found.cause == "out_of_memory" and "rank 2" in found.evidence[0]
+
+
+def test_a_rank_that_was_killed_is_the_one_that_said_nothing(run_dir):
+    end(run_dir, PEER)
+    record_failure(run_dir, 2, PEER, 7)
+    (run_dir / "heartbeats").mkdir()
+    (run_dir / "heartbeats" / "rank_00001.json").write_text(json.dumps({"rank": 1, "host": "n2"}))
+    found = diagnose(run_dir)
+    assert found.cause == "killed" and "rank 1 on host n2 ended without a word" in found.summary
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0", "out_of_memory"),
+        ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026 DUE TO TIME LIMIT ***", "time_limit"),
+        ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026 DUE TO PREEMPTION ***", "stopped"),
+        ("srun: error: Node failure on n2: NODE FAIL", "killed"),
+    ],
+)
+def test_what_a_batch_system_wrote_into_the_logs(run_dir, line, cause):
+    end(run_dir, None)
+    (run_dir / "logs" / "7").mkdir()
+    (run_dir / "logs" / "7" / "n1-0.log").write_text(f"step 7/20\n{line}\nmore\n")
+    found = diagnose(run_dir)
+    assert found.cause == cause and found.evidence == (f"logs/7/n1-0.log: {line}",)
+
+
+def test_no_word_at_all(run_dir):
+    end(run_dir, None)
+    assert diagnose(run_dir).cause == "running_or_killed"
+
+
+def test_no_run(run_dir):
+    assert diagnose(run_dir).cause == "unknown"

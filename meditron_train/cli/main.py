@@ -18,6 +18,8 @@ from meditron_train.cli import convert, data
 from meditron_train.cli.demo import demo
 from meditron_train.cli.doctor import doctor
 from meditron_train.cli.generate import generate
+from meditron_train.cli.preflight import preflight
+from meditron_train.cli.submit import submit
 from meditron_train.cli.train import train
 from meditron_train.errors import MeditronError, UserError
 from meditron_train.log import setup_logging
@@ -120,6 +122,8 @@ app.command()(demo)
 app.command()(doctor)
 app.add_typer(data.app, name="data")
 app.command()(train)
+app.command()(submit)
+app.command()(preflight)
 app.add_typer(convert.app, name="convert")
 app.command()(generate)
 

@@ -16,7 +16,7 @@ WORDS = (
 )
 
 
-def _train_tokenizer(directory: Path) -> None:
+def train_tokenizer(directory: Path) -> None:
     import sentencepiece
 
     generator = random.Random(0)
@@ -44,7 +44,7 @@ def hf_dir(tmp_path_factory) -> Path:
     from tests.train.reference import hf_model
 
     directory = tmp_path_factory.mktemp("hf")
-    _train_tokenizer(directory)
+    train_tokenizer(directory)
     vocab_size = load_tokenizer(directory).vocab_size
     hf_model(vocab_size=vocab_size, bos_token_id=1, eos_token_id=2).save_pretrained(directory)
     config = json.loads((directory / "config.json").read_text())

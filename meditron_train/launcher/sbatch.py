@@ -1,0 +1,172 @@
+"""From a run to the batch script that Slurm gets, and the commands that follow it.
+
+The script only sets options and hands over to launch/train.sbatch, which is read from the shared file system at the
+start of the job.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import meditron_train
+from meditron_train.errors import MeditronError, UserError
+
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
+_SBATCH_VARIABLE = re.compile(r"^\s*export\s+SBATCH_(PARTITION|ACCOUNT|QOS|RESERVATION|CONSTRAINT)=(.+)$")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of Slurm for one run.
+
+    Attributes:
+        name: also what `singleton` goes by: jobs of one name run one after the other.
+        num_nodes: nodes that train; `num_spare_nodes` are allocated beside them for those that fail the pre-flight.
+        gpus_per_node: 0 on nodes without GPUs.
+        time_limit: in Slurm's form; save_time_s seconds before its end the ranks are asked to save.
+        chain: number of jobs, each continuing the one before.
+        options: further sbatch options, such as {"partition": "gpu"}.
+    """
+
+    name: str
+    config: Path
+    overrides: tuple[str, ...]
+    num_nodes: int
+    gpus_per_node: int
+    ranks_per_node: int
+    time_limit: str
+    num_spare_nodes: int = 0
+    save_time_s: int = 300
+    chain: int = 1
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.ranks_per_node
+
+
+def batch_script(job: Job, *, directory: Path, launch_dir: Path) -> str:
+    """The text for sbatch; the job runs in `directory`.
+
+    Raises UserError where the time limit cannot be read, or leaves no time to save.
+    """
+    if time_limit_s(job.time_limit) <= job.save_time_s:
+        raise UserError(
+            f"--time {job.time_limit} leaves nothing before the {job.save_time_s} s that are kept for the last "
+            "checkpoint; give more time, or a smaller --save-time"
+        )
+    options = {
+        "job-name": job.name,
+        **dict(job.options),
+        "nodes": str(job.num_nodes + job.num_spare_nodes),
+        "ntasks-per-node": "1",
+        **({"gpus-per-node": str(job.gpus_per_node)} if job.gpus_per_node else {}),
+        "exclusive": "",
+        "mem": "0",
+        "time": job.time_limit,
+        "signal": f"B:USR1@{job.save_time_s}",
+        "requeue": "",
+        "dependency": "singleton",
+        "open-mode": "append",
+        "chdir": str(directory),
+        "output": "logs/%x-%j.out",
+    }
+    lines = ["#!/usr/bin/env bash"]
+    lines += [
+        f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}" for name, value in options.items()
+    ]
+    lines += [
+        "",
+        "set -euo pipefail",
+        f"export TRAIN_NODES={job.num_nodes} NPROC_PER_NODE={job.ranks_per_node}",
+    ]
+    words = [str(launch_dir / "train.sbatch"), str(job.config), *job.overrides]
+    lines.append("exec " + shlex.join(words))
+    return "\n".join(lines) + "\n"
+
+
+def submit_commands(job: Job, script: Path) -> list[str]:
+    """The sbatch commands, in order, as a person would type them."""
+    if job.chain == 1:
+        return [f"sbatch {shlex.quote(str(script))}"]
+    return [
+        f"CHAINED={'yes' if number else ''} CHAIN_REST={job.chain - 1 - number} sbatch {shlex.quote(str(script))}"
+        for number in range(job.chain)
+    ]
+
+
+def submit(job: Job, script: Path) -> list[str]:
+    """Give the jobs to Slurm; returns their ids.
+
+    Raises:
+        UserError: there is no sbatch here. MeditronError: Slurm refused, with its words.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "there is no sbatch here: run this on a login node of the cluster (--dry-run prints the script anywhere)"
+        )
+    ids: list[str] = []
+    for number in range(job.chain):
+        environment = dict(os.environ)
+        for name in ("CHAINED", "CHAIN_REST"):
+            environment.pop(name, None)
+        if job.chain > 1:
+            environment.update(CHAINED="yes" if number else "", CHAIN_REST=str(job.chain - 1 - number))
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(script)], env=environment, capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            queued = f" Jobs {' '.join(ids)} of the chain were queued before." if ids else ""
+            raise MeditronError(f"Slurm refused {script}: {done.stderr.strip()}.{queued}")
+        ids.append(done.stdout.strip().split(";")[0])
+    return ids
+
+
+def time_limit_s(text: str) -> int:
+    """Seconds of Slurm's time formats: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    match = _TIME.fullmatch(text)
+    if match is None:
+        raise UserError(
+            f"--time {text!r} is no time limit; write hours:minutes:seconds (24:00:00) or days-hours (2-12)"
+        )
+    fields = [int(field) for field in match["fields"].split(":")]
+    if match["days"] is not None:  # from the hours down
+        days, units = int(match["days"]), (3600, 60, 1)
+    elif len(fields) == 3:
+        days, units = 0, (3600, 60, 1)
+    else:  # from the minutes down
+        days, units = 0, (60, 1, 0)
+    return days * 86400 + sum(field * unit for field, unit in zip(fields, units, strict=False))
+
+
+def find_launch_dir() -> Path:
+    """launch/ of the repository: here, or beside the package. Raises UserError where there is none."""
+    candidates = (Path.cwd() / "launch", Path(meditron_train.__file__).parents[1] / "launch")
+    for candidate in candidates:
+        if (candidate / "train.sbatch").is_file():
+            return candidate
+    raise UserError(
+        f"there is no launch/train.sbatch in {' or '.join(str(c.parent) for c in candidates)}: the launch scripts are "
+        "in the repository, not in the installed package; change into a clone of it"
+    )
+
+
+def cluster_options(launch_dir: Path) -> dict[str, str]:
+    """The `export SBATCH_PARTITION=...` lines of the cluster's settings, as sbatch options; {} without a file."""
+    path = Path(os.environ.get("CLUSTER_ENV") or launch_dir / "cluster.env")
+    if not path.is_file():
+        return {}
+    found: dict[str, str] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        match = _SBATCH_VARIABLE.match(line)
+        if match:
+            values: Sequence[str] = shlex.split(match[2], comments=True)
+            found[match[1].lower()] = values[0] if values else ""
+    return {name: value for name, value in found.items() if value}

@@ -1,0 +1,83 @@
+"""Which nodes are bad: each by its own facts, and by how it compares with the others."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from meditron_train.launcher.node_check import NodeFacts
+
+# Shares of the median below which a GPU node is bad. A healthy node stays within a few percent; a throttled GPU or a
+# cable that fell back to half its lanes does not. CPUs are shared with others and are never judged by speed.
+_LEAST_MATMUL_SHARE = 0.7
+_LEAST_LINK_SHARE = 0.5
+_LEAST_NODES_FOR_SPEED = 3  # of two, nobody can say which one is wrong
+_MOST_CLOCK_SKEW_S = 2.0
+
+
+def bad_nodes(
+    nodes: Sequence[str],
+    facts: Mapping[str, NodeFacts],
+    pair_gb_s: Mapping[str, float],
+    clock_skew_s: Mapping[str, float],
+) -> dict[str, str]:
+    """Node → what is wrong with it, for every node that should not train.
+
+    Args:
+        nodes: all nodes of the job; facts: those that answered.
+        pair_gb_s, clock_skew_s: what was measured between them, where it was.
+    """
+    found: dict[str, list[str]] = {node: [] for node in nodes}
+    for node in nodes:
+        found[node] += facts[node].problems if node in facts else ["no answer"]
+    answered = [node for node in nodes if node in facts]
+    _compare_versions(answered, facts, found)
+    _compare_gpus(answered, facts, found)
+    gpu_nodes = [node for node in answered if facts[node].num_gpus]
+    matmul = {node: speed for node in gpu_nodes if (speed := facts[node].matmul_tflops) is not None}
+    _compare_speed(matmul, _LEAST_MATMUL_SHARE, "matrix products at", "TFLOP/s", found)
+    local = {node: speed for node in gpu_nodes if (speed := facts[node].local_bandwidth_gb_s) is not None}
+    _compare_speed(local, _LEAST_LINK_SHARE, "all-reduce over its GPUs at", "GB/s", found)
+    links = {node: speed for node, speed in pair_gb_s.items() if node in gpu_nodes}
+    _compare_speed(links, _LEAST_LINK_SHARE, "network at", "GB/s", found)
+    for node, skew in clock_skew_s.items():
+        if abs(skew) > _MOST_CLOCK_SKEW_S:
+            found[node].append(f"its clock is {skew:+.1f} s off")
+    return {node: "; ".join(problems) for node, problems in found.items() if problems}
+
+
+def _compare_versions(
+    answered: Sequence[str], facts: Mapping[str, NodeFacts], found: dict[str, list[str]]
+) -> None:
+    """Other software than on most nodes (with as many on each side: than on the first node)."""
+    names = sorted({name for node in answered for name in facts[node].versions})
+    for name in names:
+        values = {node: facts[node].versions.get(name, "missing") for node in answered}
+        usual, _ = Counter(values.values()).most_common(1)[0]
+        for node, value in values.items():
+            if value != usual:
+                found[node].append(f"{name} is {value}, elsewhere {usual}")
+
+
+def _compare_gpus(
+    answered: Sequence[str], facts: Mapping[str, NodeFacts], found: dict[str, list[str]]
+) -> None:
+    counts = {node: (facts[node].num_gpus, facts[node].gpu) for node in answered}
+    if not counts:
+        return
+    usual, _ = Counter(counts.values()).most_common(1)[0]
+    for node, (number, name) in counts.items():
+        if (number, name) != usual:
+            found[node].append(f"{number} GPUs ({name}), elsewhere {usual[0]} ({usual[1]})")
+
+
+def _compare_speed(
+    speeds: Mapping[str, float], least_share: float, what: str, unit: str, found: dict[str, list[str]]
+) -> None:
+    if len(speeds) < _LEAST_NODES_FOR_SPEED:
+        return
+    usual = statistics.median(speeds.values())
+    for node, speed in speeds.items():
+        if speed < least_share * usual:
+            found[node].append(f"{what} {speed:.1f} {unit}, elsewhere {usual:.1f}")

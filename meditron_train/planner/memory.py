@@ -1,0 +1,227 @@
+"""Bytes of memory a training step needs on the fullest GPU, known before a node is taken.
+
+What is counted, for one pipeline stage and one tensor-parallel rank (t: tensor, d: data x context, e: bytes of the
+training precision, h: hidden, f: intermediate, N and K: heads and key/value heads, D: head size, V: padded
+vocabulary):
+
+| part        | bytes                                                                                       |
+|-------------|---------------------------------------------------------------------------------------------|
+| weights     | e per parameter                                                                             |
+| gradients   | 4 per parameter: they are added up in fp32                                                  |
+| optimizer   | 12 per parameter in bf16 (fp32 copy, two moments), 8 in fp32; with the distributed optimizer |
+|             | over d                                                                                      |
+| activations | below, times the micro-batches that the pipeline schedule keeps alive                       |
+| logits      | V/t per token of one micro-batch, last stage: 4 for the loss, and e where that is not fp32  |
+| allowance   | 3 GiB (CUDA context, NCCL's buffers, workspaces) and 5 % (fragmentation): no formula        |
+
+Activations of a layer per token of the rank's micro-batch, after Korthikanti et al. 2022 (arXiv 2205.05198, section
+4), for what our layers keep for the backward pass: no dropout masks, a SwiGLU instead of a GELU, grouped-query
+attention, and, as attention is fused and stays inside packed documents, nothing that grows with S². s is 1/t under
+sequence parallelism, else 1:
+
+    norms      2 · (e·h·s + 4)                  their inputs and statistics
+               (on the CPU PyTorch keeps two fp32 tensors instead: 2 · (8·h·s + 4))
+    linear in  2 · e·h·s                        inputs of QKV and of gate and up, as sequence parallelism shards them
+    attention  e·(N+2K)·D/t + e·(N+K)·D/t       QKV as projected (v is a view of it); q and k once rotated
+               + 2·e·N·D/t + 4·N/t              output, its packed copy, softmax statistics
+    MLP        5·e·f/t                          gate and up, silu(gate), megatron-core's copy of up, their product
+
+Recomputing attention (`selective`) drops rotated q and k, one output and the statistics, and keeps q once more, as it
+was before its rotation (megatron-core copies it out of QKV); `full` keeps e·h·s per layer, and everything above for
+the one layer that is being recomputed. Micro-batches alive on stage p of P with m micro-batches: min(m, P-p); with v
+chunks per stage min(m·v, 2(P-p-1) + (v-1)·P + 1) chunks (Narayanan et al. 2021, arXiv 2104.04473). Each also keeps two
+fp32 rotation tables of D per token.
+
+tests/planner/test_memory.py compares these with the bytes that real steps of a tiny model keep, on CPUs; the GPU's
+norms and the allowance have not been measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meditron_train.config.model_config import ModelConfig
+from meditron_train.config.schema import Config
+from meditron_train.errors import UserError
+from meditron_train.layout import ParallelLayout
+
+_GIB = 2**30
+# What torch.cuda.get_device_properties reports, a little less than the name says (80 GB cards: 79.1 to 79.3 GiB).
+GPU_MEMORY_BYTES: dict[str, int] = {
+    "a100-80gb": round(79.1 * _GIB),
+    "h100-80gb": round(79.1 * _GIB),
+    "h200-141gb": round(139.8 * _GIB),
+}
+_ALLOWANCE_BYTES = 3 * _GIB
+_ALLOWANCE_SHARE = 0.05
+_LOGIT_LOSS_BYTES = 4
+_ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
+_GRADIENT_BYTES = 4
+_OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank of pipeline stage `stage`."""
+
+    stage: int
+    num_parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def counted(self) -> int:
+        """What the formulas count."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+    @property
+    def allowance(self) -> int:
+        """What they do not: context, communication buffers, fragmentation."""
+        return _ALLOWANCE_BYTES + round(_ALLOWANCE_SHARE * self.counted)
+
+    @property
+    def total(self) -> int:
+        return self.counted + self.allowance
+
+
+def estimate_stages(
+    config: Config, model: ModelConfig, layout: ParallelLayout, *, on_gpu: bool = True
+) -> list[MemoryEstimate]:
+    """The estimate of every pipeline stage. `layout` must be sound (see `check_config`)."""
+    return [_estimate(config, model, layout, stage, on_gpu) for stage in range(layout.pipeline)]
+
+
+def fullest_stage(config: Config, model: ModelConfig, layout: ParallelLayout) -> MemoryEstimate:
+    """The stage that needs the most: usually the first, which keeps the most micro-batches."""
+    return max(estimate_stages(config, model, layout), key=lambda estimate: estimate.total)
+
+
+def require_fit(estimate: MemoryEstimate, gpu: str) -> None:
+    """Raise UserError where the estimate is beyond the memory of `gpu`, a key of GPU_MEMORY_BYTES."""
+    if gpu not in GPU_MEMORY_BYTES:
+        raise UserError(f"the memory of {gpu!r} is not known; known are {', '.join(GPU_MEMORY_BYTES)}")
+    available = GPU_MEMORY_BYTES[gpu]
+    if estimate.total <= available:
+        return
+    raise UserError(
+        f"this does not fit: pipeline stage {estimate.stage} needs about {estimate.total / _GIB:.0f} GiB per GPU, "
+        f"{gpu} has {available / _GIB:.0f} ({describe(estimate)}). Raise parallel.tensor, parallel.pipeline or the "
+        "number of nodes, lower train.micro_batch_size, or choose train.recompute=full"
+    )
+
+
+def describe(estimate: MemoryEstimate) -> str:
+    """The parts, in GiB, the largest first."""
+    parts = {
+        "weights": estimate.weights,
+        "gradients": estimate.gradients,
+        "optimizer": estimate.optimizer,
+        "activations": estimate.activations,
+        "logits": estimate.logits,
+        "allowance": estimate.allowance,
+    }
+    listed = sorted(parts.items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {num_bytes / _GIB:.1f}" for name, num_bytes in listed if num_bytes)
+
+
+def _estimate(
+    config: Config, model: ModelConfig, layout: ParallelLayout, stage: int, on_gpu: bool
+) -> MemoryEstimate:
+    precision = config.train.precision
+    num_parameters = stage_parameters(model, layout, stage, config.parallel.vocab_multiple)
+    shards = layout.data * layout.context if config.parallel.distributed_optimizer else 1
+    is_last = stage == layout.pipeline - 1
+    tokens = _tokens_per_microbatch(config, layout)
+    return MemoryEstimate(
+        stage=stage,
+        num_parameters=num_parameters,
+        weights=_ELEMENT_BYTES[precision] * num_parameters,
+        gradients=_GRADIENT_BYTES * num_parameters,
+        optimizer=_OPTIMIZER_BYTES[precision] * num_parameters // shards,
+        activations=_activations(config, model, layout, stage, on_gpu),
+        logits=_logits(config, model, layout, tokens) if is_last else 0,
+    )
+
+
+def stage_parameters(model: ModelConfig, layout: ParallelLayout, stage: int, vocab_multiple: int) -> int:
+    """Parameters that one rank of `stage` holds, vocabulary padding included; norms are on every tensor rank."""
+    num_layers = model.num_layers // layout.pipeline
+    norms = 2 * model.hidden_size
+    per_layer = (model.num_layer_parameters - norms) // layout.tensor + norms
+    vocabulary = model.padded_vocab_size(layout.tensor, vocab_multiple) // layout.tensor * model.hidden_size
+    is_first, is_last = stage == 0, stage == layout.pipeline - 1
+    # A tied output layer needs the embedding's weight: its own copy where the embedding is on another stage.
+    num_vocabularies = is_first + (is_last and not (model.tie_embeddings and is_first))
+    return num_layers * per_layer + num_vocabularies * vocabulary + is_last * model.hidden_size
+
+
+def _tokens_per_microbatch(config: Config, layout: ParallelLayout) -> int:
+    return config.train.seq_len * config.train.micro_batch_size // layout.context
+
+
+def _logits(config: Config, model: ModelConfig, layout: ParallelLayout, tokens: int) -> int:
+    columns = model.padded_vocab_size(layout.tensor, config.parallel.vocab_multiple) // layout.tensor
+    element = _ELEMENT_BYTES[config.train.precision]
+    return tokens * columns * (_LOGIT_LOSS_BYTES + (element if element != _LOGIT_LOSS_BYTES else 0))
+
+
+def layer_activation_bytes_per_token(
+    model: ModelConfig, layout: ParallelLayout, *, precision: str, recompute: str, on_gpu: bool
+) -> float:
+    """What one layer keeps of one token for the backward pass (the table on top of this file)."""
+    element, tensor = _ELEMENT_BYTES[precision], layout.tensor
+    width = model.hidden_size * _shard(layout)
+    if recompute == "full":
+        return element * width
+    heads, kv_heads = model.num_heads * model.head_dim / tensor, model.num_kv_heads * model.head_dim / tensor
+    norms = _norm_bytes(width, element, on_gpu) * 2
+    linear_inputs = 2 * element * width
+    attention = element * (heads + 2 * kv_heads) + element * heads
+    if recompute == "selective":
+        attention += element * heads
+    else:
+        attention += element * (heads + kv_heads) + element * heads + 4 * model.num_heads / tensor
+    return norms + linear_inputs + attention + 5 * element * model.intermediate_size / tensor
+
+
+def _shard(layout: ParallelLayout) -> float:
+    """Share of the tokens that a rank keeps between the matrices."""
+    return 1 / layout.tensor if layout.sequence else 1.0
+
+
+def _norm_bytes(width: float, element: int, on_gpu: bool) -> float:
+    return (element * width if on_gpu else 8 * width) + 4
+
+
+def microbatches_alive(layout: ParallelLayout, stage: int, num_microbatches: int) -> int:
+    """Chunk-passes that wait for their backward pass on `stage` at most, each over layers/(P·v) layers."""
+    chunks = layout.virtual_pipeline
+    if chunks == 1:
+        return min(num_microbatches, layout.pipeline - stage)
+    warmup = 2 * (layout.pipeline - stage - 1) + (chunks - 1) * layout.pipeline
+    return min(num_microbatches * chunks, warmup + 1)
+
+
+def _activations(config: Config, model: ModelConfig, layout: ParallelLayout, stage: int, on_gpu: bool) -> int:
+    train, element = config.train, _ELEMENT_BYTES[config.train.precision]
+    tokens = _tokens_per_microbatch(config, layout)
+    num_microbatches = train.global_batch_size // (train.micro_batch_size * layout.data)
+    alive = microbatches_alive(layout, stage, num_microbatches)
+    layers_per_chunk = model.num_layers // (layout.pipeline * layout.virtual_pipeline)
+    width = model.hidden_size * _shard(layout)
+    kept = {
+        recompute: layer_activation_bytes_per_token(
+            model, layout, precision=train.precision, recompute=recompute, on_gpu=on_gpu
+        )
+        for recompute in (train.recompute, "none")
+    }
+    per_token = layers_per_chunk * kept[train.recompute] + 2 * 4 * model.head_dim
+    total = alive * per_token * tokens
+    if train.recompute == "full":
+        total += kept["none"] * tokens
+    if stage == layout.pipeline - 1:  # the final norm and the input of the output layer, of one micro-batch
+        total += (_norm_bytes(width, element, on_gpu) + element * width) * tokens
+    return round(total)

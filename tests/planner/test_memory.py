@@ -1,0 +1,239 @@
+"""The memory estimate against the bytes that real training steps hold, rank by rank."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+
+from meditron_train.config.schema import Config
+from meditron_train.errors import UserError
+from meditron_train.planner.memory import (
+    GPU_MEMORY_BYTES,
+    describe,
+    estimate_stages,
+    fullest_stage,
+    layer_activation_bytes_per_token,
+    microbatches_alive,
+    require_fit,
+    stage_parameters,
+)
+from tests.distributed import run_ranks
+from tests.planner.test_flops import LLAMA2_7B, LLAMA2_70B
+
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+NUM_MICROBATCHES = 8
+
+
+def make_config(hf_config: dict | None = None, **sections) -> Config:
+    values = {
+        "model": {"init": "random", "hf_config": hf_config or SHAPE},
+        "data": {"tokenizer": "none", "train": [{"name": "none", "path": "none"}]},
+        "train": {"seq_len": 128, "global_batch_size": NUM_MICROBATCHES},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return Config.model_validate(values)
+
+
+def shape_of(config: Config):
+    from meditron_train.checkpoint.hf_config import model_config_from_hf
+
+    return model_config_from_hf(dict(config.model.hf_config), where="model.hf_config")
+
+
+class _Held:
+    """A tensor that autograd keeps; counted from the forward pass that saves it until the backward frees it."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class _Meter:
+    """Bytes of the storages that autograd keeps alive, each once, and the most they were; parameters excepted."""
+
+    def __init__(self, parameters):
+        self.ours = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        self.users: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        address, num_bytes = storage.data_ptr(), storage.nbytes()
+        held = _Held(tensor)
+        if address not in self.ours and num_bytes:
+            self.users[address] = self.users.get(address, 0) + 1
+            if self.users[address] == 1:
+                self.now += num_bytes
+                self.peak = max(self.peak, self.now)
+            weakref.finalize(held, self._free, address, num_bytes)
+        return held
+
+    def _free(self, address, num_bytes):
+        self.users[address] -= 1
+        if self.users[address] == 0:
+            self.now -= num_bytes
+
+
+def count_bytes(rank: int, world_size: int, config: Config) -> dict[str, int]:
+    """Bytes that this rank holds in and between training steps."""
+    import torch
+
+    from meditron_train.checkpoint.weight_sources import RandomSource
+    from meditron_train.parallel import initialize
+    from meditron_train.train.engine import Engine, invented_batch
+
+    model = shape_of(config)
+    mesh = initialize(config.parallel.layout(world_size), rank=rank, local_rank=rank, device="cpu")
+    engine = Engine(config, model, mesh, RandomSource(model, 1))
+    batch = invented_batch(config.train.seq_len, config.train.micro_batch_size, model.vocab_size)
+    batches = [batch] * (NUM_MICROBATCHES // mesh.layout.data)
+    meter = _Meter(parameter for chunk in engine.chunks for parameter in chunk.parameters())
+    with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda held: held.tensor):
+        engine.train_step(batches, 1e-3)
+    parameters = [parameter for chunk in engine.chunks for parameter in chunk.parameters()]
+    states = [
+        tensor
+        for optimizer in engine.optimizer.chained_optimizers
+        for group in optimizer.optimizer.param_groups
+        for parameter in group["params"]
+        for tensor in (*optimizer.optimizer.state[parameter].values(), parameter)
+        if isinstance(tensor, torch.Tensor) and tensor.numel() > 1
+    ]
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in states}
+    return {
+        "stage": mesh.at.pipeline,
+        "num_parameters": sum(parameter.numel() for parameter in parameters),
+        "weights": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        "gradients": sum(
+            parameter.main_grad.numel() * parameter.main_grad.element_size() for parameter in parameters
+        ),
+        "optimizer": sum(num_bytes for address, num_bytes in storages.items() if address not in own),
+        "saved": meter.peak,
+    }
+
+
+LAYOUTS = {
+    "alone": (1, {}),
+    "tensor": (2, {"tensor": 2}),
+    "tensor, sequence": (2, {"tensor": 2, "sequence": True}),
+    "stages": (2, {"pipeline": 2}),
+    "interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "data": (2, {}),
+    "data, plain optimizer": (2, {"distributed_optimizer": False}),
+}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_holds_what_is_estimated(layout, precision):
+    world_size, parallel = LAYOUTS[layout]
+    config = make_config(parallel=parallel, train={"precision": precision})
+    check(config, world_size)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_keeps_what_is_estimated(recompute):
+    config = make_config(parallel={"pipeline": 2}, train={"precision": "bf16", "recompute": recompute})
+    # The last stage recomputes a layer when the logits are gone: there the estimate is their sum, and above.
+    check(config, 2, stages=(0, 1) if recompute == "selective" else (0,))
+
+
+def check(config: Config, world_size: int, stages: tuple[int, ...] = (0, 1)) -> None:
+    layout, model = config.parallel.layout(world_size), shape_of(config)
+    estimates = estimate_stages(config, model, layout, on_gpu=False)
+    for counted in run_ranks(count_bytes, world_size, config):
+        estimate = estimates[counted["stage"]]
+        assert counted["num_parameters"] == estimate.num_parameters
+        assert counted["weights"] == estimate.weights
+        assert counted["gradients"] == estimate.gradients
+        # The distributed optimizer divides buffers that are padded, at any element.
+        assert counted["optimizer"] == pytest.approx(estimate.optimizer, rel=0.02)
+        # Of the logits autograd keeps the fp32 ones; the others live only while the loss is computed.
+        expected = estimate.activations + estimate.logits * (2 / 3 if config.train.precision == "bf16" else 1)
+        if (
+            config.train.recompute != "none"
+        ):  # the rotation tables are then kept by the micro-batch, not by autograd
+            alive = microbatches_alive(layout, estimate.stage, NUM_MICROBATCHES // layout.data)
+            expected -= alive * config.train.seq_len * 2 * 4 * model.head_dim
+        if counted["stage"] in stages:
+            tolerance = 0.05 if config.train.recompute == "full" else 0.01
+            assert counted["saved"] == pytest.approx(expected, rel=tolerance)
+
+
+def test_parameters_of_all_stages_are_those_of_the_model():
+    config = make_config(parallel={"pipeline": 8, "vocab_multiple": 1})
+    layout = config.parallel.layout(8)
+    total = sum(stage_parameters(LLAMA2_70B, layout, stage, 1) for stage in range(8))
+    assert total == LLAMA2_70B.num_parameters
+
+
+def test_activations_by_hand():
+    """Llama-2-7B, bf16, one GPU: per token and layer, in units of h (f = 2.6875 h, as many kv heads as heads)."""
+    layout = make_config().parallel.layout(1)
+    num_bytes = layer_activation_bytes_per_token(
+        LLAMA2_7B, layout, precision="bf16", recompute="none", on_gpu=True
+    )
+    in_h = 2 * 2 + 2 * 2 + 2 * 3 + 2 * 2 + 2 * 2 + 5 * 2 * 2.6875
+    assert num_bytes == pytest.approx(in_h * 4096 + 2 * 4 + 4 * 32)
+
+
+def test_tensor_and_sequence_parallelism_divide_everything_but_the_statistics():
+    alone, eight = (
+        make_config(parallel=p).parallel.layout(n) for p, n in (({}, 1), ({"tensor": 8, "sequence": True}, 8))
+    )
+    options = {"precision": "bf16", "recompute": "none", "on_gpu": True}
+    one = layer_activation_bytes_per_token(LLAMA2_70B, alone, **options)
+    assert layer_activation_bytes_per_token(LLAMA2_70B, eight, **options) == pytest.approx(one / 8, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("virtual", "stage", "num_microbatches", "alive"),
+    [(1, 0, 64, 8), (1, 7, 64, 1), (1, 0, 3, 3), (2, 0, 64, 23), (2, 7, 64, 9), (2, 0, 8, 16)],
+)
+def test_microbatches_alive(virtual, stage, num_microbatches, alive):
+    layout = make_config(parallel={"pipeline": 8, "virtual_pipeline": virtual}).parallel.layout(8)
+    assert microbatches_alive(layout, stage, num_microbatches) == alive
+
+
+MEDITRON_70B = {
+    "parallel": {"tensor": 8, "pipeline": 8, "sequence": True},
+    "train": {"seq_len": 4096, "micro_batch_size": 2, "global_batch_size": 512, "recompute": "selective"},
+}
+
+
+def test_the_published_run_fits_its_gpus():
+    config = make_config(**MEDITRON_70B)
+    estimate = fullest_stage(config, LLAMA2_70B, config.parallel.layout(128))
+    assert estimate.stage == 0
+    assert estimate.total < GPU_MEMORY_BYTES["a100-80gb"]
+    require_fit(estimate, "a100-80gb")
+
+
+def test_what_does_not_fit_is_refused_with_its_parts():
+    config = make_config(train={"seq_len": 4096, "micro_batch_size": 1, "global_batch_size": 8})
+    estimate = fullest_stage(config, LLAMA2_70B, config.parallel.layout(8))
+    with pytest.raises(UserError) as caught:
+        require_fit(estimate, "h100-80gb")
+    message = str(caught.value)
+    assert "stage 0" in message and "gradients" in message and "parallel.tensor" in message
+    assert describe(estimate) in message
+
+
+def test_an_unknown_gpu_is_named():
+    config = make_config()
+    estimate = fullest_stage(config, shape_of(config), config.parallel.layout(1))
+    with pytest.raises(UserError, match="'v100'.*a100-80gb"):
+        require_fit(estimate, "v100")

@@ -7,6 +7,7 @@
 
 #include "sm80_backward.cuh"
 #include "sm80_forward.cuh"
+#include "sm90_forward.cuh"
 
 namespace meditron {
 
@@ -20,6 +21,13 @@ MEDITRON_DECLARE(80)
 MEDITRON_DECLARE(96)
 MEDITRON_DECLARE(128)
 MEDITRON_DECLARE(256)
+#undef MEDITRON_DECLARE
+
+#define MEDITRON_DECLARE(D)                                                                             \
+    extern template const char* launch_forward_sm90<BFloat16, D>(const AttentionForward&, void*, void*); \
+    extern template const char* launch_forward_sm90<Float16, D>(const AttentionForward&, void*, void*);
+MEDITRON_DECLARE(64)
+MEDITRON_DECLARE(128)
 #undef MEDITRON_DECLARE
 
 namespace {
@@ -45,6 +53,20 @@ Result for_head_dim(int64_t head_dim, Result otherwise, Visit visit) {
 template <int D>
 constexpr int64_t shared_bytes_needed() {
     return std::max({ForwardShape<D>::shared_bytes, KeyGradShape<D>::shared_bytes, QueryGradShape<D>::shared_bytes});
+}
+
+// On compute capability 9 the forward pass has kernels of its own for these head sizes; the rest is that of sm_80.
+template <int D>
+constexpr bool has_sm90_forward = D == 64 || D == 128;
+
+template <class T, int D>
+const char* start_forward(const AttentionForward& given, void* workspace, void* stream) {
+    if constexpr (has_sm90_forward<D>) {
+        static_assert(HopperForwardShape<D>::rows == ForwardShape<D>::tile_queries, "both want the same workspace");
+        if (compute_capability() == 9 && max_shared_bytes() >= HopperForwardShape<D>::shared_bytes)
+            return launch_forward_sm90<T, D>(given, workspace, stream);
+    }
+    return launch_forward<T, D>(given, workspace, stream);
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -99,8 +121,8 @@ const char* meditron_cuda_attention_forward(const AttentionForward* given, void*
     if (const char* reason = misaligned({given->q, given->k, given->v, given->out}, workspace)) return reason;
     return for_head_dim<const char*>(given->problem.head_dim, nullptr, [&](auto dim) {
         constexpr int D = decltype(dim)::value;
-        return given->problem.dtype == DType::bfloat16 ? launch_forward<BFloat16, D>(*given, workspace, stream)
-                                                       : launch_forward<Float16, D>(*given, workspace, stream);
+        return given->problem.dtype == DType::bfloat16 ? start_forward<BFloat16, D>(*given, workspace, stream)
+                                                       : start_forward<Float16, D>(*given, workspace, stream);
     });
 }
 

@@ -15,13 +15,16 @@ namespace meditron {
 
 inline const char* message_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
-// The most shared memory that a block can have on the current device; 0 where there is none.
-inline int64_t max_shared_bytes() {
-    int device = 0, bytes = 0;
+// The current device: the first number of its compute capability, and its multiprocessors. 0 where there is none.
+inline int device_attribute(cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
     if (cudaGetDevice(&device) != cudaSuccess) return 0;
-    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
-    return bytes;
+    return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
 }
+// The most shared memory that a block can have.
+inline int64_t max_shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline int compute_capability() { return device_attribute(cudaDevAttrComputeCapabilityMajor); }
+inline int num_multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 // Host memory may be reused as soon as this returns. The runtime takes up to 64 KiB of pageable memory without waiting
 // for the stream, so more goes in pieces.
@@ -52,7 +55,9 @@ const char* launch(void (*kernel)(Arguments), unsigned num_blocks, unsigned num_
 
 #else
 
-inline int64_t max_shared_bytes() { return 163 << 10; }  // of an A100
+inline int compute_capability() { return emu::machine.settings.capability; }
+inline int64_t max_shared_bytes() { return (compute_capability() == 9 ? 227 : 163) << 10; }  // of H100 and A100
+inline int num_multiprocessors() { return 3; }
 
 inline const char* copy_to_device(void* device, const void* host, size_t num_bytes, void*) {
     if (num_bytes > 0) memcpy(device, host, num_bytes);

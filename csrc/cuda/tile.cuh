@@ -39,6 +39,8 @@ __device__ inline Rows rows_of(const Heads& heads, int64_t head, int32_t token, 
     return {static_cast<const unsigned char*>(heads.data) + 2 * offset, 2 * heads.token_stride, token, num_valid};
 }
 
+// Where functions have a parameter L, it says how the tile lies in shared memory.
+
 // Calls visit(row, chunk) for the calling thread's share of a tile's chunk pairs (chunk, chunk + D / 16). Copying and
 // rotating share the work in the same way, so that a thread rotates what it copied itself: no barrier between.
 // Unrolled further, these loops take the registers that the accumulators around them need.
@@ -52,14 +54,14 @@ __device__ __forceinline__ void for_my_chunk_pairs(Visit visit) {
     }
 }
 
-template <int D, int rows, int num_threads>
+template <int D, int rows, int num_threads, class L = Layout<D>>
 __device__ __forceinline__ void start_copy(unsigned char* tile, const Rows& from) {
     for_my_chunk_pairs<D, rows, num_threads, 1>([&](int row, int chunk) {
         const bool valid = row < from.num_valid;
         const unsigned char* source = from.first + (valid ? row : 0) * from.stride_bytes;
-        cp_async_16(Layout<D>::address(tile, row, chunk), source + 16 * chunk, valid);
+        cp_async_16(L::address(tile, row, chunk), source + 16 * chunk, valid);
         const int other = chunk + Layout<D>::chunks / 2;
-        cp_async_16(Layout<D>::address(tile, row, other), source + 16 * other, valid);
+        cp_async_16(L::address(tile, row, other), source + 16 * other, valid);
     });
 }
 
@@ -88,13 +90,13 @@ __device__ inline float as_float(uint32_t bits) {
 }
 
 // After the calling thread's own copies have arrived.
-template <class T, int D, int rows, int num_threads>
+template <class T, int D, int rows, int num_threads, class L = Layout<D>>
 __device__ __forceinline__ void rotate(unsigned char* tile, const Rows& from, const Rotation& rotation) {
     if (rotation.cos == nullptr) return;
     for_my_chunk_pairs<D, rows, num_threads, 2>([&](int row, int chunk) {
         if (row >= from.num_valid) return;
-        auto* low = reinterpret_cast<Vec16*>(Layout<D>::address(tile, row, chunk));
-        auto* high = reinterpret_cast<Vec16*>(Layout<D>::address(tile, row, chunk + Layout<D>::chunks / 2));
+        auto* low = reinterpret_cast<Vec16*>(L::address(tile, row, chunk));
+        auto* high = reinterpret_cast<Vec16*>(L::address(tile, row, chunk + Layout<D>::chunks / 2));
         const int64_t angles = rotation.table_row(from.token + row) * (D / 2) + 8 * chunk;
         Vec16 a = *low, b = *high;
 #pragma unroll
@@ -231,7 +233,7 @@ __device__ __forceinline__ void rotate_back(float (&c)[D / 8 / split][4], Column
 }
 
 // Puts 16 rows of accumulators into the tile from `row` on.
-template <class T, int D, int split>
+template <class T, int D, int split, class L = Layout<D>>
 __device__ __forceinline__ void stage(unsigned char* tile, int row, const float (&c)[D / 8 / split][4],
                                       Columns<D, split> columns) {
     const int lane = threadIdx.x % 32;
@@ -239,13 +241,13 @@ __device__ __forceinline__ void stage(unsigned char* tile, int row, const float 
     for (int j = 0; j < columns.n; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            unsigned char* chunk = Layout<D>::address(tile, row + lane / 4 + 8 * i, columns.group(j));
+            unsigned char* chunk = L::address(tile, row + lane / 4 + 8 * i, columns.group(j));
             *reinterpret_cast<uint32_t*>(chunk + 4 * (lane % 4)) = pack<T>(c[j][2 * i], c[j][2 * i + 1]);
         }
 }
 
 // Writes the tile's rows row .. row + count - 1 that are below num_valid, shared among num_threads threads.
-template <int D>
+template <int D, class L = Layout<D>>
 __device__ __forceinline__ void write_rows(const Heads& to, int64_t head, int32_t first_token, unsigned char* tile,
                                            int row, int count, int num_valid, int thread, int num_threads) {
     for (int i = thread; i < count * Layout<D>::chunks; i += num_threads) {
@@ -253,7 +255,7 @@ __device__ __forceinline__ void write_rows(const Heads& to, int64_t head, int32_
         if (r >= num_valid) break;
         const int64_t offset = int64_t{first_token + r} * to.token_stride + head * to.head_stride + 8 * chunk;
         *reinterpret_cast<Vec16*>(static_cast<unsigned char*>(to.data) + 2 * offset) =
-            *reinterpret_cast<const Vec16*>(Layout<D>::address(tile, r, chunk));
+            *reinterpret_cast<const Vec16*>(L::address(tile, r, chunk));
     }
 }
 

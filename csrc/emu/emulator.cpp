@@ -169,6 +169,8 @@ void run_block(const std::function<void()>& kernel) {
     memset(block.shared, 0xff, block.shared_bytes);  // NaN in fp32, bf16 and fp16
     block.warps.assign(size / 32, Warp{});
     block.warpgroups.assign((size + 127) / 128, Meeting{});
+    block.products.assign((size + 127) / 128, Products{});
+    block.async_view.assign(block.shared_bytes, 0xff);
     block.waiters.clear();
     for (Barrier& barrier : block.barriers) barrier = Barrier{};
     threads.assign(size, Thread{});
@@ -321,8 +323,12 @@ const char* launch(const std::function<void()>& kernel, Index grid, Index block,
 extern "C" {
 
 void meditron_emu_configure(uint64_t seed, int deferred_copies, int removed_site) {
-    emu::machine.settings = {seed, deferred_copies != 0, removed_site};
+    auto& settings = emu::machine.settings;
+    settings = {seed, deferred_copies != 0, removed_site, settings.capability};
 }
+
+// The device that kernels are chosen for: 8 or 9.
+void meditron_emu_set_capability(int capability) { emu::machine.settings.capability = capability; }
 
 // Without a range everything may be read; bytes < 0 forgets all ranges.
 void meditron_emu_allow_reads(const void* pointer, int64_t bytes) {

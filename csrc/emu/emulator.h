@@ -10,6 +10,7 @@
 
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -24,8 +25,9 @@ struct Index {
 
 struct Settings {
     uint64_t seed = 0;
-    bool deferred_copies = false;  // else done at once
+    bool deferred_copies = false;  // else done at once; so are the products of warpgroups
     int removed_site = -1;         // number in `sites` of the barrier or wait that does nothing
+    int capability = 8;            // of the device, its first number
 };
 
 // A copy that was started and may not have happened yet.
@@ -56,6 +58,14 @@ struct Barrier {
 struct Warp {
     uint32_t ready = 0;  // lanes that can run
     Meeting meeting;
+    unsigned proxy_fences = 0;  // of all lanes so far
+};
+
+// Asynchronous matrix products of a warpgroup, as copies of a thread.
+struct Products {
+    std::vector<std::function<void()>> open;
+    std::vector<std::vector<std::function<void()>>> groups;
+    bool fenced = false;  // since registers could last be written
 };
 
 struct Waiter {
@@ -74,6 +84,8 @@ struct Block {
     size_t shared_bytes;
     std::vector<Warp> warps;
     std::vector<Meeting> warpgroups;  // one for every four warps
+    std::vector<Products> products;   // of each of them
+    std::vector<unsigned char> async_view;  // shared memory as the asynchronous proxy sees it
     std::vector<Waiter> waiters;
     Barrier barriers[16];  // 0 is that of __syncthreads
 };

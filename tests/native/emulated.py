@@ -109,9 +109,12 @@ class Site:
 
 
 class Emulator:
-    """One loaded library. `seed` draws the order of warps; `deferred` copies happen at their wait, not at once."""
+    """One loaded library. `seed` draws the order of warps; `deferred` copies happen at their wait, not at once.
 
-    def __init__(self) -> None:
+    `capability` is that of the device that kernels are chosen for: 8 (A100) or 9 (H100).
+    """
+
+    def __init__(self, capability: int = 8) -> None:
         library = self.library = ctypes.CDLL(str(build()))
         for way in ("forward", "backward"):
             getattr(library, f"meditron_cuda_attention_{way}_workspace").restype = ctypes.c_int64
@@ -119,10 +122,12 @@ class Emulator:
         library.meditron_cuda_attention_unsupported.restype = ctypes.c_char_p
         library.meditron_emu_bank_conflicts.restype = ctypes.c_int64
         library.meditron_emu_site_file.restype = library.meditron_emu_site_kind.restype = ctypes.c_char_p
+        self.capability = capability
         self.configure()
 
     def configure(self, *, seed: int = 0, deferred: bool = False, removed: Site | None = None) -> None:
         number = -1 if removed is None else removed.number
+        self.library.meditron_emu_set_capability(self.capability)
         self.library.meditron_emu_configure(ctypes.c_uint64(seed), int(deferred), number)
 
     def sites(self) -> list[Site]:

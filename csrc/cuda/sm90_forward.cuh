@@ -1,0 +1,276 @@
+// Forward pass for sm_90a with wgmma, after FlashAttention-3 (Shah et al., 2024), over the documents of a packed batch.
+//
+// As many blocks of threads as there are multiprocessors, each of three warpgroups. The first one copies tiles of q, k and
+// v into a ring of buffers, rotates q and k, and tells the other two, which have 64 queries of the tile each. Softmax of
+// one block of keys goes along with the product of the weights of the block before. Copies are cp.async and not TMA, as
+// they fill what lies beyond a document with zeros: its neighbour's NaN must not reach it.
+//
+// Barriers. `full`: all copying threads have written a buffer. `empty`: all who read it are done with it.
+
+#pragma once
+
+#include "launch.h"
+#include "runtime.cuh"
+#include "schedule.h"
+#include "sm90_ptx.cuh"
+#include "softmax.cuh"
+#include "tile.cuh"
+
+namespace meditron {
+
+template <int D>
+struct HopperForwardShape {
+    static constexpr int rows = 128;  // of every tile and block
+    static constexpr int num_threads = 384, stages = 2;
+    using Tiles = Panels<D, rows>;
+
+    struct Buffer {
+        unsigned char* tile;
+        SharedBarrier *full, *empty;
+        int use;  // how often it was used before
+
+        __device__ void wait_full() const { barrier_wait(full, use % 2); }
+        __device__ void wait_empty() const { barrier_wait(empty, (use + 1) % 2); }
+    };
+    enum Ring { q_ring, k_ring, v_ring, num_rings };
+
+    static constexpr int barriers_at = num_rings * stages * Tiles::bytes;
+    static constexpr int shared_bytes = barriers_at + num_rings * stages * 2 * static_cast<int>(sizeof(SharedBarrier));
+
+    // Of the item with this number in its ring.
+    __device__ static Buffer buffer(Ring ring, int item) {
+        const int slot = ring * stages + item % stages;
+        auto* const barriers = reinterpret_cast<SharedBarrier*>(shared_memory() + barriers_at) + 2 * slot;
+        return {shared_memory() + slot * Tiles::bytes, barriers, barriers + 1, item / stages};
+    }
+};
+
+struct HopperForwardArguments {
+    AttentionForward given;
+    const Tile* tiles;
+    int32_t num_items, window;  // items: tiles times heads
+};
+
+// The items of the calling block, longest first: those of even rounds in ascending and of odd rounds in descending order
+// of blocks, so that who got the longest of one round gets the shortest of the next.
+template <class Visit>
+__device__ __forceinline__ void for_my_items(const HopperForwardArguments& arguments, Visit visit) {
+    const int num_heads = static_cast<int>(arguments.given.problem.num_heads);
+    const int group_size = num_heads / static_cast<int>(arguments.given.problem.num_kv_heads);
+    const int num_blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+    for (int round = 0;; ++round) {
+        const int item = round * num_blocks + (round % 2 ? num_blocks - 1 - block : block);
+        if (round * num_blocks >= arguments.num_items) return;
+        if (item >= arguments.num_items) continue;
+        const int head = item % num_heads;
+        visit(arguments.tiles[item / num_heads], head, head / group_size);
+    }
+}
+
+// The warpgroup that copies. Up to three copies are under way: a buffer is waited for while those of the two before it
+// have not been handed over, so nobody may need these to give that buffer back. Nobody does, as rings have two buffers
+// and blocks come in turns of k and v.
+template <class T, int D>
+__device__ __forceinline__ void copy_tiles(const HopperForwardArguments& arguments) {
+    using Shape = HopperForwardShape<D>;
+    using Tiles = typename Shape::Tiles;
+    struct Copy {
+        unsigned char* tile = nullptr;
+        SharedBarrier* full;
+        Rows rows;
+        Rotation rotation;
+    };
+    const AttentionForward& given = arguments.given;
+    Copy older, old;
+    const auto hand_over = [&](const Copy& copy) {
+        if (copy.tile == nullptr) return;
+        rotate<T, D, Shape::rows, 128, Tiles>(copy.tile, copy.rows, copy.rotation);
+        fence_proxy_async();
+        barrier_arrive(copy.full);
+    };
+    const auto start = [&](const typename Shape::Buffer& buffer, const Rows& rows, const Rotation& rotation) {
+        buffer.wait_empty();
+        start_copy<D, Shape::rows, 128, Tiles>(buffer.tile, rows);
+        cp_async_commit();
+        cp_async_wait<2>();
+        hand_over(older);
+        older = old;
+        old = {buffer.tile, buffer.full, rows, rotation};
+    };
+    int num_tiles = 0, num_blocks = 0;
+    for_my_items(arguments, [&](const Tile& tile, int head, int kv_head) {
+        start(Shape::buffer(Shape::q_ring, num_tiles++),
+              rows_of(given.q, head, tile.query_start + tile.row, tile.num_queries - tile.row),
+              rotation_of_queries(given.problem));
+        for (int block = tile.end - 1; block >= tile.begin; --block, ++num_blocks) {
+            const int row = block * Shape::rows, token = tile.key_start + row, num_valid = tile.num_keys - row;
+            start(Shape::buffer(Shape::k_ring, num_blocks), rows_of(given.k, kv_head, token, num_valid),
+                  rotation_of_keys(given.problem));
+            start(Shape::buffer(Shape::v_ring, num_blocks), rows_of(given.v, kv_head, token, num_valid), Rotation{});
+        }
+    });
+    cp_async_wait<0>();
+    hand_over(older);
+    hand_over(old);
+}
+
+// scores = q k^T, of 64 queries from `row` on.
+template <class T, int D, int n>
+__device__ __forceinline__ void start_scores(float (&scores)[n][4], const unsigned char* q_tile, int row,
+                                             const unsigned char* k_tile) {
+    using Tiles = typename HopperForwardShape<D>::Tiles;
+#pragma unroll
+    for (int column = 0; column < D; column += 16)
+        wgmma_rows<T, 8 * n>(scores, Tiles::descriptor(q_tile, row, column), Tiles::descriptor(k_tile, 0, column),
+                             column > 0);
+    wgmma_commit();
+}
+
+// out += weights v
+template <class T, int D, int n>
+__device__ __forceinline__ void start_output(float (&out)[D / 8][4], const uint32_t (&weights)[n][4],
+                                             const unsigned char* v_tile) {
+    using Tiles = typename HopperForwardShape<D>::Tiles;
+#pragma unroll
+    for (int i = 0; i < n; ++i) wgmma_columns<T, D>(out, weights[i], Tiles::descriptor(v_tile, 16 * i, 0));
+    wgmma_commit();
+}
+
+// One of the two warpgroups that multiply.
+template <class T, int D>
+__device__ __forceinline__ void attend(const HopperForwardArguments& arguments) {
+    using Shape = HopperForwardShape<D>;
+    using Tiles = typename Shape::Tiles;
+    constexpr int n = Shape::rows / 8;
+    const AttentionForward& given = arguments.given;
+    const AttentionProblem& problem = given.problem;
+    const float scale_log2 = problem.softmax_scale * log2_of_e;
+    const int lane = threadIdx.x % 32, group_row = (threadIdx.x / 128 - 1) * 64;
+    const int warp_row = group_row + threadIdx.x % 128 / 32 * 16;
+    int num_tiles = 0, num_blocks = 0;
+
+    for_my_items(arguments, [&](const Tile& tile, int head, int) {
+        const Sight sight = sight_of(tile, arguments.window);
+        const int first_query = tile.row + warp_row, query_of_lane = first_query + lane / 4;
+        const typename Shape::Buffer q = Shape::buffer(Shape::q_ring, num_tiles++);
+        float out[D / 8][4] = {}, scores[n][4], keep[2];
+        uint32_t weights[n / 2][4];
+        SoftmaxRow rows[2];
+
+        // Once all of the warp have passed the wait for the products that read it.
+        const auto give_back = [&](const typename Shape::Buffer& buffer) {
+            if (lane == 0) barrier_arrive(buffer.empty);
+        };
+        const auto softmax = [&](int block) {
+            const int first_key = block * Shape::rows;
+            const bool masked =
+                !sight.sees_all(first_query, first_query + 15, first_key, first_key + Shape::rows - 1);
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                if (masked) {
+#pragma unroll
+                    for (int j = 0; j < 2 * n; ++j) {
+                        const int key = first_key + j / 2 * 8 + 2 * (lane % 4) + j % 2;
+                        float& score = scores[j / 2][2 * side + j % 2];
+                        if (!sight.sees(query_of_lane + 8 * side, key)) score = -INFINITY;
+                    }
+                }
+                keep[side] = rows[side].template update<2 * n>(
+                    scale_log2, [&](int j) -> float& { return scores[j / 2][2 * side + j % 2]; });
+            }
+        };
+        const auto round_weights = [&] {
+#pragma unroll
+            for (int i = 0; i < 2 * n; ++i)
+                weights[i / 4][i % 4] = pack<T>(scores[i / 2][i % 2 * 2], scores[i / 2][i % 2 * 2 + 1]);
+        };
+
+        q.wait_full();
+        typename Shape::Buffer k = Shape::buffer(Shape::k_ring, num_blocks);
+        k.wait_full();
+        wgmma_fence();
+        start_scores<T, D>(scores, q.tile, group_row, k.tile);
+        wgmma_wait<0>(scores);
+        give_back(k);
+        softmax(tile.end - 1);
+        round_weights();
+        for (int block = tile.end - 2; block >= tile.begin; --block) {
+            const typename Shape::Buffer v = Shape::buffer(Shape::v_ring, num_blocks++);
+            k = Shape::buffer(Shape::k_ring, num_blocks);
+            k.wait_full();
+            wgmma_fence();
+            start_scores<T, D>(scores, q.tile, group_row, k.tile);
+            v.wait_full();
+            start_output<T, D>(out, weights, v.tile);
+            wgmma_wait<1>(scores);
+            give_back(k);
+            softmax(block);
+            wgmma_wait<0>(out);
+            give_back(v);
+#pragma unroll
+            for (int i = 0; i < D / 2; ++i) out[i / 4][i % 4] *= keep[i % 4 / 2];
+            round_weights();
+        }
+        const typename Shape::Buffer v = Shape::buffer(Shape::v_ring, num_blocks++);
+        v.wait_full();
+        wgmma_fence();
+        start_output<T, D>(out, weights, v.tile);
+        wgmma_wait<0>(out);
+        give_back(v);
+
+        // A warp's rows of the tile of queries are read by this warp alone, and no more: they become those of the output.
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            rows[side].finish();
+            const float share = 1 / rows[side].sum;
+#pragma unroll
+            for (int j = 0; j < D / 4; ++j) out[j / 2][2 * side + j % 2] *= share;
+            const int query = query_of_lane + 8 * side;
+            if (lane % 4 == 0 && query < tile.num_queries)
+                given.lse[head * problem.num_queries + tile.query_start + query] =
+                    rows[side].log_sum_exp(problem.softmax_scale);
+        }
+        stage<T, D, 1, Tiles>(q.tile, warp_row, out, Columns<D, 1>{0});
+        warp_sync();
+        write_rows<D, Tiles>(given.out, head, tile.query_start + tile.row, q.tile, warp_row, 16,
+                             tile.num_queries - tile.row, lane, 32);
+        barrier_arrive(q.empty);
+    });
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(HopperForwardShape<D>::num_threads, 1)
+    attention_forward_sm90(const __grid_constant__ HopperForwardArguments arguments) {
+    using Shape = HopperForwardShape<D>;
+    constexpr int copying_threads = 128, multiplying_warps = 8;
+    if (threadIdx.x == 0) {
+        for (int ring = 0; ring < Shape::num_rings; ++ring)
+            for (int i = 0; i < Shape::stages; ++i) {
+                const typename Shape::Buffer buffer = Shape::buffer(static_cast<typename Shape::Ring>(ring), i);
+                barrier_init(buffer.full, copying_threads);
+                barrier_init(buffer.empty, ring == Shape::q_ring ? 32 * multiplying_warps : multiplying_warps);
+            }
+    }
+    block_sync();
+    if (threadIdx.x < copying_threads) {
+        give_registers_back<56>();
+        copy_tiles<T, D>(arguments);
+    } else {
+        take_registers<224>();
+        attend<T, D>(arguments);
+    }
+}
+
+template <class T, int D>
+const char* launch_forward_sm90(const AttentionForward& given, void* workspace, void* stream) {
+    using Shape = HopperForwardShape<D>;
+    const auto tiles = query_tiles(given.problem, Shape::rows, Shape::rows);
+    if (const char* error = copy_to_device(workspace, tiles.data(), tiles.size() * sizeof(Tile), stream)) return error;
+    const auto num_items = static_cast<int32_t>(tiles.size() * given.problem.num_heads);
+    const HopperForwardArguments arguments{given, static_cast<const Tile*>(workspace), num_items,
+                                           window_or_all(given.problem)};
+    const auto num_blocks = static_cast<unsigned>(std::min(num_items, num_multiprocessors()));
+    return launch(attention_forward_sm90<T, D>, num_blocks, Shape::num_threads, Shape::shared_bytes, stream, arguments);
+}
+
+}  // namespace meditron

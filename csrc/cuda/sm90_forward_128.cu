@@ -1,0 +1,6 @@
+#include "sm90_forward.cuh"
+
+namespace meditron {
+template const char* launch_forward_sm90<BFloat16, 128>(const AttentionForward&, void*, void*);
+template const char* launch_forward_sm90<Float16, 128>(const AttentionForward&, void*, void*);
+}  // namespace meditron

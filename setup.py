@@ -28,8 +28,8 @@ ROOT = Path(__file__).parent
 WARNINGS = ["-Wall", "-Wextra"] + (["-Werror"] if os.environ.get("MEDITRON_WERROR") == "1" else [])
 TORCH_TARGET = "0x020a000000000000"  # 2.10: the oldest torch whose stable ABI has all that ops.cpp uses
 
-# No -march=native: the wheel must run on every processor of its architecture. Files that are compiled for one instruction
-# set, among which csrc/cpu/instruction_sets.h looks for those the processor has, say so in a line of their own.
+# No -march=native: the wheel must run on every processor of its architecture. Files that are compiled for one
+# instruction set say so in a line of their own; csrc/cpu/instruction_sets.h looks which of them the processor has.
 COMPILE_WITH = re.compile(r"^// compile with: (.*)$", re.MULTILINE)
 
 

@@ -20,8 +20,8 @@ struct Heads {
 
 // Causal attention inside each document. Document i has the queries cu_queries[i] .. cu_queries[i+1] and the keys
 // cu_keys[i] .. cu_keys[i+1]; with more keys than queries its queries are the last ones: query j of n sees keys
-// 0 .. m-n+j of its m, and with a window w > 0 only the last w of those. The caller has checked that boundaries start at 0,
-// do not decrease and end at T and S, and that no document has more queries than keys.
+// 0 .. m-n+j of its m, and with a window w > 0 only the last w of those. The caller has checked that boundaries start
+// at 0, do not decrease and end at T and S, and that no document has more queries than keys.
 struct AttentionProblem {
     DType dtype;
     int64_t num_queries, num_keys, num_heads, num_kv_heads, head_dim, num_documents;

@@ -3,12 +3,11 @@
 //
 // Everything an operator is given is checked here, also values, as a wrong boundary would read outside the tensors.
 
+#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -29,8 +28,8 @@
 
 namespace {
 
-using meditron::AttentionProblem;
 using meditron::ask_for_huge_pages;
+using meditron::AttentionProblem;
 using meditron::c_string;
 using meditron::Heads;
 using meditron::refuse;
@@ -101,9 +100,21 @@ struct Inputs {
                 refuse("document ", i, " has ", cu_queries[i + 1] - cu_queries[i], " queries but only ",
                        cu_keys[i + 1] - cu_keys[i], " keys");
         q = with_dense_channels(q), k = with_dense_channels(k), v = with_dense_channels(v);
-        problem = {meditron::dtype_of(q, "packed attention"), q.size(0), k.size(0), q.size(1), num_kv_heads, q.size(2),
-                   static_cast<int64_t>(cu_queries.size()) - 1, cu_queries.data(), cu_keys.data(), window,
-                   static_cast<float>(softmax_scale), nullptr, nullptr, nullptr, nullptr};
+        problem = {meditron::dtype_of(q, "packed attention"),
+                   q.size(0),
+                   k.size(0),
+                   q.size(1),
+                   num_kv_heads,
+                   q.size(2),
+                   static_cast<int64_t>(cu_queries.size()) - 1,
+                   cu_queries.data(),
+                   cu_keys.data(),
+                   window,
+                   static_cast<float>(softmax_scale),
+                   nullptr,
+                   nullptr,
+                   nullptr,
+                   nullptr};
         if (cosines) set_rotation(*cosines, sines, positions_q, positions_k);
     }
     Inputs(const Inputs&) = delete;
@@ -156,9 +167,7 @@ Tensor empty_like_heads(const Tensor& x) {
     return y;
 }
 
-Tensor empty_lse(const Tensor& q) {
-    return torch::stable::new_empty(q, {q.size(1), q.size(0)}, ScalarType::Float);
-}
+Tensor empty_lse(const Tensor& q) { return torch::stable::new_empty(q, {q.size(1), q.size(0)}, ScalarType::Float); }
 
 // --------------------------------------------------------------------------------------------------------- CPU
 
@@ -182,9 +191,9 @@ std::tuple<Tensor, Tensor> forward_cpu(Tensor q, Tensor k, Tensor v, Tensor cu_s
     const Inputs in(q, k, v, cu_seqlens, cu_seqlens_kv, cos, sin, q_positions, k_positions, softmax_scale, window);
     check_cpu(in.problem);
     Tensor out = empty_like_heads(q), lse = empty_lse(q);
-    meditron::cpu_attention_forward({in.problem, heads(in.q), heads(in.k), heads(in.v), heads(out),
-                                     static_cast<float*>(lse.data_ptr())},
-                                    c_string(instruction_set), torch_threads());
+    meditron::cpu_attention_forward(
+        {in.problem, heads(in.q), heads(in.k), heads(in.v), heads(out), static_cast<float*>(lse.data_ptr())},
+        c_string(instruction_set), torch_threads());
     return {out, lse};
 }
 
@@ -197,16 +206,18 @@ struct BackwardInputs : Inputs {
         : Inputs(query, rest...), out(output), grad_out(grad), lse(torch::stable::contiguous(log_sums)) {
         check_like(out, "out", q, q.size(0), q.size(1));
         check_like(grad_out, "grad_out", q, q.size(0), q.size(1));
-        if (lse.dim() != 2 || lse.size(0) != q.size(1) || lse.size(1) != q.size(0) || lse.scalar_type() != ScalarType::Float ||
-            !(lse.device() == q.device()))
-            refuse("lse must be float32 [", q.size(1), ", ", q.size(0), "] on the device of q, not of shape ", shape(lse));
+        if (lse.dim() != 2 || lse.size(0) != q.size(1) || lse.size(1) != q.size(0) ||
+            lse.scalar_type() != ScalarType::Float || !(lse.device() == q.device()))
+            refuse("lse must be float32 [", q.size(1), ", ", q.size(0), "] on the device of q, not of shape ",
+                   shape(lse));
         out = with_dense_channels(out), grad_out = with_dense_channels(grad_out);
         dq = empty_like_heads(q), dk = empty_like_heads(k), dv = empty_like_heads(v);
     }
 
     meditron::AttentionBackward arguments(bool deterministic) const {
-        return {problem, heads(q), heads(k), heads(v), heads(out), heads(grad_out), heads(dq), heads(dk), heads(dv),
-                static_cast<const float*>(lse.const_data_ptr()), deterministic};
+        return {problem,         heads(q),  heads(k),  heads(v),  heads(out),
+                heads(grad_out), heads(dq), heads(dk), heads(dv), static_cast<const float*>(lse.const_data_ptr()),
+                deterministic};
     }
 };
 
@@ -243,7 +254,9 @@ void* current_stream(const Tensor& x) {
     }();
     void* stream = nullptr;
     if (!function || function(x.get_device_index(), &stream) != 0)
-        refuse("this torch does not tell its current CUDA stream: packed attention by our kernels is not possible with it");
+        refuse(
+            "this torch does not tell its current CUDA stream: packed attention by our kernels is not possible with "
+            "it");
     return stream;
 }
 
@@ -266,10 +279,9 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor q, Tensor k, Tensor v, Tensor cu_
     Inputs in(q, k, v, cu_seqlens, cu_seqlens_kv, cos, sin, q_positions, k_positions, softmax_scale, window);
     in.q = aligned(in.q), in.k = aligned(in.k), in.v = aligned(in.v);
     Tensor out = empty_like_heads(q), lse = empty_lse(q);
-    run_cuda<meditron::AttentionForward>(q,
-                                         {in.problem, heads(in.q), heads(in.k), heads(in.v), heads(out),
-                                          static_cast<float*>(lse.data_ptr())},
-                                         meditron_cuda_attention_forward_workspace, meditron_cuda_attention_forward);
+    run_cuda<meditron::AttentionForward>(
+        q, {in.problem, heads(in.q), heads(in.k), heads(in.v), heads(out), static_cast<float*>(lse.data_ptr())},
+        meditron_cuda_attention_forward_workspace, meditron_cuda_attention_forward);
     return {out, lse};
 }
 
@@ -301,9 +313,9 @@ bool built_with_cuda() {
 
 }  // namespace
 
-#define MEDITRON_ATTENTION_INPUTS                                                                             \
-    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_kv, Tensor? cos, Tensor? sin, "       \
-    "Tensor? q_positions, Tensor? k_positions, float softmax_scale, int window, "           \
+#define MEDITRON_ATTENTION_INPUTS                                                                       \
+    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_kv, Tensor? cos, Tensor? sin, " \
+    "Tensor? q_positions, Tensor? k_positions, float softmax_scale, int window, "                       \
     "bool deterministic, str? instruction_set"
 
 STABLE_TORCH_LIBRARY(meditron, library) {

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from meditron_train.convert.side import FullSide, row_blocks
-from meditron_train.model.rope import cos_sin, rotate
-from meditron_train.native import packed_attention
+from meditron_train.model.rope import cos_sin
+from meditron_train.native import Rotation, packed_attention
 
 
 def our_logits(side: FullSide, ids_T: torch.Tensor) -> torch.Tensor:
@@ -21,17 +21,16 @@ def our_logits(side: FullSide, ids_T: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
         rows = {int(i): side.read(embedding, (int(i), int(i) + 1)).float() for i in ids_T.unique()}
         x_TH = torch.cat([rows[int(i)] for i in ids_T])
-        tables = cos_sin(model, torch.arange(len(ids_T)), torch.tensor([0, len(ids_T)], dtype=torch.int32))
+        positions_T, cu_seqlens = torch.arange(len(ids_T)), torch.tensor([0, len(ids_T)], dtype=torch.int32)
+        rotation = Rotation(*cos_sin(model, positions_T, cu_seqlens))
         for layer in range(model.num_layers):
-            x_TH = _layer(side, layer, x_TH, tables)
+            x_TH = _layer(side, layer, x_TH, rotation)
         x_TH = F.rms_norm(x_TH, x_TH.shape[1:], side.read("model.norm.weight").float(), model.rms_norm_eps)
         blocks = row_blocks(side.shape(head), torch.float32)
         return torch.cat([x_TH @ side.read(head, rows).float().T for rows in blocks], dim=-1)
 
 
-def _layer(
-    side: FullSide, layer: int, x_TH: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
+def _layer(side: FullSide, layer: int, x_TH: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     model, prefix, num_tokens = side.model, f"model.layers.{layer}", len(x_TH)
 
     def norm(name: str, x_TH: torch.Tensor) -> torch.Tensor:
@@ -52,11 +51,12 @@ def _layer(
         linear(f"self_attn.{part}_proj", y_TH).view(num_tokens, -1, model.head_dim) for part in "qkv"
     )
     o_TND = packed_attention(
-        rotate(q_TND, *tables),
-        rotate(k_TKD, *tables),
+        q_TND,
+        k_TKD,
         v_TKD,
         torch.tensor([0, num_tokens], dtype=torch.int32),
         window=model.sliding_window if model.has_window(layer) else None,
+        rotation=rotation,
     )
     x_TH = x_TH + linear("self_attn.o_proj", o_TND.reshape(num_tokens, -1))
     y_TH = norm("post_attention_layernorm", x_TH)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.gpu.devices import CPU, CUDA, num_not_finite
-from tests.native.reference import Packing, attention, bounds, random_packing, rotated, row_errors
+from tests.native.reference import Packing, attention, bounds, random_packing, row_errors
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 HEADS = [(4, 4), (8, 2), (4, 1)]
@@ -27,13 +27,17 @@ DEVICES = pytest.mark.parametrize("device", [CPU, CUDA])
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing) -> torch.Tensor:
     """What is tested, the only call of it here: the product's packed attention on the device of q."""
-    from meditron_train.native import packed_attention
+    from meditron_train.native import Rotation, packed_attention
 
+    rotation = None
+    if packing.cos is not None:
+        rotation = Rotation(packing.cos, packing.sin, packing.q_positions, packing.k_positions)
     return packed_attention(
-        rotated(q, packing, packing.q_positions),
-        rotated(k, packing, packing.k_positions),
+        q,
+        k,
         v,
         torch.tensor(packing.cu_queries, dtype=torch.int32),
+        rotation=rotation,
         cu_seqlens_kv=torch.tensor(packing.cu_keys, dtype=torch.int32),
         softmax_scale=packing.softmax_scale,
         window=packing.window or None,

@@ -22,7 +22,18 @@ def run(program: str, sources: list[Path], folder: Path, *arguments: str) -> str
         own = COMPILE_WITH.search(source.read_text())
         flags = [flag for flag in own[1].split() if not flag.startswith("-O")] if own else []
         objects.append(folder / f"{source.stem}.o")
-        command = ["g++", *FLAGS, *WARNINGS, *flags, "-I", str(ROOT / "csrc"), "-c", str(source), "-o", str(objects[-1])]
+        command = [
+            "g++",
+            *FLAGS,
+            *WARNINGS,
+            *flags,
+            "-I",
+            str(ROOT / "csrc"),
+            "-c",
+            str(source),
+            "-o",
+            str(objects[-1]),
+        ]
         _check(command)
     executable = folder / program
     _check(["g++", *FLAGS, *map(str, objects), "-o", str(executable)])

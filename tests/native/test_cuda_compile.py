@@ -42,7 +42,15 @@ def build(tmp_path_factory) -> Build:
         "MEDITRON_WERROR": "1",
         "NVCC_APPEND_FLAGS": "-Xptxas -v -Werror all-warnings",
     }
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder / "temp")]
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-lib",
+        str(folder),
+        "--build-temp",
+        str(folder / "temp"),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return Build(done.stdout + done.stderr, folder / "meditron_train/native/_operators.abi3.so")
@@ -60,7 +68,9 @@ def test_no_kernel_spills(build):
 
 def test_needs_no_cuda_library(build):
     """The CUDA runtime is inside, the driver is looked up at run time."""
-    needed = subprocess.run(["readelf", "-d", str(build.library)], capture_output=True, text=True, check=True).stdout
+    needed = subprocess.run(
+        ["readelf", "-d", str(build.library)], capture_output=True, text=True, check=True
+    ).stdout
     libraries = re.findall(r"NEEDED.*\[(.*)\]", needed)
     assert "libtorch_cpu.so" in libraries
     assert not [name for name in libraries if "cuda" in name or "cudart" in name]

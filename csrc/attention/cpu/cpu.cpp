@@ -103,9 +103,9 @@ void clear_keys_without_queries(const AttentionBackward& f) {
         for (int64_t key = p.cu_keys[document]; key < p.cu_keys[document + 1]; ++key)
             for (const Heads* grad : {&f.dk, &f.dv})
                 for (int64_t head = 0; head < p.num_kv_heads; ++head)
-                    std::memset(static_cast<char*>(grad->data) +
-                                    (key * grad->token_stride + head * grad->head_stride) * item,
-                                0, static_cast<size_t>(p.head_dim * item));
+                    std::memset(
+                        static_cast<char*>(grad->data) + (key * grad->token_stride + head * grad->head_stride) * item,
+                        0, static_cast<size_t>(p.head_dim * item));
     }
 }
 
@@ -114,15 +114,17 @@ void clear_keys_without_queries(const AttentionBackward& f) {
 const char* cpu_instruction_sets() {
     static const std::string names = [] {
         std::string joined;
-        for (const CpuKernels* kernels : available_kernels()) joined += (joined.empty() ? "" : " ") + std::string(kernels->name);
+        for (const CpuKernels* kernels : available_kernels())
+            joined += (joined.empty() ? "" : " ") + std::string(kernels->name);
         return joined;
     }();
     return names.c_str();
 }
 
 const char* cpu_attention_unsupported(const AttentionProblem& p) {
-    return p.head_dim > 0 && p.head_dim % 16 == 0 && p.head_dim <= 512 ? nullptr
-                                                                        : "the head size is not a multiple of 16 up to 512";
+    return p.head_dim > 0 && p.head_dim % 16 == 0 && p.head_dim <= 512
+               ? nullptr
+               : "the head size is not a multiple of 16 up to 512";
 }
 
 void cpu_attention_forward(const AttentionForward& f, const char* instruction_set, const Threads& threads) {
@@ -132,7 +134,8 @@ void cpu_attention_forward(const AttentionForward& f, const char* instruction_se
     const int64_t rows = p.num_queries * p.num_kv_heads;
     const int64_t largest_unit = std::max<int64_t>(384, rows / (8 * static_cast<int64_t>(threads.num_threads)) + 1);
     const Longest longest(p);
-    run(f, make_units(p, largest_unit), kernels.forward_scratch(p, longest.queries, longest.keys), kernels.forward, threads);
+    run(f, make_units(p, largest_unit), kernels.forward_scratch(p, longest.queries, longest.keys), kernels.forward,
+        threads);
 }
 
 void cpu_attention_backward(const AttentionBackward& f, const char* instruction_set, const Threads& threads) {

@@ -1,7 +1,7 @@
 // C[m, n] = A[m, k] B[k, n], or += : the one matrix product of which attention's seven are made.
 //
-// B and C are rows of vectors; A is read one element at a time and broadcast, so that it may lie either way round. A tile of
-// MR rows by NV vectors of C stays in registers while k runs.
+// B and C are rows of vectors; A is read one element at a time and broadcast, so that it may lie either way round. A
+// tile of MR rows by NV vectors of C stays in registers while k runs.
 
 #pragma once
 
@@ -19,9 +19,9 @@ constexpr int MR = 12, NV = 2;  // 24 of 32 registers hold C
 constexpr int MR = 6, NV = 2;  // 12 of 16
 #endif
 
-// What the products compute with. An element is 32 bits: one fp32 number, or a pair of bfloat16 numbers of which k takes both
-// at once. Element (i, k) of A then holds A[i, 2k] and A[i, 2k+1], and element (k, j) of B holds B[2k, j] and B[2k+1, j].
-// Pairs, too, are kept as `float`, but never computed with as such.
+// What the products compute with. An element is 32 bits: one fp32 number, or a pair of bfloat16 numbers of which k
+// takes both at once. Element (i, k) of A then holds A[i, 2k] and A[i, 2k+1], and element (k, j) of B holds B[2k, j]
+// and B[2k+1, j]. Pairs, too, are kept as `float`, but never computed with as such.
 struct Fp32Math {
     static constexpr int per_element = 1;
     static MEDITRON_INLINE Vec multiply_add(Vec sum, float left, Vec right) { return sum + left * right; }
@@ -91,7 +91,8 @@ void multiply_rows(int num_rows, int64_t n_size, int64_t k_size, Left a, const f
     }
 }
 
-// The rows of a block in tiles of nearly equal height: 13 rows are 7 + 6, as a tile of one row would run at a tenth of the speed.
+// The rows of a block in tiles of nearly equal height: 13 rows are 7 + 6, as a tile of one row would run at a tenth of
+// the speed.
 struct RowTiles {
     int64_t num_rows, num_tiles;
     explicit RowTiles(int64_t rows) : num_rows(rows), num_tiles((rows + MR - 1) / MR) {}

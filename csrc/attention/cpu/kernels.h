@@ -8,8 +8,9 @@
 
 namespace meditron {
 
-// What one thread does at a time: queries begin .. end (counted in the document) of all query heads of one key/value head.
-// A backward unit takes all queries of its document, so that its sums have one order whatever the number of threads.
+// What one thread does at a time: queries begin .. end (counted in the document) of all query heads of one key/value
+// head. A backward unit takes all queries of its document, so that its sums have one order whatever the number of
+// threads.
 struct AttentionUnit {
     int64_t document, kv_head, begin, end;
 };

@@ -1,7 +1,8 @@
 // Rows as the products want them: plain fp32, or pairs of bfloat16 (gemm.h).
 //
-// "Rows" hold a row's channels one after the other: D fp32 numbers, or D/2 pairs (c, c+1). "Paired rows" are for a k that counts
-// rows: with pairs, row i holds rows 2i and 2i+1, channel by channel; with fp32 they are the rows themselves.
+// "Rows" hold a row's channels one after the other: D fp32 numbers, or D/2 pairs (c, c+1). "Paired rows" are for a k
+// that counts rows: with pairs, row i holds rows 2i and 2i+1, channel by channel; with fp32 they are the rows
+// themselves.
 
 #pragma once
 
@@ -32,9 +33,7 @@ MEDITRON_INLINE void store_pairs(float* to, Vec low, Vec high) {  // 2 VL number
 
 MEDITRON_INLINE Vec pairs_of(VecU even, VecU odd) { return bits<Vec>((even & 0xffffu) | (odd << 16)); }
 
-MEDITRON_INLINE VecU bfloat16_bits(Vec x) {
-    return __builtin_convertvector(bits<Half>(_mm512_cvtneps_pbh(x)), VecU);
-}
+MEDITRON_INLINE VecU bfloat16_bits(Vec x) { return __builtin_convertvector(bits<Half>(_mm512_cvtneps_pbh(x)), VecU); }
 
 template <>
 struct Operands<Bf16Math, BFloat16> {

@@ -1,9 +1,10 @@
-// Rows of heads between the caller's memory (any dtype, strided) and contiguous fp32 blocks, with rotary embedding on the way.
+// Rows of heads between the caller's memory (any dtype, strided) and contiguous fp32 blocks, with rotary embedding on
+// the way.
 
 #pragma once
 
-#include "../attention.h"
 #include "../../cpu/simd.h"
+#include "../attention.h"
 
 namespace meditron::MEDITRON_ISA {
 
@@ -85,8 +86,8 @@ void write_rows(const HeadRows& rows, int64_t begin, int64_t count, int64_t head
     }
 }
 
-// to[c, r] = from[r, c] for `count` rows of `width` elements; columns up to the next multiple of VL become zero. ld is the
-// row length of `to`.
+// to[c, r] = from[r, c] for `count` rows of `width` elements; columns up to the next multiple of VL become zero. ld is
+// the row length of `to`.
 inline void transpose_rows(const float* from, int64_t count, int64_t width, float* to, int64_t ld) {
     for (int64_t r = 0; r < count; r += VL) {
         for (int64_t c = 0; c < width; c += VL) {

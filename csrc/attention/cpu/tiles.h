@@ -1,8 +1,8 @@
 // The forward and backward pass of one unit (AttentionUnit) in blocks that stay in the caches.
 //
-// Online softmax after Milakov and Gimelshein 2018, in blocks of keys after Dao et al. 2022 (FlashAttention, algorithms 1 and 4).
-// Scores are in base 2: multiplied by softmax_scale * log2(e).
-// Rows are queries of one head, columns are keys; "block" numbers are local to a block of keys.
+// Online softmax after Milakov and Gimelshein 2018, in blocks of keys after Dao et al. 2022 (FlashAttention, algorithms
+// 1 and 4). Scores are in base 2: multiplied by softmax_scale * log2(e). Rows are queries of one head, columns are
+// keys; "block" numbers are local to a block of keys.
 
 #pragma once
 
@@ -13,7 +13,8 @@ extern "C" float logf(float);
 
 namespace meditron::MEDITRON_ISA {
 
-constexpr int64_t query_block = 96, key_block = 128;  // 2 * 128 * 128 floats of keys and values fit a quarter of 512 KiB of L2
+constexpr int64_t query_block = 96,
+                  key_block = 128;  // 2 * 128 * 128 floats of keys and values fit a quarter of 512 KiB of L2
 constexpr float log2e = 1.44269504f, ln2 = 0.693147181f;
 constexpr float minus_infinity = -__builtin_inff();
 
@@ -55,14 +56,15 @@ MEDITRON_INLINE Vec visible(Vec score, int64_t column, int64_t begin, int64_t en
 
 // The running softmax of one row over blocks of keys.
 struct RowState {
-    float max;       // of the scores so far
-    float rescale;   // what the row's output so far must be multiplied by
-    Vec sums;        // of exponentials, lane by lane
+    float max;      // of the scores so far
+    float rescale;  // what the row's output so far must be multiplied by
+    Vec sums;       // of exponentials, lane by lane
 };
 
 // Products q k [columns] of one row become exponentials of the scores, relative to their running maximum.
 template <bool masked>
-MEDITRON_INLINE void softmax_row(float* scores, int64_t columns, int64_t begin, int64_t end, float scale, RowState& row) {
+MEDITRON_INLINE void softmax_row(float* scores, int64_t columns, int64_t begin, int64_t end, float scale,
+                                 RowState& row) {
     Vec largest = broadcast(minus_infinity);
     for (int64_t c = 0; c < columns; c += VL) {
         const Vec score = visible<masked>(load(scores + c) * scale, c, begin, end);
@@ -95,7 +97,7 @@ struct Forward {
     const AttentionProblem& p;
     const AttentionUnit& unit;
     const Document document;
-    const int64_t D, width, keys_begin, keys_end;    // width: elements of a row; keys_begin is a multiple of key_block
+    const int64_t D, width, keys_begin, keys_end;  // width: elements of a row; keys_begin is a multiple of key_block
     const float scale;
     float *values, *keys_T, *rows, *q, *o, *scores;  // scratch
 
@@ -123,7 +125,8 @@ struct Forward {
                (key_block + 2 * query_block) * p.head_dim + MR * key_block;
     }
 
-    // Each block of the unit's keys: [width, key_block] in keys_T, its values as paired rows; width * key_block elements.
+    // Each block of the unit's keys: [width, key_block] in keys_T, its values as paired rows; width * key_block
+    // elements.
     void read_keys() {
         const HeadRows k(p, f.k, unit.kv_head, document.first_key, p.k_positions, true);
         const HeadRows v(p, f.v, unit.kv_head, document.first_key, nullptr, false);
@@ -165,9 +168,10 @@ struct Forward {
         const int64_t end = lesser(key_block, document.keys_end(begin + row + size - 1) - block);
         if (end <= 0) return;
         const int64_t columns = round_up(end, VL);
-        const bool whole = columns <= document.keys_end(begin + row) - block &&
-                           document.keys_begin(begin + row + size - 1) <= block;
-        multiply_rows<Math, false>(size, columns, width, {q + row * width, width, 1}, keys_T + at, key_block, scores, key_block);
+        const bool whole =
+            columns <= document.keys_end(begin + row) - block && document.keys_begin(begin + row + size - 1) <= block;
+        multiply_rows<Math, false>(size, columns, width, {q + row * width, width, 1}, keys_T + at, key_block, scores,
+                                   key_block);
         for (int r = 0; r < size; ++r) {
             RowState& s = state[row + r];
             const int64_t query = begin + row + r;
@@ -175,7 +179,8 @@ struct Forward {
             if (whole)
                 softmax_row<false>(x, columns, 0, 0, scale, s);
             else
-                softmax_row<true>(x, columns, document.keys_begin(query) - block, document.keys_end(query) - block, scale, s);
+                softmax_row<true>(x, columns, document.keys_begin(query) - block, document.keys_end(query) - block,
+                                  scale, s);
             Operand::pack(x, columns);
             if (!first && s.rescale != 1.0f) scale_row(o + (row + r) * D, D, s.rescale);
         }
@@ -221,9 +226,9 @@ struct Backward {
     const Document document;
     const int64_t D, width, group;  // width: elements of a row
     const float scale;
-    float *keys, *keys_T, *values_T, *dk, *dv;                                // one block of keys
-    float *q, *q_pairs, *grad_out, *grad_pairs, *weights, *grad_weights;      // one block of queries
-    float *tile, *delta, *dq;                                                 // a tile; all queries of the group's heads
+    float *keys, *keys_T, *values_T, *dk, *dv;                            // one block of keys
+    float *q, *q_pairs, *grad_out, *grad_pairs, *weights, *grad_weights;  // one block of queries
+    float *tile, *delta, *dq;                                             // a tile; all queries of the group's heads
 
     Backward(const AttentionBackward& backward, const AttentionUnit& u, float* scratch)
         : f(backward),
@@ -324,7 +329,8 @@ struct Backward {
             // Queries before the first that sees one of these keys have weight 0: a pair may begin with one.
             constexpr int64_t step = Math::per_element;
             const int64_t first = greater(0, document.queries_begin(block + key) - begin) / step;
-            const int64_t last = (lesser(count, document.queries_end(block + key + size - 1) - begin) + step - 1) / step;
+            const int64_t last =
+                (lesser(count, document.queries_end(block + key + size - 1) - begin) + step - 1) / step;
             if (first >= last) continue;
             const int64_t at = first * key_block + key;
             multiply_rows<Math, true>(size, D, last - first, {weights + at, 1, key_block}, grad_right + first * D, D,
@@ -337,11 +343,12 @@ struct Backward {
     void query_tile(int64_t g, int64_t begin, int64_t row, int size, int64_t block, int64_t num_keys) {
         const int64_t end = lesser(num_keys, document.keys_end(begin + row + size - 1) - block);
         const int64_t columns = round_up(end, VL), all_columns = round_up(num_keys, VL);
-        const bool whole = columns <= document.keys_end(begin + row) - block &&
-                           document.keys_begin(begin + row + size - 1) <= block;
+        const bool whole =
+            columns <= document.keys_end(begin + row) - block && document.keys_begin(begin + row + size - 1) <= block;
         float *s = weights + row * key_block, *ds = grad_weights + row * key_block;
         multiply_rows<Math, false>(size, columns, width, {q + row * width, width, 1}, keys_T, key_block, s, key_block);
-        multiply_rows<Math, false>(size, columns, width, {grad_out + row * width, width, 1}, values_T, key_block, ds, key_block);
+        multiply_rows<Math, false>(size, columns, width, {grad_out + row * width, width, 1}, values_T, key_block, ds,
+                                   key_block);
         const float* left = ds;  // dS as the left side of the product that gives dq
         for (int r = 0; r < size; ++r) {
             const int64_t query = begin + row + r;
@@ -358,8 +365,8 @@ struct Backward {
             const float* packed = Operand::pack_to(dx, columns, tile + r * key_block);
             if (r == 0) left = packed;
         }
-        multiply_rows<Math, true>(size, D, (end + Math::per_element - 1) / Math::per_element, {left, key_block, 1}, keys, D,
-                                  dq + (g * document.num_queries + begin + row) * D, D);
+        multiply_rows<Math, true>(size, D, (end + Math::per_element - 1) / Math::per_element, {left, key_block, 1},
+                                  keys, D, dq + (g * document.num_queries + begin + row) * D, D);
     }
 };
 
@@ -389,7 +396,11 @@ inline int64_t backward_scratch(const AttentionProblem& p, int64_t max_queries, 
 }
 
 constexpr CpuKernels make_kernels(const char* name) {
-    return {name, VL, forward_scratch, backward_scratch, run_unit<Forward, AttentionForward>,
+    return {name,
+            VL,
+            forward_scratch,
+            backward_scratch,
+            run_unit<Forward, AttentionForward>,
             run_unit<Backward, AttentionBackward>};
 }
 

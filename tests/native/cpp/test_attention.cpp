@@ -1,4 +1,5 @@
-// Random problems of packed attention on the CPU in buffers of exactly their size, for the sanitizers, against double precision.
+// Random problems of packed attention on the CPU in buffers of exactly their size, for the sanitizers, against double
+// precision.
 
 #include <cmath>
 #include <cstdint>
@@ -108,13 +109,15 @@ void check(const char* instruction_set, DType dtype) {
     p.window = draw(0, 1) ? draw(1, 200) : 0, p.softmax_scale = 1 / std::sqrt(static_cast<float>(dim));
     Side q(num_queries, p.num_heads, dim, dtype), k(num_keys, kv_heads, dim, dtype), v(num_keys, kv_heads, dim, dtype);
     Side out(num_queries, p.num_heads, dim, dtype), grad(num_queries, p.num_heads, dim, dtype);
-    Side dq(num_queries, p.num_heads, dim, dtype), dk(num_keys, kv_heads, dim, dtype), dv(num_keys, kv_heads, dim, dtype);
+    Side dq(num_queries, p.num_heads, dim, dtype), dk(num_keys, kv_heads, dim, dtype),
+        dv(num_keys, kv_heads, dim, dtype);
     std::vector<float> lse(static_cast<size_t>(p.num_heads * num_queries));
     const Threads threads{static_cast<int>(draw(1, 3)), run_threads};
     cpu_attention_forward({p, q.view(), k.view(), v.view(), out.view(), lse.data()}, instruction_set, threads);
 
     for (int64_t document = 0; document < num_documents; ++document) {
-        for (int64_t query = 0; query < cu_queries[static_cast<size_t>(document) + 1] - p.cu_queries[document]; query += 7) {
+        for (int64_t query = 0; query < cu_queries[static_cast<size_t>(document) + 1] - p.cu_queries[document];
+             query += 7) {
             const int64_t head = draw(0, p.num_heads - 1);
             const std::vector<double> want = expected(p, q, k, v, document, query, head);
             for (int64_t c = 0; c < dim; ++c) {
@@ -128,14 +131,14 @@ void check(const char* instruction_set, DType dtype) {
         }
     }
 
-    // The gradients' values are compared in Python; here every one must be written, and nothing else read or written. A rotation by
-    // the tables' last row is in it.
+    // The gradients' values are compared in Python; here every one must be written, and nothing else read or written. A
+    // rotation by the tables' last row is in it.
     std::vector<float> angles = normal(dim / 2 * 3);
     std::vector<int64_t> q_rows(static_cast<size_t>(num_queries), 2), k_rows(static_cast<size_t>(num_keys), 2);
     p.cos = p.sin = angles.data(), p.q_positions = q_rows.data(), p.k_positions = k_rows.data();
-    cpu_attention_backward({p, q.view(), k.view(), v.view(), out.view(), grad.view(), dq.view(), dk.view(), dv.view(),
-                            lse.data(), true},
-                           instruction_set, threads);
+    cpu_attention_backward(
+        {p, q.view(), k.view(), v.view(), out.view(), grad.view(), dq.view(), dk.view(), dv.view(), lse.data(), true},
+        instruction_set, threads);
 }
 
 }  // namespace

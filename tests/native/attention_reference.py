@@ -1,4 +1,4 @@
-"""Attention written out in float64, and random problems to compare with it."""
+"""Random problems of packed attention and their results in float64."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from meditron_train.native import Rotation, packed_attention
+from tests.native.reference import Packing, attention
 
 
 @dataclass(repr=False)
@@ -100,34 +101,16 @@ def example(
 
 
 def exact(case: Example, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Softmax attention document by document with a mask, in the dtype of q (float64)."""
-    if case.rotation is not None:
-        q = _turn(q, case.rotation, case.rotation.q_positions_T)
-        k = _turn(k, case.rotation, case.rotation.k_positions_S)
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scale = q.shape[2] ** -0.5 if case.scale is None else case.scale
-    outputs = [q[:0]]
-    for d in range(len(case.cu_q) - 1):
-        queries = slice(case.cu_q[d], case.cu_q[d + 1])
-        keys = slice(case.cu_k[d], case.cu_k[d + 1])
-        num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start
-        last = torch.arange(num_keys - num_queries, num_keys)[:, None]
-        place = torch.arange(num_keys)[None]
-        allowed = place <= last
-        if case.window is not None:
-            allowed &= place > last - case.window
-        scores = torch.einsum("qnd,knd->nqk", q[queries], k[keys]) * scale
-        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-        outputs.append(torch.einsum("nqk,knd->qnd", weights, v[keys]))
-    return torch.cat(outputs)
-
-
-def _turn(x: torch.Tensor, rotation: Rotation, rows: torch.Tensor | None) -> torch.Tensor:
-    rows = torch.arange(x.shape[0]) if rows is None else rows
-    cos, sin = rotation.cos_PC.double()[rows, None], rotation.sin_PC.double()[rows, None]
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    """The output in the dtype of q (float64)."""
+    turn = case.rotation
+    packing = Packing(
+        tuple(case.cu_q),
+        tuple(case.cu_k),
+        case.window or 0,
+        case.scale,
+        *(() if turn is None else (turn.cos_PC, turn.sin_PC, turn.q_positions_T, turn.k_positions_S)),
+    )
+    return attention(q, k, v, packing)[0]
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

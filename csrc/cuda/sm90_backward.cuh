@@ -78,29 +78,31 @@ __device__ __forceinline__ void copy_for_backward(const HopperBackwardArguments&
     constexpr int tile_bytes = Shape::Tiles::bytes;
     const AttentionBackward& given = arguments.given;
     const AttentionProblem& problem = given.problem;
-    const Rotation of_queries = rotation_of_queries(problem), rotation_of_k = rotation_of_keys(problem);
     const Heads &x = of_keys ? given.k : given.q, &y = of_keys ? given.v : given.grad_out;
     const Heads &other_x = of_keys ? given.q : given.k, &other_y = of_keys ? given.grad_out : given.v;
-    Copies<T, D, Shape::rows> copies;
+    using CopiesOfTiles = Copies<T, D, Shape::rows, 1>;
+    constexpr auto own_kind = of_keys ? CopiesOfTiles::keys : CopiesOfTiles::queries;
+    constexpr auto other_kind = of_keys ? CopiesOfTiles::queries : CopiesOfTiles::keys;
+    CopiesOfTiles copies(problem);
     int num_tiles = 0, num_blocks = 0;
     for_my_items(arguments.tiles, arguments.num_items, num_own_heads<of_keys>(problem), [&](const Tile& tile, int head) {
         const Passing<of_keys> passing(problem, tile, head);
         if (passing.num_steps == 0) return;
         const RingBuffer own = Shape::own(num_tiles++);
-        own.wait_empty();
+        barrier_wait(own.empty, own.emptied());
         for (int part = 0; part < 4; ++part) {
             const int row = tile.row + part % 2 * Shape::rows;
             const bool exists = row < passing.num_own;
             copies.start(own.tile + part * tile_bytes, own.full,
                          rows_of(part < 2 ? x : y, head, passing.own_token + (exists ? row : 0),
                                  exists ? passing.num_own - row : 0),
-                         part >= 2 ? Rotation{} : of_keys ? rotation_of_k : of_queries);
+                         part < 2 ? own_kind : CopiesOfTiles::plain);
         }
         for (int step = 0; step < passing.num_steps; ++step, ++num_blocks) {
             const RingBuffer block = Shape::block(num_blocks);
             const int row = passing.first_other(step), other_head = passing.head(step);
             const int token = passing.other_token + row, num_valid = passing.num_others - row;
-            block.wait_empty();
+            barrier_wait(block.empty, block.emptied());
             if (of_keys && threadIdx.x < Shape::rows) {
                 float* const lse = Shape::lse_of_block(num_blocks) + threadIdx.x;
                 const bool valid = static_cast<int>(threadIdx.x) < num_valid;
@@ -109,9 +111,9 @@ __device__ __forceinline__ void copy_for_backward(const HopperBackwardArguments&
                 cp_async_4(lse + Shape::rows, arguments.delta + at, valid);
             }
             copies.start(block.tile, block.full, rows_of(other_x, other_head, token, num_valid),
-                         of_keys ? of_queries : rotation_of_k);
+                         other_kind);
             copies.start(block.tile + tile_bytes, block.full, rows_of(other_y, other_head, token, num_valid),
-                         Rotation{});
+                         CopiesOfTiles::plain);
         }
     });
     copies.finish();
@@ -175,7 +177,7 @@ __device__ __forceinline__ void sum_gradients(const HopperBackwardArguments& arg
                 own_delta[side] = arguments.delta[at];
             }
         }
-        if (passing.num_steps > 0) own.wait_full();
+        if (passing.num_steps > 0) barrier_wait(own.full, own.filled());
         for (int step = 0; step < passing.num_steps; ++step, ++num_blocks) {
             const RingBuffer block = Shape::block(num_blocks);
             const unsigned char* const other_y = block.tile + Tiles::bytes;
@@ -183,8 +185,8 @@ __device__ __forceinline__ void sum_gradients(const HopperBackwardArguments& arg
             const bool masked = of_keys ? !sight.sees_all(first_other, last_other, first_own, first_own + 15)
                                         : !sight.sees_all(first_own, first_own + 15, first_other, last_other);
             float scores[8][4], slopes[8][4];
-            uint32_t operand[4][4], second_operand[4][4];
-            block.wait_full();
+            uint32_t operand[4][4];
+            barrier_wait(block.full, block.filled());
             start_rows_product<T, D>(scores, x_tile, block.tile);
             start_rows_product<T, D>(slopes, y_tile, other_y);
             wgmma_wait<1>(scores);
@@ -202,16 +204,20 @@ __device__ __forceinline__ void sum_gradients(const HopperBackwardArguments& arg
                 round_to_operand<T>(operand, scores);
                 start_columns_product<T, D>(dy, operand, other_y);
             }
+            // Rows of keys take the weights as they were rounded: both at once are more than there are registers.
 #pragma unroll
-            for (int j = 0; j < 32; ++j) {
-                const int column = j / 4 * 8 + 2 * (lane % 4) + j % 2;
-                const float delta = of_keys ? lse[Shape::rows + column] : own_delta[j % 4 / 2];
-                // Where the weight is 0 because nobody sees, the slope may be anything that is finite.
-                slopes[j / 4][j % 4] = scores[j / 4][j % 4] * (slopes[j / 4][j % 4] - delta);
+            for (int i = 0; i < 16; ++i) {
+                const int j = i / 2, side = i % 2, column = 8 * j + 2 * (lane % 4);
+                float &first = slopes[j][2 * side], &second = slopes[j][2 * side + 1];
+                const Float2 weight = of_keys ? unpack<T>(operand[i / 4][i % 4])
+                                              : Float2{scores[j][2 * side], scores[j][2 * side + 1]};
+                first = weight.x * (first - (of_keys ? lse[Shape::rows + column] : own_delta[side]));
+                second = weight.y * (second - (of_keys ? lse[Shape::rows + column + 1] : own_delta[side]));
             }
-            round_to_operand<T>(second_operand, slopes);
-            start_columns_product<T, D>(dx, second_operand, block.tile);
-            wgmma_wait<0>(dx, dy);
+            if (of_keys) wgmma_wait<0>(dy);
+            round_to_operand<T>(operand, slopes);
+            start_columns_product<T, D>(dx, operand, block.tile);
+            wgmma_wait<0>(dx);
             if (lane == 0) barrier_arrive(block.empty);
         }
 

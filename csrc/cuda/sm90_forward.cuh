@@ -45,22 +45,23 @@ __device__ __forceinline__ void copy_for_forward(const HopperForwardArguments& a
     const AttentionForward& given = arguments.given;
     const int num_heads = static_cast<int>(given.problem.num_heads);
     const int group_size = num_heads / static_cast<int>(given.problem.num_kv_heads);
-    Copies<T, D, Shape::rows> copies;
-    const auto start = [&](const RingBuffer& buffer, const Rows& rows, const Rotation& rotation) {
-        buffer.wait_empty();
-        copies.start(buffer.tile, buffer.full, rows, rotation);
+    using CopiesOfTiles = Copies<T, D, Shape::rows, 2>;
+    CopiesOfTiles copies(given.problem);
+    const auto start = [&](const RingBuffer& buffer, const Rows& rows, typename CopiesOfTiles::Kind kind) {
+        barrier_wait(buffer.empty, buffer.emptied());
+        copies.start(buffer.tile, buffer.full, rows, kind);
     };
     int num_tiles = 0, num_blocks = 0;
     for_my_items(arguments.tiles, arguments.num_items, num_heads, [&](const Tile& tile, int head) {
         start(Shape::buffer(Shape::q_ring, num_tiles++),
               rows_of(given.q, head, tile.query_start + tile.row, tile.num_queries - tile.row),
-              rotation_of_queries(given.problem));
+              CopiesOfTiles::queries);
         for (int block = tile.end - 1; block >= tile.begin; --block, ++num_blocks) {
             const int row = block * Shape::rows, token = tile.key_start + row, num_valid = tile.num_keys - row;
             start(Shape::buffer(Shape::k_ring, num_blocks), rows_of(given.k, head / group_size, token, num_valid),
-                  rotation_of_keys(given.problem));
+                  CopiesOfTiles::keys);
             start(Shape::buffer(Shape::v_ring, num_blocks), rows_of(given.v, head / group_size, token, num_valid),
-                  Rotation{});
+                  CopiesOfTiles::plain);
         }
     });
     copies.finish();
@@ -140,9 +141,9 @@ __device__ __forceinline__ void attend(const HopperForwardArguments& arguments) 
                 weights[i / 4][i % 4] = pack<T>(scores[i / 2][i % 2 * 2], scores[i / 2][i % 2 * 2 + 1]);
         };
 
-        q.wait_full();
+        barrier_wait(q.full, q.filled());
         RingBuffer k = Shape::buffer(Shape::k_ring, num_blocks);
-        k.wait_full();
+        barrier_wait(k.full, k.filled());
         start_scores<T, D>(scores, q.tile, group_row, k.tile);
         wgmma_wait<0>(scores);
         give_back(k);
@@ -151,9 +152,9 @@ __device__ __forceinline__ void attend(const HopperForwardArguments& arguments) 
         for (int block = tile.end - 2; block >= tile.begin; --block) {
             const RingBuffer v = Shape::buffer(Shape::v_ring, num_blocks++);
             k = Shape::buffer(Shape::k_ring, num_blocks);
-            k.wait_full();
+            barrier_wait(k.full, k.filled());
             start_scores<T, D>(scores, q.tile, group_row, k.tile);
-            v.wait_full();
+            barrier_wait(v.full, v.filled());
             start_output<T, D>(out, weights, v.tile);
             wgmma_wait<1>(scores);
             give_back(k);
@@ -165,7 +166,7 @@ __device__ __forceinline__ void attend(const HopperForwardArguments& arguments) 
             round_weights();
         }
         const RingBuffer v = Shape::buffer(Shape::v_ring, num_blocks++);
-        v.wait_full();
+        barrier_wait(v.full, v.filled());
         start_output<T, D>(out, weights, v.tile);
         wgmma_wait<0>(out);
         give_back(v);

@@ -65,13 +65,6 @@ __device__ __forceinline__ void wgmma_wait(float (&ready)[n][4]) {
     for (int i = 0; i < 4 * n; ++i) asm volatile("" : "+f"(ready[i / 4][i % 4])::"memory");
 }
 
-template <int allowed, int n>
-__device__ __forceinline__ void wgmma_wait(float (&ready)[n][4], float (&also_ready)[n][4]) {
-    wgmma_wait<allowed>(ready);
-#pragma unroll
-    for (int i = 0; i < 4 * n; ++i) asm volatile("" : "+f"(also_ready[i / 4][i % 4])::"memory");
-}
-
 // Products of 16 terms. d (+)= A B^T: A [64, 16], B [n, 16] in shared memory, rows contiguous.
 template <class T, int n>
 __device__ void wgmma_rows(float (&d)[n / 8][4], uint64_t a, uint64_t b, bool accumulate);

@@ -16,8 +16,9 @@ struct RingBuffer {
     SharedBarrier *full, *empty;
     int use;  // how often it was used before
 
-    __device__ void wait_full() const { barrier_wait(full, use % 2); }
-    __device__ void wait_empty() const { barrier_wait(empty, (use + 1) % 2); }
+    // Parity of the phase of `full` that ends when this use can be read; of `empty` when it may be written.
+    __device__ int filled() const { return use % 2; }
+    __device__ int emptied() const { return (use + 1) % 2; }
 };
 
 // The items of the calling block, tiles times heads with the longest first: those of even rounds in ascending and of odd
@@ -34,20 +35,24 @@ __device__ __forceinline__ void for_my_items(const Tile* tiles, int num_items, i
 
 // Copies of tiles by the first warpgroup, which also rotates them. Up to three are under way: a buffer is filled, and
 // waited for, while the two before it have not been handed over. So nobody may need these to give that buffer back.
-template <class T, int D, int rows>
+// How many chunks are rotated at once is a matter of registers.
+template <class T, int D, int rows, int rotation_unroll>
 class Copies {
 public:
+    enum Kind { plain, queries, keys };  // the latter are rotated
+
     static constexpr int num_threads = 128;
     using Tiles = Panels<D, rows>;
 
-    __device__ __forceinline__ void start(unsigned char* tile, SharedBarrier* full, const Rows& from,
-                                          const Rotation& rotation) {
+    __device__ explicit Copies(const AttentionProblem& problem) : problem_(problem) {}
+
+    __device__ __forceinline__ void start(unsigned char* tile, SharedBarrier* full, const Rows& from, Kind kind) {
         start_copy<D, rows, num_threads, Tiles>(tile, from);
         cp_async_commit();
         cp_async_wait<2>();
         hand_over(older_);
         older_ = old_;
-        old_ = {tile, full, from, rotation};
+        old_ = {tile, full, from.token, from.num_valid, kind};
     }
 
     __device__ __forceinline__ void finish() {
@@ -60,17 +65,23 @@ private:
     struct Copy {
         unsigned char* tile = nullptr;
         SharedBarrier* full;
-        Rows from;
-        Rotation rotation;
+        int32_t token, num_valid;
+        Kind kind;
     };
 
     __device__ __forceinline__ void hand_over(const Copy& copy) {
         if (copy.tile == nullptr) return;
-        rotate<T, D, rows, num_threads, Tiles>(copy.tile, copy.from, copy.rotation);
+        if (copy.kind != plain) {
+            const Rotation rotation =
+                copy.kind == queries ? rotation_of_queries(problem_) : rotation_of_keys(problem_);
+            rotate<T, D, rows, num_threads, Tiles, rotation_unroll>(
+                copy.tile, {nullptr, 0, copy.token, copy.num_valid}, rotation);
+        }
         fence_proxy_async();
         barrier_arrive(copy.full);
     }
 
+    const AttentionProblem& problem_;
     Copy older_, old_;
 };
 

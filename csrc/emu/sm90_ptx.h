@@ -81,12 +81,6 @@ void wgmma_wait(float (&)[n][4], const char* file = __builtin_FILE(), int line =
     });
 }
 
-template <int allowed, int n>
-void wgmma_wait(float (&ready)[n][4], float (&)[n][4], const char* file = __builtin_FILE(),
-                int line = __builtin_LINE()) {
-    wgmma_wait<allowed>(ready, file, line);
-}
-
 // Where a matrix descriptor says that its values are.
 template <class T>
 class SharedMatrix {

@@ -7,6 +7,7 @@
 
 #include "sm80_backward.cuh"
 #include "sm80_forward.cuh"
+#include "sm90_backward.cuh"
 #include "sm90_forward.cuh"
 
 namespace meditron {
@@ -25,7 +26,9 @@ MEDITRON_DECLARE(256)
 
 #define MEDITRON_DECLARE(D)                                                                             \
     extern template const char* launch_forward_sm90<BFloat16, D>(const AttentionForward&, void*, void*); \
-    extern template const char* launch_forward_sm90<Float16, D>(const AttentionForward&, void*, void*);
+    extern template const char* launch_forward_sm90<Float16, D>(const AttentionForward&, void*, void*);  \
+    extern template const char* launch_backward_sm90<BFloat16, D>(const AttentionBackward&, void*, void*); \
+    extern template const char* launch_backward_sm90<Float16, D>(const AttentionBackward&, void*, void*);
 MEDITRON_DECLARE(64)
 MEDITRON_DECLARE(128)
 #undef MEDITRON_DECLARE
@@ -55,18 +58,30 @@ constexpr int64_t shared_bytes_needed() {
     return std::max({ForwardShape<D>::shared_bytes, KeyGradShape<D>::shared_bytes, QueryGradShape<D>::shared_bytes});
 }
 
-// On compute capability 9 the forward pass has kernels of its own for these head sizes; the rest is that of sm_80.
+// On compute capability 9 there are kernels of its own for these head sizes.
 template <int D>
-constexpr bool has_sm90_forward = D == 64 || D == 128;
+constexpr bool has_sm90_kernels = D == 64 || D == 128;
 
 template <class T, int D>
 const char* start_forward(const AttentionForward& given, void* workspace, void* stream) {
-    if constexpr (has_sm90_forward<D>) {
+    if constexpr (has_sm90_kernels<D>) {
         static_assert(HopperForwardShape<D>::rows == ForwardShape<D>::tile_queries, "both want the same workspace");
         if (compute_capability() == 9 && max_shared_bytes() >= HopperForwardShape<D>::shared_bytes)
             return launch_forward_sm90<T, D>(given, workspace, stream);
     }
     return launch_forward<T, D>(given, workspace, stream);
+}
+
+template <class T, int D>
+const char* start_backward(const AttentionBackward& given, void* workspace, void* stream) {
+    if constexpr (has_sm90_kernels<D>) {
+        static_assert(HopperBackwardShape<D>::own_rows >= KeyGradShape<D>::tile_keys &&
+                          HopperBackwardShape<D>::own_rows >= QueryGradShape<D>::tile_queries,
+                      "the workspace is that of the kernels for sm_80");
+        if (compute_capability() == 9 && max_shared_bytes() >= HopperBackwardShape<D>::shared_bytes)
+            return launch_backward_sm90<T, D>(given, workspace, stream);
+    }
+    return launch_backward<T, D>(given, workspace, stream);
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -133,7 +148,7 @@ const char* meditron_cuda_attention_backward(const AttentionBackward* given, voi
     if (const char* reason = misaligned(tensors, workspace)) return reason;
     return for_head_dim<const char*>(given->problem.head_dim, nullptr, [&](auto dim) {
         constexpr int D = decltype(dim)::value;
-        return given->problem.dtype == DType::bfloat16 ? launch_backward<BFloat16, D>(*given, workspace, stream)
-                                                       : launch_backward<Float16, D>(*given, workspace, stream);
+        return given->problem.dtype == DType::bfloat16 ? start_backward<BFloat16, D>(*given, workspace, stream)
+                                                       : start_backward<Float16, D>(*given, workspace, stream);
     });
 }

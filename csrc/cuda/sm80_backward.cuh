@@ -288,6 +288,14 @@ struct BackwardWorkspace {
 };
 
 template <class T, int D>
+const char* launch_delta(const AttentionBackward& given, float* delta, void* stream) {
+    constexpr int rows = DeltaShape<D>::rows;
+    const int64_t num_blocks = (given.problem.num_queries * given.problem.num_heads + rows - 1) / rows;
+    return launch(attention_delta_sm80<T, D>, static_cast<unsigned>(num_blocks), DeltaShape<D>::num_threads, 0, stream,
+                  BackwardArguments{given, nullptr, delta, 0});
+}
+
+template <class T, int D>
 const char* launch_backward(const AttentionBackward& given, void* workspace, void* stream) {
     using Keys = KeyGradShape<D>;
     using Queries = QueryGradShape<D>;
@@ -296,11 +304,7 @@ const char* launch_backward(const AttentionBackward& given, void* workspace, voi
     auto* const memory = static_cast<unsigned char*>(workspace);
     BackwardArguments arguments{given, nullptr, reinterpret_cast<float*>(memory), window_or_all(problem)};
 
-    constexpr int delta_rows = DeltaShape<D>::rows;
-    const int64_t delta_blocks = (problem.num_queries * problem.num_heads + delta_rows - 1) / delta_rows;
-    if (const char* error = launch(attention_delta_sm80<T, D>, static_cast<unsigned>(delta_blocks),
-                                   DeltaShape<D>::num_threads, 0, stream, arguments))
-        return error;
+    if (const char* error = launch_delta<T, D>(given, arguments.delta, stream)) return error;
 
     const auto pass = [&](auto kernel, const std::vector<Tile>& tiles, int64_t offset, int64_t heads, int num_threads,
                           int shared_bytes) -> const char* {

@@ -4,17 +4,12 @@
 // v into a ring of buffers, rotates q and k, and tells the other two, which have 64 queries of the tile each. Softmax of
 // one block of keys goes along with the product of the weights of the block before. Copies are cp.async and not TMA, as
 // they fill what lies beyond a document with zeros: its neighbour's NaN must not reach it.
-//
-// Barriers. `full`: all copying threads have written a buffer. `empty`: all who read it are done with it.
 
 #pragma once
 
 #include "launch.h"
-#include "runtime.cuh"
-#include "schedule.h"
-#include "sm90_ptx.cuh"
+#include "sm90_tiles.cuh"
 #include "softmax.cuh"
-#include "tile.cuh"
 
 namespace meditron {
 
@@ -24,21 +19,13 @@ struct HopperForwardShape {
     static constexpr int num_threads = 384, stages = 2;
     using Tiles = Panels<D, rows>;
 
-    struct Buffer {
-        unsigned char* tile;
-        SharedBarrier *full, *empty;
-        int use;  // how often it was used before
-
-        __device__ void wait_full() const { barrier_wait(full, use % 2); }
-        __device__ void wait_empty() const { barrier_wait(empty, (use + 1) % 2); }
-    };
     enum Ring { q_ring, k_ring, v_ring, num_rings };
 
     static constexpr int barriers_at = num_rings * stages * Tiles::bytes;
     static constexpr int shared_bytes = barriers_at + num_rings * stages * 2 * static_cast<int>(sizeof(SharedBarrier));
 
     // Of the item with this number in its ring.
-    __device__ static Buffer buffer(Ring ring, int item) {
+    __device__ static RingBuffer buffer(Ring ring, int item) {
         const int slot = ring * stages + item % stages;
         auto* const barriers = reinterpret_cast<SharedBarrier*>(shared_memory() + barriers_at) + 2 * slot;
         return {shared_memory() + slot * Tiles::bytes, barriers, barriers + 1, item / stages};
@@ -51,67 +38,33 @@ struct HopperForwardArguments {
     int32_t num_items, window;  // items: tiles times heads
 };
 
-// The items of the calling block, longest first: those of even rounds in ascending and of odd rounds in descending order
-// of blocks, so that who got the longest of one round gets the shortest of the next.
-template <class Visit>
-__device__ __forceinline__ void for_my_items(const HopperForwardArguments& arguments, Visit visit) {
-    const int num_heads = static_cast<int>(arguments.given.problem.num_heads);
-    const int group_size = num_heads / static_cast<int>(arguments.given.problem.num_kv_heads);
-    const int num_blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-    for (int round = 0;; ++round) {
-        const int item = round * num_blocks + (round % 2 ? num_blocks - 1 - block : block);
-        if (round * num_blocks >= arguments.num_items) return;
-        if (item >= arguments.num_items) continue;
-        const int head = item % num_heads;
-        visit(arguments.tiles[item / num_heads], head, head / group_size);
-    }
-}
-
-// The warpgroup that copies. Up to three copies are under way: a buffer is waited for while those of the two before it
-// have not been handed over, so nobody may need these to give that buffer back. Nobody does, as rings have two buffers
-// and blocks come in turns of k and v.
+// The warpgroup that copies. Rings have two buffers and blocks come in turns of k and v, as Copies wants it.
 template <class T, int D>
-__device__ __forceinline__ void copy_tiles(const HopperForwardArguments& arguments) {
+__device__ __forceinline__ void copy_for_forward(const HopperForwardArguments& arguments) {
     using Shape = HopperForwardShape<D>;
-    using Tiles = typename Shape::Tiles;
-    struct Copy {
-        unsigned char* tile = nullptr;
-        SharedBarrier* full;
-        Rows rows;
-        Rotation rotation;
-    };
     const AttentionForward& given = arguments.given;
-    Copy older, old;
-    const auto hand_over = [&](const Copy& copy) {
-        if (copy.tile == nullptr) return;
-        rotate<T, D, Shape::rows, 128, Tiles>(copy.tile, copy.rows, copy.rotation);
-        fence_proxy_async();
-        barrier_arrive(copy.full);
-    };
-    const auto start = [&](const typename Shape::Buffer& buffer, const Rows& rows, const Rotation& rotation) {
-        buffer.wait_empty();
-        start_copy<D, Shape::rows, 128, Tiles>(buffer.tile, rows);
-        cp_async_commit();
-        cp_async_wait<2>();
-        hand_over(older);
-        older = old;
-        old = {buffer.tile, buffer.full, rows, rotation};
+    const int num_heads = static_cast<int>(given.problem.num_heads);
+    const int group_size = num_heads / static_cast<int>(given.problem.num_kv_heads);
+    using CopiesOfTiles = Copies<T, D, Shape::rows, 2>;
+    CopiesOfTiles copies(given.problem);
+    const auto start = [&](const RingBuffer& buffer, const Rows& rows, typename CopiesOfTiles::Kind kind) {
+        barrier_wait(buffer.empty, buffer.emptied());
+        copies.start(buffer.tile, buffer.full, rows, kind);
     };
     int num_tiles = 0, num_blocks = 0;
-    for_my_items(arguments, [&](const Tile& tile, int head, int kv_head) {
+    for_my_items(arguments.tiles, arguments.num_items, num_heads, [&](const Tile& tile, int head) {
         start(Shape::buffer(Shape::q_ring, num_tiles++),
               rows_of(given.q, head, tile.query_start + tile.row, tile.num_queries - tile.row),
-              rotation_of_queries(given.problem));
+              CopiesOfTiles::queries);
         for (int block = tile.end - 1; block >= tile.begin; --block, ++num_blocks) {
             const int row = block * Shape::rows, token = tile.key_start + row, num_valid = tile.num_keys - row;
-            start(Shape::buffer(Shape::k_ring, num_blocks), rows_of(given.k, kv_head, token, num_valid),
-                  rotation_of_keys(given.problem));
-            start(Shape::buffer(Shape::v_ring, num_blocks), rows_of(given.v, kv_head, token, num_valid), Rotation{});
+            start(Shape::buffer(Shape::k_ring, num_blocks), rows_of(given.k, head / group_size, token, num_valid),
+                  CopiesOfTiles::keys);
+            start(Shape::buffer(Shape::v_ring, num_blocks), rows_of(given.v, head / group_size, token, num_valid),
+                  CopiesOfTiles::plain);
         }
     });
-    cp_async_wait<0>();
-    hand_over(older);
-    hand_over(old);
+    copies.finish();
 }
 
 // scores = q k^T, of 64 queries from `row` on.
@@ -119,6 +72,7 @@ template <class T, int D, int n>
 __device__ __forceinline__ void start_scores(float (&scores)[n][4], const unsigned char* q_tile, int row,
                                              const unsigned char* k_tile) {
     using Tiles = typename HopperForwardShape<D>::Tiles;
+    wgmma_fence();
 #pragma unroll
     for (int column = 0; column < D; column += 16)
         wgmma_rows<T, 8 * n>(scores, Tiles::descriptor(q_tile, row, column), Tiles::descriptor(k_tile, 0, column),
@@ -131,6 +85,7 @@ template <class T, int D, int n>
 __device__ __forceinline__ void start_output(float (&out)[D / 8][4], const uint32_t (&weights)[n][4],
                                              const unsigned char* v_tile) {
     using Tiles = typename HopperForwardShape<D>::Tiles;
+    wgmma_fence();
 #pragma unroll
     for (int i = 0; i < n; ++i) wgmma_columns<T, D>(out, weights[i], Tiles::descriptor(v_tile, 16 * i, 0));
     wgmma_commit();
@@ -149,16 +104,17 @@ __device__ __forceinline__ void attend(const HopperForwardArguments& arguments) 
     const int warp_row = group_row + threadIdx.x % 128 / 32 * 16;
     int num_tiles = 0, num_blocks = 0;
 
-    for_my_items(arguments, [&](const Tile& tile, int head, int) {
+    for_my_items(arguments.tiles, arguments.num_items, static_cast<int>(problem.num_heads),
+                 [&](const Tile& tile, int head) {
         const Sight sight = sight_of(tile, arguments.window);
         const int first_query = tile.row + warp_row, query_of_lane = first_query + lane / 4;
-        const typename Shape::Buffer q = Shape::buffer(Shape::q_ring, num_tiles++);
+        const RingBuffer q = Shape::buffer(Shape::q_ring, num_tiles++);
         float out[D / 8][4] = {}, scores[n][4], keep[2];
         uint32_t weights[n / 2][4];
         SoftmaxRow rows[2];
 
         // Once all of the warp have passed the wait for the products that read it.
-        const auto give_back = [&](const typename Shape::Buffer& buffer) {
+        const auto give_back = [&](const RingBuffer& buffer) {
             if (lane == 0) barrier_arrive(buffer.empty);
         };
         const auto softmax = [&](int block) {
@@ -185,22 +141,20 @@ __device__ __forceinline__ void attend(const HopperForwardArguments& arguments) 
                 weights[i / 4][i % 4] = pack<T>(scores[i / 2][i % 2 * 2], scores[i / 2][i % 2 * 2 + 1]);
         };
 
-        q.wait_full();
-        typename Shape::Buffer k = Shape::buffer(Shape::k_ring, num_blocks);
-        k.wait_full();
-        wgmma_fence();
+        barrier_wait(q.full, q.filled());
+        RingBuffer k = Shape::buffer(Shape::k_ring, num_blocks);
+        barrier_wait(k.full, k.filled());
         start_scores<T, D>(scores, q.tile, group_row, k.tile);
         wgmma_wait<0>(scores);
         give_back(k);
         softmax(tile.end - 1);
         round_weights();
         for (int block = tile.end - 2; block >= tile.begin; --block) {
-            const typename Shape::Buffer v = Shape::buffer(Shape::v_ring, num_blocks++);
+            const RingBuffer v = Shape::buffer(Shape::v_ring, num_blocks++);
             k = Shape::buffer(Shape::k_ring, num_blocks);
-            k.wait_full();
-            wgmma_fence();
+            barrier_wait(k.full, k.filled());
             start_scores<T, D>(scores, q.tile, group_row, k.tile);
-            v.wait_full();
+            barrier_wait(v.full, v.filled());
             start_output<T, D>(out, weights, v.tile);
             wgmma_wait<1>(scores);
             give_back(k);
@@ -211,14 +165,14 @@ __device__ __forceinline__ void attend(const HopperForwardArguments& arguments) 
             for (int i = 0; i < D / 2; ++i) out[i / 4][i % 4] *= keep[i % 4 / 2];
             round_weights();
         }
-        const typename Shape::Buffer v = Shape::buffer(Shape::v_ring, num_blocks++);
-        v.wait_full();
-        wgmma_fence();
+        const RingBuffer v = Shape::buffer(Shape::v_ring, num_blocks++);
+        barrier_wait(v.full, v.filled());
         start_output<T, D>(out, weights, v.tile);
         wgmma_wait<0>(out);
         give_back(v);
 
-        // A warp's rows of the tile of queries are read by this warp alone, and no more: they become those of the output.
+        // The group's rows of the tile of queries are read no more: they become those of the output.
+        warpgroup_sync();
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
             rows[side].finish();
@@ -246,7 +200,7 @@ __global__ void __launch_bounds__(HopperForwardShape<D>::num_threads, 1)
     if (threadIdx.x == 0) {
         for (int ring = 0; ring < Shape::num_rings; ++ring)
             for (int i = 0; i < Shape::stages; ++i) {
-                const typename Shape::Buffer buffer = Shape::buffer(static_cast<typename Shape::Ring>(ring), i);
+                const RingBuffer buffer = Shape::buffer(static_cast<typename Shape::Ring>(ring), i);
                 barrier_init(buffer.full, copying_threads);
                 barrier_init(buffer.empty, ring == Shape::q_ring ? 32 * multiplying_warps : multiplying_warps);
             }
@@ -254,7 +208,7 @@ __global__ void __launch_bounds__(HopperForwardShape<D>::num_threads, 1)
     block_sync();
     if (threadIdx.x < copying_threads) {
         give_registers_back<56>();
-        copy_tiles<T, D>(arguments);
+        copy_for_forward<T, D>(arguments);
     } else {
         take_registers<224>();
         attend<T, D>(arguments);

@@ -2,8 +2,8 @@
 //
 // A warpgroup is four consecutive warps. Its accumulators [64, n] are those of mma m16n8 (ptx.cuh): warp w has the rows
 // 16 w .. 16 w + 15, d[j] the columns 8 j .. 8 j + 7; operands from registers likewise. Products run asynchronously:
-// wgmma_fence() before the first one after registers were written, wgmma_commit() closes a group, wgmma_wait() waits
-// for all but the youngest ones. Operands in shared memory are read through the asynchronous proxy: threads that wrote
+// wgmma_fence() before the first one of a group, as its registers may have been written; wgmma_commit() closes a group,
+// wgmma_wait() waits for all but the youngest ones. Operands in shared memory are read through the asynchronous proxy: threads that wrote
 // them call fence_proxy_async() before they tell others.
 
 #pragma once
@@ -35,6 +35,11 @@ __device__ inline void barrier_wait(SharedBarrier* barrier, int parity) {
             : "=r"(done)
             : "r"(shared_address(barrier)), "r"(parity)
             : "memory");
+}
+
+// The threads of a warpgroup. When a warp's products have ended, those of the others need not have.
+__device__ inline void warpgroup_sync() {
+    asm volatile("bar.sync %0, 128;" ::"r"(threadIdx.x / 128 + 1) : "memory");
 }
 
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -97,6 +102,7 @@ __device__ void wgmma_columns(float (&d)[n / 8][4], const uint32_t (&a)[4], uint
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                        \
     }
 #define MEDITRON_WGMMA(T, TYPE)                                                                               \
+    MEDITRON_ROWS(T, 64, TYPE, MEDITRON_D32(0), MEDITRON_NAMES32, "%32", "%33", "%34")                        \
     MEDITRON_ROWS(T, 128, TYPE, MEDITRON_D64, MEDITRON_NAMES64, "%64", "%65", "%66")                          \
     MEDITRON_COLUMNS(T, 64, TYPE, MEDITRON_D32(0), MEDITRON_NAMES32, "%32, %33, %34, %35", "%36")             \
     MEDITRON_COLUMNS(T, 128, TYPE, MEDITRON_D64, MEDITRON_NAMES64, "%64, %65, %66, %67", "%68")

@@ -90,10 +90,10 @@ __device__ inline float as_float(uint32_t bits) {
 }
 
 // After the calling thread's own copies have arrived.
-template <class T, int D, int rows, int num_threads, class L = Layout<D>>
+template <class T, int D, int rows, int num_threads, class L = Layout<D>, int unroll = 2>
 __device__ __forceinline__ void rotate(unsigned char* tile, const Rows& from, const Rotation& rotation) {
     if (rotation.cos == nullptr) return;
-    for_my_chunk_pairs<D, rows, num_threads, 2>([&](int row, int chunk) {
+    for_my_chunk_pairs<D, rows, num_threads, unroll>([&](int row, int chunk) {
         if (row >= from.num_valid) return;
         auto* low = reinterpret_cast<Vec16*>(L::address(tile, row, chunk));
         auto* high = reinterpret_cast<Vec16*>(L::address(tile, row, chunk + Layout<D>::chunks / 2));

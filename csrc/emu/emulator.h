@@ -65,7 +65,7 @@ struct Warp {
 struct Products {
     std::vector<std::function<void()>> open;
     std::vector<std::vector<std::function<void()>>> groups;
-    bool fenced = false;  // since registers could last be written
+    bool fenced = false;  // since the last group
 };
 
 struct Waiter {

@@ -35,6 +35,9 @@ inline void barrier_wait(SharedBarrier* barrier, int parity, const char* file = 
     emu::wait_until([=] { return static_cast<int>(barrier->phase % 2) != parity; });
 }
 
+// Products end for all of a warpgroup at once here, so nothing would show that this one is missing: it is no site.
+inline void warpgroup_sync() { emu::barrier_sync(emu::self().warp / 4 + 1, 128); }
+
 // A copy for every lane would take all the time there is: the last lane of the warp carries over what all wrote.
 inline void fence_proxy_async(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     if (emu::removed("fence_proxy_async", file, line)) return;
@@ -61,6 +64,7 @@ inline void wgmma_commit() {
     emu::meet_warpgroup("wgmma.commit_group", nothing, [](char**) {
         products().groups.push_back(std::move(products().open));
         products().open.clear();
+        products().fenced = false;  // a group may use registers that were written since the one before began
     });
 }
 
@@ -74,7 +78,6 @@ void wgmma_wait(float (&)[n][4], const char* file = __builtin_FILE(), int line =
             for (const auto& product : groups.front()) product();
             groups.erase(groups.begin());
         }
-        products().fenced = false;  // registers may be written from here on
     });
 }
 
@@ -131,7 +134,7 @@ void multiply_group(const std::array<float*, 128>& d, bool accumulate, A a, B b)
 }
 
 inline void start_product(std::function<void()> product) {
-    if (!products().fenced) emu::fail("wgmma without wgmma_fence after registers were written");
+    if (!products().fenced) emu::fail("a group of wgmma without wgmma_fence before it");
     if (emu::machine.settings.deferred_copies)
         products().open.push_back(std::move(product));
     else

@@ -63,7 +63,8 @@ def test_no_kernel_spills(build):
     assert kernels and len(kernels) == len(local)
     assert [kernel for kernel, numbers in zip(kernels, local, strict=True) if numbers != (0, 0, 0)] == []
     assert {architecture for _, architecture in kernels} == ARCHITECTURES
-    assert "wgmma" not in build.log  # ptxas says so where it had to serialise wgmma instructions
+    # ptxas says so where it waits for each product of a warpgroup, or puts in a fence that is missing.
+    assert not re.search(r"\(C75\d\d\)|serialized", build.log)
 
 
 def test_needs_no_cuda_library(build):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from meditron_train.native import fused, operators, rms_norm, softmax_gradient_, softmax_statistics, swiglu
 
-INSTRUCTION_SETS = operators.instruction_sets()
+# The set with bfloat16 products has kernels for attention only.
+INSTRUCTION_SETS = [name for name in operators.instruction_sets() if name != "avx512bf16"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPSILON = {
     torch.float32: 2e-6,

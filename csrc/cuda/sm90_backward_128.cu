@@ -1,0 +1,6 @@
+#include "sm90_backward.cuh"
+
+namespace meditron {
+template const char* launch_backward_sm90<BFloat16, 128>(const AttentionBackward&, void*, void*);
+template const char* launch_backward_sm90<Float16, 128>(const AttentionBackward&, void*, void*);
+}  // namespace meditron

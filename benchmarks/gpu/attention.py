@@ -8,7 +8,7 @@ Two batches of the same number of tokens in bf16: one document, and packed docum
 varlen_attn (FlashAttention-2) and flash-attn's varlen function where it is installed. Tools take turns in an order that
 rotates; a peer that refuses says so in the table.
 
-Useful work: for each query head and each pair of a query and a key that it sees, 4 * D FLOPs forward and 10 * D backward.
+Useful work, for each query head and each pair of a query and a key that it sees: 4 * D FLOPs forward, 10 * D backward.
 
 Legend: T packed tokens, N query heads, K key/value heads, D head size.
 """

@@ -1,5 +1,5 @@
-// Which kernel takes which problem. The kernels are instantiated in one file per pass and head size, to be compiled side
-// by side.
+// Which kernel takes which problem. The kernels are instantiated in one file per pass and head size, to be compiled
+// side by side.
 
 #include "launch.h"
 
@@ -113,7 +113,8 @@ const char* meditron_cuda_attention_unsupported(const AttentionProblem* problem)
         return "too many tiles of tokens times heads for one grid of the CUDA kernels";
     if (!(problem->softmax_scale > 0)) return "the CUDA kernels want a positive softmax_scale";
     if (!aligned(problem->cos) || !aligned(problem->sin)) return "the rotation tables must be aligned to 16 bytes";
-    if (max_shared_bytes() < shared_bytes) return "the device has too little shared memory for this head size";
+    if (max_shared_bytes() < shared_bytes)
+        return "there is no CUDA device, or it has too little shared memory for this head size";
     return nullptr;
 }
 

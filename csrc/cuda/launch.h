@@ -13,8 +13,8 @@ const char* meditron_cuda_attention_unsupported(const meditron::AttentionProblem
 int64_t meditron_cuda_attention_forward_workspace(const meditron::AttentionForward* given);
 int64_t meditron_cuda_attention_backward_workspace(const meditron::AttentionBackward* given);
 
-// Start the pass on the stream (a cudaStream_t) of the current device. Null, or what went wrong (valid until the calling
-// thread's next call). Data and strides of all tensors must be multiples of 16 bytes.
+// Start the pass on the stream (a cudaStream_t) of the current device. Null, or what went wrong (valid until the
+// calling thread's next call). Data and strides of all tensors must be multiples of 16 bytes.
 const char* meditron_cuda_attention_forward(const meditron::AttentionForward* given, void* workspace, void* stream);
 const char* meditron_cuda_attention_backward(const meditron::AttentionBackward* given, void* workspace, void* stream);
 

@@ -33,7 +33,8 @@ inline const char* copy_to_device(void* device, const void* host, size_t num_byt
     for (size_t done = 0; done < num_bytes; done += piece) {
         const cudaError_t error =
             cudaMemcpyAsync(static_cast<char*>(device) + done, static_cast<const char*>(host) + done,
-                            std::min(piece, num_bytes - done), cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream));
+                            std::min(piece, num_bytes - done), cudaMemcpyHostToDevice,
+                            static_cast<cudaStream_t>(stream));
         if (error != cudaSuccess) return message_of(error);
     }
     return nullptr;

@@ -48,7 +48,8 @@ inline void longest_first(std::vector<Tile>& tiles) {
 
 }  // namespace schedule_detail
 
-// Tiles of `tile_rows` queries that cover every query once, with the blocks of `block_rows` keys that hold what they see.
+// Tiles of `tile_rows` queries that cover every query once, with the blocks of `block_rows` keys that hold what they
+// see.
 inline std::vector<Tile> query_tiles(const AttentionProblem& problem, int32_t tile_rows, int32_t block_rows) {
     const int32_t window = window_or_all(problem);
     std::vector<Tile> tiles;

@@ -1,9 +1,10 @@
 // Backward pass for sm_80 and later, with mma.sync, without atomic additions: repeated runs are equal to the bit.
 //
-// Three kernels. The first sums out * grad_out by rows. The second takes a tile of keys of one kv head through all queries
-// that see it, of all heads of its group in order, for dK and dV; it works on transposed scores (keys by queries), so that
-// the accumulators of one product are the operand of the next and weights never pass through shared memory. The third
-// takes a tile of queries through the keys it sees, for dQ. Computing the scores twice costs two of seven products.
+// Three kernels. The first sums out * grad_out by rows. The second takes a tile of keys of one kv head through all
+// queries that see it, of all heads of its group in order, for dK and dV; it works on transposed scores (keys by
+// queries), so that the accumulators of one product are the operand of the next and weights never pass through shared
+// memory. The third takes a tile of queries through the keys it sees, for dQ. Computing the scores twice costs two of
+// seven products.
 //
 // weights P = exp(scale * q k - lse), dP = grad_out v, dS = P (dP - delta), dV = P^T grad_out, dK = scale * dS^T q,
 // dQ = scale * dS k.
@@ -310,11 +311,12 @@ const char* launch_backward(const AttentionBackward& given, void* workspace, voi
         if (const char* error = copy_to_device(memory + offset, tiles.data(), tiles.size() * sizeof(Tile), stream))
             return error;
         arguments.tiles = reinterpret_cast<const Tile*>(memory + offset);
-        return launch(kernel, static_cast<unsigned>(tiles.size() * heads), num_threads, shared_bytes, stream, arguments);
+        const auto num_blocks = static_cast<unsigned>(tiles.size() * heads);
+        return launch(kernel, num_blocks, num_threads, shared_bytes, stream, arguments);
     };
     if (const char* error =
-            pass(attention_key_grad_sm80<T, D>, key_tiles(problem, Keys::tile_keys, Keys::block_queries), room.key_tiles,
-                 problem.num_kv_heads, Keys::num_threads, Keys::shared_bytes))
+            pass(attention_key_grad_sm80<T, D>, key_tiles(problem, Keys::tile_keys, Keys::block_queries),
+                 room.key_tiles, problem.num_kv_heads, Keys::num_threads, Keys::shared_bytes))
         return error;
     return pass(attention_query_grad_sm80<T, D>, query_tiles(problem, Queries::tile_queries, Queries::block_keys),
                 room.query_tiles, problem.num_heads, Queries::num_threads, Queries::shared_bytes);

@@ -1,8 +1,8 @@
 // Forward pass for sm_80 and later, with mma.sync: FlashAttention-2 (Dao, 2023) over the documents of a packed batch.
 //
-// A block of threads takes a tile of queries of one head and goes through the blocks of keys that it sees, from the last
-// to the first. Each warp has 16 * m queries for itself. K of the next block is copied while the weights multiply V, and V
-// while q multiplies K, so both have one buffer.
+// A block of threads takes a tile of queries of one head and goes through the blocks of keys that it sees, from the
+// last to the first. Each warp has 16 * m queries for itself. K of the next block is copied while the weights multiply
+// V, and V while q multiplies K, so both have one buffer.
 
 #pragma once
 

@@ -1,6 +1,6 @@
-// Who sees whom, and the softmax that goes along with the blocks of keys (Milakov and Gimelshein, 2018).
-// Scores arrive as mma accumulators: the thread with lane = 4 * g + t has the rows g, g + 8 of 16 and of every 8 columns
-// the columns 2t, 2t + 1.
+// Who sees whom, and the softmax that goes along with the blocks of keys (Milakov and Gimelshein, 2018). Scores arrive
+// as mma accumulators: the thread with lane = 4 * g + t has the rows g, g + 8 of 16 and of every 8 columns the columns
+// 2t, 2t + 1.
 
 #pragma once
 
@@ -14,7 +14,7 @@ namespace meditron {
 constexpr float log2_of_e = 1.4426950408889634f;
 constexpr float ln_of_2 = 0.6931471805599453f;
 
-// Rows first_query .. last_query against keys first_key .. last_key of a tile's document.
+// Which queries of a document see which of its keys, both counted from its start.
 struct Sight {
     int32_t ahead, window;  // query j stands at position ahead + j and sees the `window` keys up to there
 
@@ -29,7 +29,9 @@ struct Sight {
     }
 };
 
-__device__ inline Sight sight_of(const Tile& tile, int32_t window) { return {tile.num_keys - tile.num_queries, window}; }
+__device__ inline Sight sight_of(const Tile& tile, int32_t window) {
+    return {tile.num_keys - tile.num_queries, window};
+}
 
 // Over the four lanes that share a row.
 __device__ inline float max_of_row(float value) {
@@ -47,8 +49,8 @@ __device__ inline float sum_of_row(float value) {
 struct SoftmaxRow {
     float largest = -INFINITY, sum = 0;
 
-    // Takes the scores of a block, values(j) for j < n, replaces them by their weights, and returns what the sums so far
-    // have to be multiplied by. scale_log2 is the (positive) softmax scale times log2(e).
+    // Takes the scores of a block, values(j) for j < n, replaces them by their weights, and returns what the sums so
+    // far have to be multiplied by. scale_log2 is the (positive) softmax scale times log2(e).
     template <int n, class Values>
     __device__ __forceinline__ float update(float scale_log2, Values values) {
         const float before = largest;

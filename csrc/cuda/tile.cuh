@@ -117,9 +117,9 @@ __device__ __forceinline__ void rotate(unsigned char* tile, const Rows& from, co
     });
 }
 
-// Where the calling lane reads a fragment: row `row + lane_row`, chunk `chunk + lane_chunk`, for a multiple of 8 and an even
-// number that are the same for all lanes. The lane's own part is kept apart, so that the addresses of all fragments
-// of a tile are few registers and constants.
+// Where the calling lane reads a fragment: row `row + lane_row`, chunk `chunk + lane_chunk`, for a multiple of 8 and an
+// even number that are the same for all lanes. The lane's own part is kept apart, so that the addresses of all
+// fragments of a tile are few registers and constants.
 template <int D>
 __device__ __forceinline__ const unsigned char* lane_address(unsigned char* tile, int row, int lane_row, int chunk,
                                                              int lane_chunk) {

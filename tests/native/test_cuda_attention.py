@@ -237,6 +237,13 @@ def test_says_what_it_does_not_take(emulator, message):
         emulator.forward(x, x, x, x.clone(), packing)
 
 
+def test_reading_outside_of_a_tensor_is_an_error(emulator):
+    emulator.configure()
+    x = torch.zeros(70, 1, 64, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="outside of every tensor"):
+        emulator.forward(x, x, x, torch.zeros_like(x), Packing((0, 70), (0, 90)))
+
+
 def test_misaligned_tensors_are_refused(emulator):
     x = torch.zeros(2 * 64 + 1, dtype=torch.bfloat16)
     aligned, shifted = x[:-1].view(2, 1, 64), x[1:].view(2, 1, 64)

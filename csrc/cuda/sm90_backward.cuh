@@ -72,6 +72,7 @@ __device__ __forceinline__ int num_own_heads(const AttentionProblem& problem) {
     return static_cast<int>(of_keys ? problem.num_kv_heads : problem.num_heads);
 }
 
+// Own tiles are handed over before their first block, so who has waited for that one need not wait for them.
 template <class T, int D, bool of_keys>
 __device__ __forceinline__ void copy_for_backward(const HopperBackwardArguments& arguments) {
     using Shape = HopperBackwardShape<D>;
@@ -177,7 +178,6 @@ __device__ __forceinline__ void sum_gradients(const HopperBackwardArguments& arg
                 own_delta[side] = arguments.delta[at];
             }
         }
-        if (passing.num_steps > 0) barrier_wait(own.full, own.filled());
         for (int step = 0; step < passing.num_steps; ++step, ++num_blocks) {
             const RingBuffer block = Shape::block(num_blocks);
             const unsigned char* const other_y = block.tile + Tiles::bytes;

@@ -38,7 +38,8 @@ struct HopperForwardArguments {
     int32_t num_items, window;  // items: tiles times heads
 };
 
-// The warpgroup that copies. Rings have two buffers and blocks come in turns of k and v, as Copies wants it.
+// The warpgroup that copies. Tiles are handed over in this order, q, k, v, k, v ..., so who has waited for one has
+// waited for those before it. Rings have two buffers and blocks come in turns of k and v, as Copies wants it.
 template <class T, int D>
 __device__ __forceinline__ void copy_for_forward(const HopperForwardArguments& arguments) {
     using Shape = HopperForwardShape<D>;
@@ -141,7 +142,6 @@ __device__ __forceinline__ void attend(const HopperForwardArguments& arguments) 
                 weights[i / 4][i % 4] = pack<T>(scores[i / 2][i % 2 * 2], scores[i / 2][i % 2 * 2 + 1]);
         };
 
-        barrier_wait(q.full, q.filled());
         RingBuffer k = Shape::buffer(Shape::k_ring, num_blocks);
         barrier_wait(k.full, k.filled());
         start_scores<T, D>(scores, q.tile, group_row, k.tile);
@@ -154,7 +154,6 @@ __device__ __forceinline__ void attend(const HopperForwardArguments& arguments) 
             k = Shape::buffer(Shape::k_ring, num_blocks);
             barrier_wait(k.full, k.filled());
             start_scores<T, D>(scores, q.tile, group_row, k.tile);
-            barrier_wait(v.full, v.filled());
             start_output<T, D>(out, weights, v.tile);
             wgmma_wait<1>(scores);
             give_back(k);

@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <utility>
+
 #include "ptx.h"
 
 namespace meditron {
@@ -24,6 +26,8 @@ inline void barrier_init(SharedBarrier* barrier, int num_arrivals) {
 }
 
 inline void barrier_arrive(SharedBarrier* barrier) {
+    // Who copies hardly ever waits; so that others get ahead of it, some arrivals come late.
+    if (emu::random_bits() % 4 == 0) emu::wait_until([late = false]() mutable { return std::exchange(late, true); });
     if (--barrier->open > 0) return;
     barrier->open = barrier->num_arrivals;
     ++barrier->phase;

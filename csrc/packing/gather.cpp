@@ -110,10 +110,12 @@ public:
     Writer(const BatchArrays& out, int64_t vocab_size)
         : out_(out), limit_(vocab_size > 0 ? static_cast<uint64_t>(vocab_size) : uint64_t{1} << 31), cu_seqlens_{0} {}
 
-    void write(const std::vector<Segment>& segments, const TokenFile& file, int64_t sample, int64_t sample_end) {
+    // `next` are the segments of the sample after this one, in a file of items of next_item_size bytes.
+    void write(const std::vector<Segment>& segments, const TokenFile& file, int64_t sample, int64_t sample_end,
+               const std::vector<Segment>& next, int64_t next_item_size) {
         const Copy copy = copy_for(file.dtype_code());
         for (size_t i = 0; i < segments.size(); ++i) {
-            if (i + 1 < segments.size()) fetch_ahead(segments[i + 1], file.item_size());
+            if (i < next.size()) fetch_ahead(next[i], next_item_size);
             const Segment& segment = segments[i];
             if (segment.length > sample_end - at_) throw std::out_of_range("the segments are longer than their sample");
             int64_t last = at_ + segment.length - 1;
@@ -129,6 +131,7 @@ public:
             out_.loss_mask[last] = !segment.ends_document;
             close_segment(segment.length);
         }
+        for (size_t i = segments.size(); i < next.size(); ++i) fetch_ahead(next[i], next_item_size);
         if (const int64_t padding = sample_end - at_; padding > 0) {
             const size_t bytes = static_cast<size_t>(padding) * sizeof(int32_t);
             std::memset(out_.tokens + at_, 0, bytes);
@@ -170,12 +173,22 @@ std::vector<int32_t> gather(const SampleRef* samples, int64_t num_samples, int64
     if (num_samples < 0 || seq_len < 1 ||
         (num_samples > 0 && seq_len > std::numeric_limits<int32_t>::max() / num_samples))
         throw std::invalid_argument("a micro-batch needs seq_len >= 1 and fewer than 2^31 tokens");
+    // Everything about a sample lies anywhere in memory. While one is copied, what the next ones need is on its way.
     Writer writer(out, vocab_size);
-    std::vector<Segment> segments;
-    for (int64_t i = 0; i < num_samples; ++i) {
-        segments.clear();
-        samples[i].index->append_segments(samples[i].number, segments);
-        writer.write(segments, samples[i].index->file(), i, (i + 1) * seq_len);
+    std::vector<Segment> segments, next;
+    const auto sample_at = [&](int64_t i) -> const SampleRef& { return samples[std::min(i, num_samples - 1)]; };
+    for (int64_t i = -4; i < num_samples; ++i) {
+        if (i + 4 < num_samples) samples[i + 4].index->fetch_boundaries(samples[i + 4].number);
+        if (i + 3 >= 0 && i + 3 < num_samples) samples[i + 3].index->fetch_pieces(samples[i + 3].number);
+        if (i + 2 >= 0 && i + 2 < num_samples) samples[i + 2].index->fetch_documents(samples[i + 2].number);
+        next.clear();
+        if (i + 1 >= 0 && i + 1 < num_samples) samples[i + 1].index->append_segments(samples[i + 1].number, next);
+        if (i == -1)
+            for (const Segment& segment : next) fetch_ahead(segment, samples[0].index->file().item_size());
+        if (i >= 0)
+            writer.write(segments, samples[i].index->file(), i, (i + 1) * seq_len, next,
+                         sample_at(i + 1).index->file().item_size());
+        std::swap(segments, next);
     }
     return std::move(writer).cu_seqlens();
 }

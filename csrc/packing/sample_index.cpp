@@ -7,6 +7,8 @@
 namespace meditron {
 namespace {
 
+constexpr int64_t fetched_ahead = 64;  // documents at most: those of most samples
+
 [[noreturn]] void refuse_sample(int64_t sample) {
     throw std::out_of_range("the index of the samples does not fit its documents (sample " + std::to_string(sample) +
                             "): it is damaged, or of other data");
@@ -34,36 +36,54 @@ SampleIndex::SampleIndex(const TokenFile& file, Numbers documents, Numbers start
                                     std::to_string(documents.size) + " documents");
 }
 
-SampleIndex::Range SampleIndex::range(int64_t sample) const {
-    if (sample < 0 || sample >= samples_.size)
-        throw std::out_of_range("sample " + std::to_string(sample) + " does not exist: there are " +
-                                std::to_string(samples_.size));
+// False when there is no such sample or the index is damaged.
+bool SampleIndex::find(int64_t sample, Range& found) const {
+    if (sample < 0 || sample >= samples_.size) return false;
     const int64_t number = samples_[sample];
-    if (number < 0 || number >= samples_.size) refuse_sample(sample);
-    Range found;
+    if (number < 0 || number >= samples_.size) return false;
     if (is_concat_) {
         const bool ends_inside = boundaries_[2 * number + 3] > 0;  // its last document goes on in the next sample
         found = {boundaries_[2 * number], boundaries_[2 * number + 2], boundaries_[2 * number + 1]};
-        if (found.last >= documents_.size)
-            found.last = found.last == documents_.size && !ends_inside ? found.last : -1;
-        else
-            found.last += ends_inside;
+        if (found.last > documents_.size - ends_inside) return false;
+        found.last += ends_inside;
     } else {
         found = {boundaries_[number], boundaries_[number + 1], 0};
     }
-    if (found.first < 0 || found.last < found.first || found.last > documents_.size || found.first_offset < 0)
-        refuse_sample(sample);
-    return found;
+    return found.first >= 0 && found.first <= found.last && found.last <= documents_.size && found.first_offset >= 0;
+}
+
+void SampleIndex::fetch_boundaries(int64_t sample) const {
+    if (sample < 0 || sample >= samples_.size) return;
+    const int64_t number = samples_[sample];
+    if (number >= 0 && number < samples_.size) boundaries_.fetch_ahead(is_concat_ ? 2 * number : number);
+}
+
+void SampleIndex::fetch_pieces(int64_t sample) const {
+    constexpr int64_t per_line = 64 / sizeof(uint32_t);
+    Range pieces;
+    if (!find(sample, pieces)) return;
+    for (int64_t i = pieces.first; i < std::min(pieces.last, pieces.first + fetched_ahead); i += per_line) {
+        documents_.fetch_ahead(i);
+        if (!is_concat_) starts_.fetch_ahead(i);
+    }
+}
+
+void SampleIndex::fetch_documents(int64_t sample) const {
+    Range pieces;
+    if (!find(sample, pieces)) return;
+    for (int64_t i = pieces.first; i < std::min(pieces.last, pieces.first + fetched_ahead); ++i)
+        file_->fetch_ahead(documents_[i]);
 }
 
 void SampleIndex::append_segments(int64_t sample, std::vector<Segment>& segments) const {
-    const Range pieces = range(sample);
-    // Documents lie anywhere in the .idx: asking for all before reading one lets the fetches overlap.
-    constexpr int64_t block_size = 64;
+    if (sample < 0 || sample >= samples_.size)
+        throw std::out_of_range("sample " + std::to_string(sample) + " does not exist: there are " +
+                                std::to_string(samples_.size));
+    Range pieces;
+    if (!find(sample, pieces)) refuse_sample(sample);
     int64_t room = seq_len_;
-    for (int64_t block = pieces.first; block < pieces.last; block += block_size) {
-        const int64_t end = std::min(pieces.last, block + block_size);
-        for (int64_t i = block; i < end; ++i) file_->fetch_ahead(documents_[i]);
+    for (int64_t block = pieces.first; block < pieces.last; block += fetched_ahead) {
+        const int64_t end = std::min(pieces.last, block + fetched_ahead);
         for (int64_t i = block; i < end; ++i) file_->fetch_further_ahead(documents_[i]);
         for (int64_t i = block; i < end; ++i) {
             const int64_t document = documents_[i];

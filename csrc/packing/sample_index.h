@@ -15,6 +15,7 @@ struct Numbers {
     int64_t size;
     bool wide;  // int64
 
+    void fetch_ahead(int64_t i) const { __builtin_prefetch(static_cast<const char*>(data) + i * (wide ? 8 : 4)); }
     int64_t operator[](int64_t i) const {
         return wide ? static_cast<const int64_t*>(data)[i] : int64_t{static_cast<const uint32_t*>(data)[i]};
     }
@@ -44,12 +45,18 @@ public:
     // Throws std::out_of_range for a sample that does not exist, and for an index that does not fit the file.
     void append_segments(int64_t sample, std::vector<Segment>& segments) const;
 
+    // Three hints, in this order and some time apart, that the segments of a sample will be asked for: each fetches
+    // what the next one reads. Any number may be given.
+    void fetch_boundaries(int64_t sample) const;
+    void fetch_pieces(int64_t sample) const;
+    void fetch_documents(int64_t sample) const;
+
 private:
     struct Range {
         int64_t first, last;   // positions in `documents`, the last one excluded
         int64_t first_offset;  // where the first document begins (concat)
     };
-    Range range(int64_t sample) const;
+    bool find(int64_t sample, Range& found) const;
 
     const TokenFile* file_;
     Numbers documents_, starts_, boundaries_, samples_;

@@ -43,7 +43,8 @@ int64_t item_size_of(int dtype_code) {
 
 }  // namespace
 
-TokenFile::TokenFile(const uint8_t* idx, int64_t idx_bytes, const uint8_t* bin, int64_t bin_bytes) : bin_(bin) {
+TokenFile::TokenFile(const uint8_t* idx, int64_t idx_bytes, const uint8_t* bin, int64_t bin_bytes)
+    : bin_(bin), bin_bytes_(bin_bytes) {
     if (idx_bytes < header_bytes)
         refuse("the .idx has only " + std::to_string(idx_bytes) + " bytes; its header alone needs 34");
     if (std::memcmp(idx, magic, 9) != 0) refuse("the .idx does not begin with MMIDIDX: it is not a Megatron index");
@@ -69,7 +70,7 @@ TokenFile::TokenFile(const uint8_t* idx, int64_t idx_bytes, const uint8_t* bin, 
     sizes_ = idx + header_bytes;
     pointers_ = sizes_ + 4 * num_sequences_;
     document_indices_ = pointers_ + 8 * num_sequences_;
-    check_sequences(bin_bytes);
+    check_sequences();
     check_documents();
 }
 
@@ -77,7 +78,7 @@ int64_t TokenFile::size(int64_t sequence) const { return load<int32_t>(sizes_ + 
 int64_t TokenFile::pointer(int64_t sequence) const { return load<int64_t>(pointers_ + 8 * sequence); }
 int64_t TokenFile::first_sequence(int64_t document) const { return load<int64_t>(document_indices_ + 8 * document); }
 
-void TokenFile::check_sequences(int64_t bin_bytes) {
+void TokenFile::check_sequences() {
     int128 end = 0;
     for (int64_t i = 0; i < num_sequences_; ++i) {
         const int64_t at = pointer(i), tokens = size(i);
@@ -87,10 +88,10 @@ void TokenFile::check_sequences(int64_t bin_bytes) {
         const int128 sequence_end = int128{at} + int128{tokens} * item_size_;
         if (sequence_end > end) end = sequence_end;
     }
-    if (end != bin_bytes) {
+    if (end != bin_bytes_) {
         const std::string wanted =
             end > (int128{1} << 62) ? "more than 2^62" : std::to_string(static_cast<int64_t>(end));
-        refuse("the .idx describes " + wanted + " bytes of tokens but the .bin has " + std::to_string(bin_bytes));
+        refuse("the .idx describes " + wanted + " bytes of tokens but the .bin has " + std::to_string(bin_bytes_));
     }
 }
 
@@ -100,10 +101,12 @@ void TokenFile::check_documents() {
                std::to_string(first_sequence(num_documents_)) + " instead of from 0 to " +
                std::to_string(num_sequences_) + ", the number of sequences");
     num_tokens_ = 0;
-    one_sequence_each_ = num_documents_ == num_sequences_;
+    lies_in_order_ = num_documents_ == num_sequences_;
+    int64_t end = 0;  // of the documents so far, in the .bin
     for (int64_t d = 0; d < num_documents_; ++d) {
         const int64_t first = first_sequence(d), last = first_sequence(d + 1);
-        one_sequence_each_ = one_sequence_each_ && first == d;
+        lies_in_order_ = lies_in_order_ && first == d && last == d + 1 && pointer(d) == end;
+        if (lies_in_order_) end += size(d) * item_size_;
         if (last < first || last > num_sequences_ || first < 0)
             refuse("document " + std::to_string(d) + " of the .idx has sequences " + std::to_string(first) + " to " +
                    std::to_string(last));
@@ -121,7 +124,10 @@ TokenFile::Place TokenFile::document(int64_t index) const {
     if (!has(index))
         throw std::out_of_range("document " + std::to_string(index) + " does not exist: there are " +
                                 std::to_string(num_documents_));
-    if (one_sequence_each_) return {pointer(index), size(index)};
+    if (lies_in_order_) {
+        const int64_t begin = pointer(index), end = index + 1 < num_documents_ ? pointer(index + 1) : bin_bytes_;
+        return {begin, (end - begin) / item_size_};
+    }
     const int64_t first = first_sequence(index), last = first_sequence(index + 1);
     if (first == last) return {0, 0};
     const int64_t begin = pointer(first);
@@ -135,18 +141,12 @@ std::vector<int64_t> TokenFile::document_lengths() const {
 }
 
 void TokenFile::fetch_ahead(int64_t index) const {
-    if (one_sequence_each_)
-        fetch_sequence(index);
-    else if (has(index))
-        __builtin_prefetch(document_indices_ + 8 * index);
+    if (has(index)) __builtin_prefetch((lies_in_order_ ? pointers_ : document_indices_) + 8 * index);
 }
 
 void TokenFile::fetch_further_ahead(int64_t index) const {
-    if (!one_sequence_each_ && has(index)) fetch_sequence(first_sequence(index));
-}
-
-void TokenFile::fetch_sequence(int64_t sequence) const {
-    if (sequence < 0 || sequence >= num_sequences_) return;
+    if (lies_in_order_ || !has(index)) return;
+    const int64_t sequence = first_sequence(index);
     __builtin_prefetch(sizes_ + 4 * sequence);
     __builtin_prefetch(pointers_ + 8 * sequence);
 }

@@ -36,17 +36,19 @@ private:
     int64_t pointer(int64_t sequence) const;
     int64_t first_sequence(int64_t document) const;
     bool has(int64_t document) const { return document >= 0 && document < num_documents_; }
-    void fetch_sequence(int64_t sequence) const;
-    void check_sequences(int64_t bin_bytes);
+    void check_sequences();
     void check_documents();
 
     const uint8_t* sizes_;
     const uint8_t* pointers_;
     const uint8_t* document_indices_;
     const uint8_t* bin_;
+    int64_t bin_bytes_;
     int dtype_code_;
     int64_t item_size_, num_sequences_, num_documents_, num_tokens_;
-    bool one_sequence_each_;  // as most tools write them: document i is sequence i
+    // As most tools write them: document i is sequence i, and they follow each other from the .bin's first byte to its
+    // last. Two neighbouring pointers then say all about a document.
+    bool lies_in_order_;
 };
 
 }  // namespace meditron

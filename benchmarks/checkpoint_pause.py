@@ -28,7 +28,7 @@ SHAPES = {
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=256),
     "100m": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=8, vocab_size=32000),
 }
-SEQ_LEN = {"tiny": 32, "100m": 256}
+SEQ_LEN = {"tiny": 32, "100m": 64}
 
 
 def make_plan(size: str, precision: str, directory: Path, world_size: int) -> Any:
@@ -79,9 +79,13 @@ def measure_rank(
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     plan = make_plan(options.size, options.precision, directory / str(rank), world_size)
     mesh = initialize(plan.layout, rank=rank, local_rank=rank, device="cpu")
+    status = RunStatus(directory, enabled=False)
+    checkpoints = {
+        mode: RunCheckpoints(_with_mode(plan, mode), mesh, directory / "checkpoints", status)
+        for mode in ("sync", "async")
+    }
     engine = Engine(plan.config, plan.model, mesh, RandomSource(plan.model, 1))
     batch = invented_batch(SEQ_LEN[options.size], 1, plan.model.vocab_size)
-    status = RunStatus(directory, enabled=False)
     step, times = 0, {"sync": [], "async": [], "step": [], "step while writing": []}  # type: ignore[var-annotated]
 
     def train() -> float:
@@ -92,10 +96,6 @@ def measure_rank(
     def slowest(seconds: float) -> float:
         return mesh.max_over_ranks([seconds])[0]
 
-    checkpoints = {
-        mode: RunCheckpoints(_with_mode(plan, mode), mesh, directory / "checkpoints", status)
-        for mode in ("sync", "async")
-    }
     for round_number in range(options.rounds + 1):  # the first one warms up: plans, queues, page cache
         measured: dict[str, float] = {}
         times_of_steps = [slowest(train()) for _ in range(3)]

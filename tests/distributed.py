@@ -97,4 +97,6 @@ def run_ranks(function: Callable, world_size: int, *args: Any, timeout_s: float 
         for process in processes:
             if process.is_alive():
                 process.kill()
+        for process in processes:
+            process.join(30)  # what a rank holds, such as the lock of a run, is free when the test goes on
     return [values[rank] for rank in range(world_size)]

@@ -21,6 +21,7 @@ from meditron_train.mcore import (
     StrictHandling,
     dist_checkpointing,
     get_default_save_sharded_strategy,
+    results_queue,
 )
 
 # How megatron-core lays out state so that every layout can load it: optimizer state as whole parameters,
@@ -46,6 +47,8 @@ class ShardedSaver:
     """
 
     def __init__(self, data_group: dist.ProcessGroup, *, asynchronous: bool) -> None:
+        # Its server is forked now, while this process is small: it would keep alive what the process holds at the time.
+        results_queue()
         self._data_group = data_group
         self._asynchronous = asynchronous
         # The persistent worker of megatron-core hangs, or saves later weights, without CUDA: always fork.

@@ -11,7 +11,7 @@ from importlib import metadata
 
 from meditron_train.errors import UserError
 from meditron_train.mcore import adam, cpu_redirects, lone_rank, writer_queue
-from meditron_train.mcore.writer_queue import end_with_parent_only, forget_results_queue
+from meditron_train.mcore.writer_queue import end_with_parent_only, forget_results_queue, results_queue
 
 SUPPORTED_VERSIONS = ("0.16",)
 
@@ -110,6 +110,7 @@ __all__ = [
     "parallel_state",
     "param_is_not_shared",
     "param_is_not_tensor_parallel_duplicate",
+    "results_queue",
     "set_tensor_model_parallel_attributes",
     "tensor_parallel",
 ]

@@ -85,15 +85,15 @@ class RunLock:
         self._file = None
 
     def _wait_for_own_job(self, file: IO[str]) -> bool | None:
-        """As `_try_flock`, but patient with an earlier start of this same job."""
+        """As `_try_flock`, but patient with an earlier start of this same job, and with what a killed process left:
+        forks that were writing a checkpoint share its lock until they end."""
         deadline = time.monotonic() + WAIT_FOR_OWN_JOB_S
         while (has_flock := _try_flock(file)) is False and time.monotonic() < deadline:
-            job = _read_owner(file).get("job")
-            if job is None or job != os.environ.get("SLURM_JOB_ID"):
+            owner = _read_owner(file)
+            is_own_job = owner.get("job") is not None and owner["job"] == os.environ.get("SLURM_JOB_ID")
+            if not is_own_job and not _is_dead_here(owner):
                 break
-            _log.info(
-                "%s is still held by an earlier start of job %s: waiting for its end", self._run_dir, job
-            )
+            _log.info("%s is still held by what is left of %s: waiting", self._run_dir, _name(owner))
             time.sleep(TOUCH_INTERVAL_S)
         return has_flock
 
@@ -102,9 +102,8 @@ class RunLock:
         if owner.get("host") == socket.gethostname():
             if has_flock:
                 return True
-            with contextlib.suppress(ValueError, TypeError, OSError):
-                if not Path(f"/proc/{int(owner.get('pid', 0))}").exists():
-                    return True
+            if _is_dead_here(owner):
+                return True
         _log.info("%s bears the name of %s: watching for a sign of life", self._path, _name(owner))
         before, deadline = self._path.stat().st_mtime_ns, time.monotonic() + WATCH_S
         while time.monotonic() < deadline:
@@ -166,6 +165,16 @@ def _write_owner(file: IO[str]) -> None:
     file.truncate()
     file.write(json.dumps(owner) + "\n")
     file.flush()
+
+
+def _is_dead_here(owner: Mapping[str, Any]) -> bool:
+    """Whether the owner was a process of this host and is no more."""
+    pid = owner.get("pid")
+    return (
+        owner.get("host") == socket.gethostname()
+        and isinstance(pid, int)
+        and not Path(f"/proc/{pid}").exists()
+    )
 
 
 def _name(owner: Mapping[str, Any]) -> str:

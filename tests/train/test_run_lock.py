@@ -33,10 +33,12 @@ def messages():
     logger.level = level
 
 
-def start_owner(path: Path) -> subprocess.Popen:
+def start_owner(path: Path, then: str = "") -> subprocess.Popen:
     code = (
         "import sys\nfrom pathlib import Path\nfrom meditron_train.train.run_dir import RunDir\n"
-        "run_dir = RunDir(Path(sys.argv[1]))\nrun_dir.lock()\nprint('locked', flush=True)\nsys.stdin.read()\n"
+        "run_dir = RunDir(Path(sys.argv[1]))\nrun_dir.lock()\n"
+        + then
+        + "print('locked', flush=True)\nsys.stdin.read()\n"
     )
     command = [sys.executable, "-c", code, str(path)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -101,6 +103,18 @@ def test_a_lock_held_without_a_name(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="in use by a process that has not given its name yet"):
             RunDir(tmp_path).lock()
+
+
+def test_what_a_killed_process_left_behind_is_waited_for(tmp_path, fast):
+    """A fork that was writing a checkpoint has the lock's file open, and with it the lock."""
+    owner = start_owner(
+        tmp_path, then="import os, time\nif os.fork() == 0:\n    time.sleep(1)\n    os._exit(0)\n"
+    )
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    assert run_lock._try_flock(open(tmp_path / ".lock")) is False  # noqa: SIM115
+    with RunDir(tmp_path).locked():
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
 
 
 def without_flock(*arguments):

@@ -10,6 +10,7 @@ whenever the other checkpoints are newer, it is ignored. Failures here cost a wa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -68,7 +69,8 @@ class LocalCheckpoints:
             self._delete_all_but(self._steps()[-_KEPT:])
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             _log.warning("rank %d could not save step %d locally: %s", self._mesh.rank, progress.step, error)
-            tensors.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                tensors.unlink(missing_ok=True)
             return
         _log.info("saved step %d locally in %.1f s", progress.step, time.monotonic() - start)
 

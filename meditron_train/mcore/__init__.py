@@ -46,6 +46,8 @@ with warnings.catch_warnings():
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
     from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+    from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
     from megatron.core.dist_checkpointing.validation import StrictHandling
     from megatron.core.distributed import (
@@ -94,7 +96,9 @@ __all__ = [
     "ProcessGroupCollection",
     "ShardedObject",
     "ShardedTensor",
+    "StrategyAction",
     "StrictHandling",
+    "TorchCommonSaveStrategy",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "check_version",
@@ -110,6 +114,7 @@ __all__ = [
     "parallel_state",
     "param_is_not_shared",
     "param_is_not_tensor_parallel_duplicate",
+    "register_default_strategy",
     "results_queue",
     "set_tensor_model_parallel_attributes",
     "tensor_parallel",

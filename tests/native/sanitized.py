@@ -32,8 +32,8 @@ def run_sanitized(
 ) -> str:
     """Compile the sources (one of them with `main`) into a program in `folder`, run it, and return its output.
 
-    Files that name flags for themselves (`// compile with: `) get them, but for the optimisation. Warnings are errors; so
-    are reports of the sanitizers. Skips the test where the compiler or its sanitizers are missing.
+    Files that name flags for themselves (`// compile with: `) get them, but for the optimisation. Warnings are
+    errors; so are reports of the sanitizers. Skips the test where the compiler or its sanitizers are missing.
     """
     if not has_sanitizers(sanitizers):
         pytest.skip(f"{COMPILER} with -fsanitize={sanitizers} does not work here")

@@ -8,13 +8,15 @@ INSTALLED := $(VENV)/.meditron-train-installed
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
-.PHONY: help install demo test test-gpu bench lint format docs docs-check clean
+.PHONY: help install demo test test-gpu test-slurm faults bench lint format docs docs-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        the Meditron experiment in miniature, on the CPU, in a few minutes"
 	@echo "make test        all tests (PYTEST_ARGS='-k layout' for some)"
 	@echo "make test-gpu    the tests that need a GPU"
+	@echo "make test-slurm  a Slurm cluster on this machine and the short fault campaign on it (as root)"
+	@echo "make faults      the long fault campaign, an hour or more; writes its table into docs/reliability.md"
 	@echo "make bench       the measurements of docs/benchmarks.md"
 	@echo "make lint        ruff, mypy and clang-format"
 	@echo "make format      let ruff and clang-format write the layout of the code"
@@ -43,9 +45,18 @@ test: $(INSTALLED)
 test-gpu: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
 
+# tests/slurm/cluster.py installs Slurm from Debian's packages where it may, and skips with a word where it may not.
+test-slurm: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
+
+faults: $(INSTALLED)
+	$(BIN)/python -m tests.faults.campaign runs/faults.jsonl
+	$(BIN)/python -m tests.faults.table runs/faults.jsonl --write
+
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.data_loading
+	$(BIN)/python -m benchmarks.fused
 	$(BIN)/python -m benchmarks.train_step
 
 lint: $(INSTALLED)

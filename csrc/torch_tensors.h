@@ -2,10 +2,9 @@
 
 #pragma once
 
+#include <sys/mman.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-
-#include <sys/mman.h>
 
 #include <cstdint>
 #include <optional>

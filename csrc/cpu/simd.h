@@ -1,8 +1,9 @@
 // Vectors of VL floats in the compiler's vector extension: the same source becomes AVX-512, AVX2, SSE2 or NEON code.
 //
-// Included by the files avx512.cpp, avx2.cpp and portable.cpp, each compiled for its own instruction set, with MEDITRON_ISA as the
-// namespace and MEDITRON_VECTOR_BYTES as the width. Nothing here may use inline functions of the standard library: the linker
-// keeps one copy of such a function, and it could be one that another processor cannot run.
+// Included by the files avx512.cpp, avx2.cpp and portable.cpp, each compiled for its own instruction set, with
+// MEDITRON_ISA as the namespace and MEDITRON_VECTOR_BYTES as the width. Nothing here may use inline functions of the
+// standard library: the linker keeps one copy of such a function, and it could be one that another processor cannot
+// run.
 
 #pragma once
 

@@ -1,10 +1,9 @@
 // Which kernel takes which problem. The kernels are instantiated in one file per pass and head size, to be compiled
 // side by side.
 
-#include "launch.h"
-
 #include <algorithm>
 
+#include "launch.h"
 #include "sm80_backward.cuh"
 #include "sm80_forward.cuh"
 #include "sm90_backward.cuh"
@@ -12,9 +11,9 @@
 
 namespace meditron {
 
-#define MEDITRON_DECLARE(D)                                                                          \
-    extern template const char* launch_forward<BFloat16, D>(const AttentionForward&, void*, void*);  \
-    extern template const char* launch_forward<Float16, D>(const AttentionForward&, void*, void*);   \
+#define MEDITRON_DECLARE(D)                                                                           \
+    extern template const char* launch_forward<BFloat16, D>(const AttentionForward&, void*, void*);   \
+    extern template const char* launch_forward<Float16, D>(const AttentionForward&, void*, void*);    \
     extern template const char* launch_backward<BFloat16, D>(const AttentionBackward&, void*, void*); \
     extern template const char* launch_backward<Float16, D>(const AttentionBackward&, void*, void*);
 MEDITRON_DECLARE(64)
@@ -24,9 +23,9 @@ MEDITRON_DECLARE(128)
 MEDITRON_DECLARE(256)
 #undef MEDITRON_DECLARE
 
-#define MEDITRON_DECLARE(D)                                                                             \
-    extern template const char* launch_forward_sm90<BFloat16, D>(const AttentionForward&, void*, void*); \
-    extern template const char* launch_forward_sm90<Float16, D>(const AttentionForward&, void*, void*);  \
+#define MEDITRON_DECLARE(D)                                                                                \
+    extern template const char* launch_forward_sm90<BFloat16, D>(const AttentionForward&, void*, void*);   \
+    extern template const char* launch_forward_sm90<Float16, D>(const AttentionForward&, void*, void*);    \
     extern template const char* launch_backward_sm90<BFloat16, D>(const AttentionBackward&, void*, void*); \
     extern template const char* launch_backward_sm90<Float16, D>(const AttentionBackward&, void*, void*);
 MEDITRON_DECLARE(64)
@@ -102,9 +101,8 @@ const char* meditron_cuda_attention_unsupported(const AttentionProblem* problem)
     constexpr int64_t most_tokens = int64_t{1} << 30;  // positions and windows add up in 32 bits
     if (problem->dtype != DType::bfloat16 && problem->dtype != DType::float16)
         return "the CUDA kernels take bf16 and fp16 only";
-    const int64_t shared_bytes = for_head_dim(problem->head_dim, int64_t{-1}, [](auto dim) {
-        return shared_bytes_needed<decltype(dim)::value>();
-    });
+    const int64_t shared_bytes = for_head_dim(problem->head_dim, int64_t{-1},
+                                              [](auto dim) { return shared_bytes_needed<decltype(dim)::value>(); });
     if (shared_bytes < 0) return "the CUDA kernels take head sizes 64, 80, 96, 128 and 256 only";
     if (problem->num_queries >= most_tokens || problem->num_keys >= most_tokens)
         return "the CUDA kernels take fewer than 2^30 tokens";

@@ -31,10 +31,9 @@ inline int num_multiprocessors() { return device_attribute(cudaDevAttrMultiProce
 inline const char* copy_to_device(void* device, const void* host, size_t num_bytes, void* stream) {
     constexpr size_t piece = 64 << 10;
     for (size_t done = 0; done < num_bytes; done += piece) {
-        const cudaError_t error =
-            cudaMemcpyAsync(static_cast<char*>(device) + done, static_cast<const char*>(host) + done,
-                            std::min(piece, num_bytes - done), cudaMemcpyHostToDevice,
-                            static_cast<cudaStream_t>(stream));
+        const cudaError_t error = cudaMemcpyAsync(
+            static_cast<char*>(device) + done, static_cast<const char*>(host) + done, std::min(piece, num_bytes - done),
+            cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream));
         if (error != cudaSuccess) return message_of(error);
     }
     return nullptr;
@@ -45,9 +44,9 @@ const char* launch(void (*kernel)(Arguments), unsigned num_blocks, unsigned num_
                    void* stream, const Arguments& arguments) {
     if (num_blocks == 0) return nullptr;
     cudaGetLastError();  // what failed before is not ours to report
-    cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shared_bytes));
+    cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return message_of(error);
     kernel<<<num_blocks, num_threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
     return message_of(cudaGetLastError());

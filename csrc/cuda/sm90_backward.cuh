@@ -1,9 +1,9 @@
 // Backward pass for sm_90a with wgmma, without atomic additions: repeated runs are equal to the bit. The gradients are
 // those of sm80_backward.cuh, with the same delta.
 //
-// One kernel for dK and dV, and one for dQ; they are the same but for who stays and who passes by. A tile of 128 own rows
-// (keys, or queries) stays in shared memory, 64 for each multiplying warpgroup; blocks of 64 other rows pass by. Own rows
-// have two operands x, y (k and v, or q and grad_out), others as well: scores = x x'^T, slopes = y y'^T, and
+// One kernel for dK and dV, and one for dQ; they are the same but for who stays and who passes by. A tile of 128 own
+// rows (keys, or queries) stays in shared memory, 64 for each multiplying warpgroup; blocks of 64 other rows pass by.
+// Own rows have two operands x, y (k and v, or q and grad_out), others as well: scores = x x'^T, slopes = y y'^T, and
 // dx += scale * dS x', for keys also dy += P y'.
 
 #pragma once
@@ -86,37 +86,37 @@ __device__ __forceinline__ void copy_for_backward(const HopperBackwardArguments&
     constexpr auto other_kind = of_keys ? CopiesOfTiles::queries : CopiesOfTiles::keys;
     CopiesOfTiles copies(problem);
     int num_tiles = 0, num_blocks = 0;
-    for_my_items(arguments.tiles, arguments.num_items, num_own_heads<of_keys>(problem), [&](const Tile& tile, int head) {
-        const Passing<of_keys> passing(problem, tile, head);
-        if (passing.num_steps == 0) return;
-        const RingBuffer own = Shape::own(num_tiles++);
-        barrier_wait(own.empty, own.emptied());
-        for (int part = 0; part < 4; ++part) {
-            const int row = tile.row + part % 2 * Shape::rows;
-            const bool exists = row < passing.num_own;
-            copies.start(own.tile + part * tile_bytes, own.full,
-                         rows_of(part < 2 ? x : y, head, passing.own_token + (exists ? row : 0),
-                                 exists ? passing.num_own - row : 0),
-                         part < 2 ? own_kind : CopiesOfTiles::plain);
-        }
-        for (int step = 0; step < passing.num_steps; ++step, ++num_blocks) {
-            const RingBuffer block = Shape::block(num_blocks);
-            const int row = passing.first_other(step), other_head = passing.head(step);
-            const int token = passing.other_token + row, num_valid = passing.num_others - row;
-            barrier_wait(block.empty, block.emptied());
-            if (of_keys && threadIdx.x < Shape::rows) {
-                float* const lse = Shape::lse_of_block(num_blocks) + threadIdx.x;
-                const bool valid = static_cast<int>(threadIdx.x) < num_valid;
-                const int64_t at = other_head * problem.num_queries + token + (valid ? threadIdx.x : 0);
-                cp_async_4(lse, given.lse + at, valid);
-                cp_async_4(lse + Shape::rows, arguments.delta + at, valid);
+    for_my_items(
+        arguments.tiles, arguments.num_items, num_own_heads<of_keys>(problem), [&](const Tile& tile, int head) {
+            const Passing<of_keys> passing(problem, tile, head);
+            if (passing.num_steps == 0) return;
+            const RingBuffer own = Shape::own(num_tiles++);
+            barrier_wait(own.empty, own.emptied());
+            for (int part = 0; part < 4; ++part) {
+                const int row = tile.row + part % 2 * Shape::rows;
+                const bool exists = row < passing.num_own;
+                copies.start(own.tile + part * tile_bytes, own.full,
+                             rows_of(part < 2 ? x : y, head, passing.own_token + (exists ? row : 0),
+                                     exists ? passing.num_own - row : 0),
+                             part < 2 ? own_kind : CopiesOfTiles::plain);
             }
-            copies.start(block.tile, block.full, rows_of(other_x, other_head, token, num_valid),
-                         other_kind);
-            copies.start(block.tile + tile_bytes, block.full, rows_of(other_y, other_head, token, num_valid),
-                         CopiesOfTiles::plain);
-        }
-    });
+            for (int step = 0; step < passing.num_steps; ++step, ++num_blocks) {
+                const RingBuffer block = Shape::block(num_blocks);
+                const int row = passing.first_other(step), other_head = passing.head(step);
+                const int token = passing.other_token + row, num_valid = passing.num_others - row;
+                barrier_wait(block.empty, block.emptied());
+                if (of_keys && threadIdx.x < Shape::rows) {
+                    float* const lse = Shape::lse_of_block(num_blocks) + threadIdx.x;
+                    const bool valid = static_cast<int>(threadIdx.x) < num_valid;
+                    const int64_t at = other_head * problem.num_queries + token + (valid ? threadIdx.x : 0);
+                    cp_async_4(lse, given.lse + at, valid);
+                    cp_async_4(lse + Shape::rows, arguments.delta + at, valid);
+                }
+                copies.start(block.tile, block.full, rows_of(other_x, other_head, token, num_valid), other_kind);
+                copies.start(block.tile + tile_bytes, block.full, rows_of(other_y, other_head, token, num_valid),
+                             CopiesOfTiles::plain);
+            }
+        });
     copies.finish();
 }
 
@@ -137,16 +137,14 @@ __device__ __forceinline__ void start_columns_product(float (&c)[D / 8][4], cons
                                                       const unsigned char* b) {
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        wgmma_columns<T, D>(c, a[i], HopperBackwardShape<D>::Tiles::descriptor(b, 16 * i, 0));
+    for (int i = 0; i < 4; ++i) wgmma_columns<T, D>(c, a[i], HopperBackwardShape<D>::Tiles::descriptor(b, 16 * i, 0));
     wgmma_commit();
 }
 
 template <class T>
 __device__ __forceinline__ void round_to_operand(uint32_t (&to)[4][4], const float (&from)[8][4]) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i)
-        to[i / 4][i % 4] = pack<T>(from[i / 2][i % 2 * 2], from[i / 2][i % 2 * 2 + 1]);
+    for (int i = 0; i < 16; ++i) to[i / 4][i % 4] = pack<T>(from[i / 2][i % 2 * 2], from[i / 2][i % 2 * 2 + 1]);
 }
 
 template <class T, int D, bool of_keys>
@@ -159,99 +157,101 @@ __device__ __forceinline__ void sum_gradients(const HopperBackwardArguments& arg
     const int lane = threadIdx.x % 32, group = threadIdx.x / 128 - 1, warp_row = threadIdx.x % 128 / 32 * 16;
     const Columns<D, 1> columns{0};
     int num_tiles = 0, num_blocks = 0;
-    for_my_items(arguments.tiles, arguments.num_items, num_own_heads<of_keys>(problem), [&](const Tile& tile, int head) {
-        const Passing<of_keys> passing(problem, tile, head);
-        const Sight sight = sight_of(tile, arguments.window);
-        const int group_row = tile.row + group * Shape::rows, first_own = group_row + warp_row;
-        const int own_of_lane = first_own + lane / 4;
-        const RingBuffer own = Shape::own(num_tiles);
-        unsigned char* const x_tile = own.tile + group * Tiles::bytes;
-        unsigned char* const y_tile = x_tile + 2 * Tiles::bytes;
-        float dx[D / 8][4] = {}, dy[D / 8][4] = {};
-        float own_shift[2] = {}, own_delta[2] = {};  // of the thread's two queries
+    for_my_items(
+        arguments.tiles, arguments.num_items, num_own_heads<of_keys>(problem), [&](const Tile& tile, int head) {
+            const Passing<of_keys> passing(problem, tile, head);
+            const Sight sight = sight_of(tile, arguments.window);
+            const int group_row = tile.row + group * Shape::rows, first_own = group_row + warp_row;
+            const int own_of_lane = first_own + lane / 4;
+            const RingBuffer own = Shape::own(num_tiles);
+            unsigned char* const x_tile = own.tile + group * Tiles::bytes;
+            unsigned char* const y_tile = x_tile + 2 * Tiles::bytes;
+            float dx[D / 8][4] = {}, dy[D / 8][4] = {};
+            float own_shift[2] = {}, own_delta[2] = {};  // of the thread's two queries
 #pragma unroll
-        for (int side = 0; side < 2 && !of_keys; ++side) {
-            const int query = own_of_lane + 8 * side;
-            const int64_t at = head * problem.num_queries + passing.own_token + query;
-            if (query < passing.num_own) {
-                own_shift[side] = given.lse[at] * log2_of_e;
-                own_delta[side] = arguments.delta[at];
-            }
-        }
-        for (int step = 0; step < passing.num_steps; ++step, ++num_blocks) {
-            const RingBuffer block = Shape::block(num_blocks);
-            const unsigned char* const other_y = block.tile + Tiles::bytes;
-            const int first_other = passing.first_other(step), last_other = first_other + Shape::rows - 1;
-            const bool masked = of_keys ? !sight.sees_all(first_other, last_other, first_own, first_own + 15)
-                                        : !sight.sees_all(first_own, first_own + 15, first_other, last_other);
-            float scores[8][4], slopes[8][4];
-            uint32_t operand[4][4];
-            barrier_wait(block.full, block.filled());
-            start_rows_product<T, D>(scores, x_tile, block.tile);
-            start_rows_product<T, D>(slopes, y_tile, other_y);
-            wgmma_wait<1>(scores);
-            const float* const lse = Shape::lse_of_block(num_blocks);
-#pragma unroll
-            for (int j = 0; j < 32; ++j) {
-                const int column = j / 4 * 8 + 2 * (lane % 4) + j % 2, side = j % 4 / 2;
-                float& weight = scores[j / 4][j % 4];
-                weight = exp2_fast(weight * scale_log2 - (of_keys ? lse[column] * log2_of_e : own_shift[side]));
-                const int mine = own_of_lane + 8 * side, other = first_other + column;
-                if (masked && !(of_keys ? sight.sees(other, mine) : sight.sees(mine, other))) weight = 0;
-            }
-            wgmma_wait<0>(slopes);
-            if (of_keys) {
-                round_to_operand<T>(operand, scores);
-                start_columns_product<T, D>(dy, operand, other_y);
-            }
-            // Rows of keys take the weights as they were rounded: both at once are more than there are registers.
-#pragma unroll
-            for (int i = 0; i < 16; ++i) {
-                const int j = i / 2, side = i % 2, column = 8 * j + 2 * (lane % 4);
-                float &first = slopes[j][2 * side], &second = slopes[j][2 * side + 1];
-                const Float2 weight = of_keys ? unpack<T>(operand[i / 4][i % 4])
-                                              : Float2{scores[j][2 * side], scores[j][2 * side + 1]};
-                first = weight.x * (first - (of_keys ? lse[Shape::rows + column] : own_delta[side]));
-                second = weight.y * (second - (of_keys ? lse[Shape::rows + column + 1] : own_delta[side]));
-            }
-            if (of_keys) wgmma_wait<0>(dy);
-            round_to_operand<T>(operand, slopes);
-            start_columns_product<T, D>(dx, operand, block.tile);
-            wgmma_wait<0>(dx);
-            if (lane == 0) barrier_arrive(block.empty);
-        }
-
-        const int32_t token = passing.own_token + own_of_lane, end_token = passing.own_token + passing.num_own;
-        rotate_back<D, 1>(dx, columns, token, end_token,
-                          of_keys ? rotation_of_keys(problem) : rotation_of_queries(problem));
-#pragma unroll
-        for (int j = 0; j < D / 2; ++j) dx[j / 4][j % 4] *= problem.softmax_scale;
-        const int num_valid = passing.num_own - group_row;
-        const auto write = [&](const Heads& to, unsigned char* through, const float(&values)[D / 8][4]) {
-            stage<T, D, 1, Tiles>(through, warp_row, values, columns);
-            warp_sync();
-            write_rows<D, Tiles>(to, head, passing.own_token + group_row, through, warp_row, 16, num_valid, lane, 32);
-        };
-        if (passing.num_steps > 0) {
-            // The group's own rows are read no more: they become those of the gradients.
-            warpgroup_sync();
-            write(of_keys ? given.dk : given.dq, x_tile, dx);
-            if (of_keys) write(given.dv, y_tile, dy);
-            barrier_arrive(own.empty);
-            ++num_tiles;
-        } else {
-            // Keys that nobody sees: zeros, without a buffer.
-            for (int i = lane; i < 16 * (D / 8); i += 32) {
-                const int row = warp_row + i / (D / 8);
-                if (row >= num_valid) break;
-                for (const Heads* to : {&given.dk, &given.dv}) {
-                    const int64_t at = int64_t{passing.own_token + group_row + row} * to->token_stride +
-                                       head * to->head_stride + i % (D / 8) * 8;
-                    *reinterpret_cast<Vec16*>(static_cast<unsigned char*>(to->data) + 2 * at) = Vec16{};
+            for (int side = 0; side < 2 && !of_keys; ++side) {
+                const int query = own_of_lane + 8 * side;
+                const int64_t at = head * problem.num_queries + passing.own_token + query;
+                if (query < passing.num_own) {
+                    own_shift[side] = given.lse[at] * log2_of_e;
+                    own_delta[side] = arguments.delta[at];
                 }
             }
-        }
-    });
+            for (int step = 0; step < passing.num_steps; ++step, ++num_blocks) {
+                const RingBuffer block = Shape::block(num_blocks);
+                const unsigned char* const other_y = block.tile + Tiles::bytes;
+                const int first_other = passing.first_other(step), last_other = first_other + Shape::rows - 1;
+                const bool masked = of_keys ? !sight.sees_all(first_other, last_other, first_own, first_own + 15)
+                                            : !sight.sees_all(first_own, first_own + 15, first_other, last_other);
+                float scores[8][4], slopes[8][4];
+                uint32_t operand[4][4];
+                barrier_wait(block.full, block.filled());
+                start_rows_product<T, D>(scores, x_tile, block.tile);
+                start_rows_product<T, D>(slopes, y_tile, other_y);
+                wgmma_wait<1>(scores);
+                const float* const lse = Shape::lse_of_block(num_blocks);
+#pragma unroll
+                for (int j = 0; j < 32; ++j) {
+                    const int column = j / 4 * 8 + 2 * (lane % 4) + j % 2, side = j % 4 / 2;
+                    float& weight = scores[j / 4][j % 4];
+                    weight = exp2_fast(weight * scale_log2 - (of_keys ? lse[column] * log2_of_e : own_shift[side]));
+                    const int mine = own_of_lane + 8 * side, other = first_other + column;
+                    if (masked && !(of_keys ? sight.sees(other, mine) : sight.sees(mine, other))) weight = 0;
+                }
+                wgmma_wait<0>(slopes);
+                if (of_keys) {
+                    round_to_operand<T>(operand, scores);
+                    start_columns_product<T, D>(dy, operand, other_y);
+                }
+            // Rows of keys take the weights as they were rounded: both at once are more than there are registers.
+#pragma unroll
+                for (int i = 0; i < 16; ++i) {
+                    const int j = i / 2, side = i % 2, column = 8 * j + 2 * (lane % 4);
+                    float &first = slopes[j][2 * side], &second = slopes[j][2 * side + 1];
+                    const Float2 weight = of_keys ? unpack<T>(operand[i / 4][i % 4])
+                                                  : Float2{scores[j][2 * side], scores[j][2 * side + 1]};
+                    first = weight.x * (first - (of_keys ? lse[Shape::rows + column] : own_delta[side]));
+                    second = weight.y * (second - (of_keys ? lse[Shape::rows + column + 1] : own_delta[side]));
+                }
+                if (of_keys) wgmma_wait<0>(dy);
+                round_to_operand<T>(operand, slopes);
+                start_columns_product<T, D>(dx, operand, block.tile);
+                wgmma_wait<0>(dx);
+                if (lane == 0) barrier_arrive(block.empty);
+            }
+
+            const int32_t token = passing.own_token + own_of_lane, end_token = passing.own_token + passing.num_own;
+            rotate_back<D, 1>(dx, columns, token, end_token,
+                              of_keys ? rotation_of_keys(problem) : rotation_of_queries(problem));
+#pragma unroll
+            for (int j = 0; j < D / 2; ++j) dx[j / 4][j % 4] *= problem.softmax_scale;
+            const int num_valid = passing.num_own - group_row;
+            const auto write = [&](const Heads& to, unsigned char* through, const float (&values)[D / 8][4]) {
+                stage<T, D, 1, Tiles>(through, warp_row, values, columns);
+                warp_sync();
+                write_rows<D, Tiles>(to, head, passing.own_token + group_row, through, warp_row, 16, num_valid, lane,
+                                     32);
+            };
+            if (passing.num_steps > 0) {
+                // The group's own rows are read no more: they become those of the gradients.
+                warpgroup_sync();
+                write(of_keys ? given.dk : given.dq, x_tile, dx);
+                if (of_keys) write(given.dv, y_tile, dy);
+                barrier_arrive(own.empty);
+                ++num_tiles;
+            } else {
+                // Keys that nobody sees: zeros, without a buffer.
+                for (int i = lane; i < 16 * (D / 8); i += 32) {
+                    const int row = warp_row + i / (D / 8);
+                    if (row >= num_valid) break;
+                    for (const Heads* to : {&given.dk, &given.dv}) {
+                        const int64_t at = int64_t{passing.own_token + group_row + row} * to->token_stride +
+                                           head * to->head_stride + i % (D / 8) * 8;
+                        *reinterpret_cast<Vec16*>(static_cast<unsigned char*>(to->data) + 2 * at) = Vec16{};
+                    }
+                }
+            }
+        });
 }
 
 template <class T, int D, bool of_keys>
@@ -294,9 +294,8 @@ const char* launch_backward_sm90(const AttentionBackward& given, void* workspace
         const auto num_blocks = static_cast<unsigned>(std::min(num_items, num_multiprocessors()));
         return launch(kernel, num_blocks, Shape::num_threads, Shape::shared_bytes, stream, arguments);
     };
-    if (const char* error =
-            pass(attention_backward_sm90<T, D, true>, key_tiles(problem, Shape::own_rows, Shape::rows), room.key_tiles,
-                 problem.num_kv_heads))
+    if (const char* error = pass(attention_backward_sm90<T, D, true>, key_tiles(problem, Shape::own_rows, Shape::rows),
+                                 room.key_tiles, problem.num_kv_heads))
         return error;
     return pass(attention_backward_sm90<T, D, false>, query_tiles(problem, Shape::own_rows, Shape::rows),
                 room.query_tiles, problem.num_heads);

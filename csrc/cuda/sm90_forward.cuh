@@ -1,9 +1,9 @@
 // Forward pass for sm_90a with wgmma, after FlashAttention-3 (Shah et al., 2024), over the documents of a packed batch.
 //
-// As many blocks of threads as there are multiprocessors, each of three warpgroups. The first one copies tiles of q, k and
-// v into a ring of buffers, rotates q and k, and tells the other two, which have 64 queries of the tile each. Softmax of
-// one block of keys goes along with the product of the weights of the block before. Copies are cp.async and not TMA, as
-// they fill what lies beyond a document with zeros: its neighbour's NaN must not reach it.
+// As many blocks of threads as there are multiprocessors, each of three warpgroups. The first one copies tiles of q, k
+// and v into a ring of buffers, rotates q and k, and tells the other two, which have 64 queries of the tile each.
+// Softmax of one block of keys goes along with the product of the weights of the block before. Copies are cp.async and
+// not TMA, as they fill what lies beyond a document with zeros: its neighbour's NaN must not reach it.
 
 #pragma once
 
@@ -55,8 +55,7 @@ __device__ __forceinline__ void copy_for_forward(const HopperForwardArguments& a
     int num_tiles = 0, num_blocks = 0;
     for_my_items(arguments.tiles, arguments.num_items, num_heads, [&](const Tile& tile, int head) {
         start(Shape::buffer(Shape::q_ring, num_tiles++),
-              rows_of(given.q, head, tile.query_start + tile.row, tile.num_queries - tile.row),
-              CopiesOfTiles::queries);
+              rows_of(given.q, head, tile.query_start + tile.row, tile.num_queries - tile.row), CopiesOfTiles::queries);
         for (int block = tile.end - 1; block >= tile.begin; --block, ++num_blocks) {
             const int row = block * Shape::rows, token = tile.key_start + row, num_valid = tile.num_keys - row;
             start(Shape::buffer(Shape::k_ring, num_blocks), rows_of(given.k, head / group_size, token, num_valid),
@@ -107,88 +106,88 @@ __device__ __forceinline__ void attend(const HopperForwardArguments& arguments) 
 
     for_my_items(arguments.tiles, arguments.num_items, static_cast<int>(problem.num_heads),
                  [&](const Tile& tile, int head) {
-        const Sight sight = sight_of(tile, arguments.window);
-        const int first_query = tile.row + warp_row, query_of_lane = first_query + lane / 4;
-        const RingBuffer q = Shape::buffer(Shape::q_ring, num_tiles++);
-        float out[D / 8][4] = {}, scores[n][4], keep[2];
-        uint32_t weights[n / 2][4];
-        SoftmaxRow rows[2];
+                     const Sight sight = sight_of(tile, arguments.window);
+                     const int first_query = tile.row + warp_row, query_of_lane = first_query + lane / 4;
+                     const RingBuffer q = Shape::buffer(Shape::q_ring, num_tiles++);
+                     float out[D / 8][4] = {}, scores[n][4], keep[2];
+                     uint32_t weights[n / 2][4];
+                     SoftmaxRow rows[2];
 
-        // Once all of the warp have passed the wait for the products that read it.
-        const auto give_back = [&](const RingBuffer& buffer) {
-            if (lane == 0) barrier_arrive(buffer.empty);
-        };
-        const auto softmax = [&](int block) {
-            const int first_key = block * Shape::rows;
-            const bool masked =
-                !sight.sees_all(first_query, first_query + 15, first_key, first_key + Shape::rows - 1);
+                     // Once all of the warp have passed the wait for the products that read it.
+                     const auto give_back = [&](const RingBuffer& buffer) {
+                         if (lane == 0) barrier_arrive(buffer.empty);
+                     };
+                     const auto softmax = [&](int block) {
+                         const int first_key = block * Shape::rows;
+                         const bool masked =
+                             !sight.sees_all(first_query, first_query + 15, first_key, first_key + Shape::rows - 1);
 #pragma unroll
-            for (int side = 0; side < 2; ++side) {
-                if (masked) {
+                         for (int side = 0; side < 2; ++side) {
+                             if (masked) {
 #pragma unroll
-                    for (int j = 0; j < 2 * n; ++j) {
-                        const int key = first_key + j / 2 * 8 + 2 * (lane % 4) + j % 2;
-                        float& score = scores[j / 2][2 * side + j % 2];
-                        if (!sight.sees(query_of_lane + 8 * side, key)) score = -INFINITY;
-                    }
-                }
-                keep[side] = rows[side].template update<2 * n>(
-                    scale_log2, [&](int j) -> float& { return scores[j / 2][2 * side + j % 2]; });
-            }
-        };
-        const auto round_weights = [&] {
+                                 for (int j = 0; j < 2 * n; ++j) {
+                                     const int key = first_key + j / 2 * 8 + 2 * (lane % 4) + j % 2;
+                                     float& score = scores[j / 2][2 * side + j % 2];
+                                     if (!sight.sees(query_of_lane + 8 * side, key)) score = -INFINITY;
+                                 }
+                             }
+                             keep[side] = rows[side].template update<2 * n>(
+                                 scale_log2, [&](int j) -> float& { return scores[j / 2][2 * side + j % 2]; });
+                         }
+                     };
+                     const auto round_weights = [&] {
 #pragma unroll
-            for (int i = 0; i < 2 * n; ++i)
-                weights[i / 4][i % 4] = pack<T>(scores[i / 2][i % 2 * 2], scores[i / 2][i % 2 * 2 + 1]);
-        };
+                         for (int i = 0; i < 2 * n; ++i)
+                             weights[i / 4][i % 4] = pack<T>(scores[i / 2][i % 2 * 2], scores[i / 2][i % 2 * 2 + 1]);
+                     };
 
-        RingBuffer k = Shape::buffer(Shape::k_ring, num_blocks);
-        barrier_wait(k.full, k.filled());
-        start_scores<T, D>(scores, q.tile, group_row, k.tile);
-        wgmma_wait<0>(scores);
-        give_back(k);
-        softmax(tile.end - 1);
-        round_weights();
-        for (int block = tile.end - 2; block >= tile.begin; --block) {
-            const RingBuffer v = Shape::buffer(Shape::v_ring, num_blocks++);
-            k = Shape::buffer(Shape::k_ring, num_blocks);
-            barrier_wait(k.full, k.filled());
-            start_scores<T, D>(scores, q.tile, group_row, k.tile);
-            start_output<T, D>(out, weights, v.tile);
-            wgmma_wait<1>(scores);
-            give_back(k);
-            softmax(block);
-            wgmma_wait<0>(out);
-            give_back(v);
+                     RingBuffer k = Shape::buffer(Shape::k_ring, num_blocks);
+                     barrier_wait(k.full, k.filled());
+                     start_scores<T, D>(scores, q.tile, group_row, k.tile);
+                     wgmma_wait<0>(scores);
+                     give_back(k);
+                     softmax(tile.end - 1);
+                     round_weights();
+                     for (int block = tile.end - 2; block >= tile.begin; --block) {
+                         const RingBuffer v = Shape::buffer(Shape::v_ring, num_blocks++);
+                         k = Shape::buffer(Shape::k_ring, num_blocks);
+                         barrier_wait(k.full, k.filled());
+                         start_scores<T, D>(scores, q.tile, group_row, k.tile);
+                         start_output<T, D>(out, weights, v.tile);
+                         wgmma_wait<1>(scores);
+                         give_back(k);
+                         softmax(block);
+                         wgmma_wait<0>(out);
+                         give_back(v);
 #pragma unroll
-            for (int i = 0; i < D / 2; ++i) out[i / 4][i % 4] *= keep[i % 4 / 2];
-            round_weights();
-        }
-        const RingBuffer v = Shape::buffer(Shape::v_ring, num_blocks++);
-        barrier_wait(v.full, v.filled());
-        start_output<T, D>(out, weights, v.tile);
-        wgmma_wait<0>(out);
-        give_back(v);
+                         for (int i = 0; i < D / 2; ++i) out[i / 4][i % 4] *= keep[i % 4 / 2];
+                         round_weights();
+                     }
+                     const RingBuffer v = Shape::buffer(Shape::v_ring, num_blocks++);
+                     barrier_wait(v.full, v.filled());
+                     start_output<T, D>(out, weights, v.tile);
+                     wgmma_wait<0>(out);
+                     give_back(v);
 
-        // The group's rows of the tile of queries are read no more: they become those of the output.
-        warpgroup_sync();
+                     // The group's rows of the tile of queries are read no more: they become those of the output.
+                     warpgroup_sync();
 #pragma unroll
-        for (int side = 0; side < 2; ++side) {
-            rows[side].finish();
-            const float share = 1 / rows[side].sum;
+                     for (int side = 0; side < 2; ++side) {
+                         rows[side].finish();
+                         const float share = 1 / rows[side].sum;
 #pragma unroll
-            for (int j = 0; j < D / 4; ++j) out[j / 2][2 * side + j % 2] *= share;
-            const int query = query_of_lane + 8 * side;
-            if (lane % 4 == 0 && query < tile.num_queries)
-                given.lse[head * problem.num_queries + tile.query_start + query] =
-                    rows[side].log_sum_exp(problem.softmax_scale);
-        }
-        stage<T, D, 1, Tiles>(q.tile, warp_row, out, Columns<D, 1>{0});
-        warp_sync();
-        write_rows<D, Tiles>(given.out, head, tile.query_start + tile.row, q.tile, warp_row, 16,
-                             tile.num_queries - tile.row, lane, 32);
-        barrier_arrive(q.empty);
-    });
+                         for (int j = 0; j < D / 4; ++j) out[j / 2][2 * side + j % 2] *= share;
+                         const int query = query_of_lane + 8 * side;
+                         if (lane % 4 == 0 && query < tile.num_queries)
+                             given.lse[head * problem.num_queries + tile.query_start + query] =
+                                 rows[side].log_sum_exp(problem.softmax_scale);
+                     }
+                     stage<T, D, 1, Tiles>(q.tile, warp_row, out, Columns<D, 1>{0});
+                     warp_sync();
+                     write_rows<D, Tiles>(given.out, head, tile.query_start + tile.row, q.tile, warp_row, 16,
+                                          tile.num_queries - tile.row, lane, 32);
+                     barrier_arrive(q.empty);
+                 });
 }
 
 template <class T, int D>

@@ -3,8 +3,8 @@
 // A warpgroup is four consecutive warps. Its accumulators [64, n] are those of mma m16n8 (ptx.cuh): warp w has the rows
 // 16 w .. 16 w + 15, d[j] the columns 8 j .. 8 j + 7; operands from registers likewise. Products run asynchronously:
 // wgmma_fence() before the first one of a group, as its registers may have been written; wgmma_commit() closes a group,
-// wgmma_wait() waits for all but the youngest ones. Operands in shared memory are read through the asynchronous proxy: threads that wrote
-// them call fence_proxy_async() before they tell others.
+// wgmma_wait() waits for all but the youngest ones. Operands in shared memory are read through the asynchronous proxy:
+// threads that wrote them call fence_proxy_async() before they tell others.
 
 #pragma once
 
@@ -18,7 +18,8 @@ using SharedBarrier = uint64_t;
 
 // By one thread, before a block_sync().
 __device__ inline void barrier_init(SharedBarrier* barrier, int num_arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(num_arrivals) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(num_arrivals)
+                 : "memory");
 }
 
 // What the thread did before is done for those who wait for the phase that this arrival helps to complete.
@@ -30,17 +31,14 @@ __device__ inline void barrier_arrive(SharedBarrier* barrier) {
 __device__ inline void barrier_wait(SharedBarrier* barrier, int parity) {
     uint32_t done = 0;
     while (!done)
-        asm volatile(
-            "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-            : "=r"(done)
-            : "r"(shared_address(barrier)), "r"(parity)
-            : "memory");
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done)
+                     : "r"(shared_address(barrier)), "r"(parity)
+                     : "memory");
 }
 
 // The threads of a warpgroup. When a warp's products have ended, those of the others need not have.
-__device__ inline void warpgroup_sync() {
-    asm volatile("bar.sync %0, 128;" ::"r"(threadIdx.x / 128 + 1) : "memory");
-}
+__device__ inline void warpgroup_sync() { asm volatile("bar.sync %0, 128;" ::"r"(threadIdx.x / 128 + 1) : "memory"); }
 
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -84,27 +82,26 @@ __device__ void wgmma_columns(float (&d)[n / 8][4], const uint32_t (&a)[4], uint
     MEDITRON_NAMES32                                                                                              \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
     "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MEDITRON_ROWS(T, N, TYPE, REGISTERS, NAMES, A, B, SCALE)                                                        \
-    template <>                                                                                                         \
-    __device__ __forceinline__ void wgmma_rows<T, N>(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool accumulate) {    \
-        asm volatile("{.reg .pred p; setp.ne.b32 p, " SCALE ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
-                     "." TYPE " {" NAMES "}, " A ", " B ", p, 1, 1, 0, 0;}"                                             \
-                     : REGISTERS                                                                                        \
-                     : "l"(a), "l"(b), "r"(accumulate ? 1 : 0));                                                        \
+#define MEDITRON_ROWS(T, N, TYPE, REGISTERS, NAMES, A, B, SCALE)                                                      \
+    template <>                                                                                                       \
+    __device__ __forceinline__ void wgmma_rows<T, N>(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool accumulate) { \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, " SCALE ", 0; wgmma.mma_async.sync.aligned.m64n" #N               \
+                     "k16.f32." TYPE "." TYPE " {" NAMES "}, " A ", " B ", p, 1, 1, 0, 0;}"                           \
+                     : REGISTERS                                                                                      \
+                     : "l"(a), "l"(b), "r"(accumulate ? 1 : 0));                                                      \
     }
-#define MEDITRON_COLUMNS(T, N, TYPE, REGISTERS, NAMES, A, B)                                                       \
-    template <>                                                                                                    \
+#define MEDITRON_COLUMNS(T, N, TYPE, REGISTERS, NAMES, A, B)                                                        \
+    template <>                                                                                                     \
     __device__ __forceinline__ void wgmma_columns<T, N>(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b) { \
-        asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." \
-                     TYPE " {" NAMES "}, {" A "}, " B    \
-                     ", p, 1, 1, 1;}"                                                                               \
-                     : REGISTERS                                                                                   \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                        \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE     \
+                     "." TYPE " {" NAMES "}, {" A "}, " B ", p, 1, 1, 1;}"                                          \
+                     : REGISTERS                                                                                    \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                         \
     }
-#define MEDITRON_WGMMA(T, TYPE)                                                                               \
-    MEDITRON_ROWS(T, 64, TYPE, MEDITRON_D32(0), MEDITRON_NAMES32, "%32", "%33", "%34")                        \
-    MEDITRON_ROWS(T, 128, TYPE, MEDITRON_D64, MEDITRON_NAMES64, "%64", "%65", "%66")                          \
-    MEDITRON_COLUMNS(T, 64, TYPE, MEDITRON_D32(0), MEDITRON_NAMES32, "%32, %33, %34, %35", "%36")             \
+#define MEDITRON_WGMMA(T, TYPE)                                                                   \
+    MEDITRON_ROWS(T, 64, TYPE, MEDITRON_D32(0), MEDITRON_NAMES32, "%32", "%33", "%34")            \
+    MEDITRON_ROWS(T, 128, TYPE, MEDITRON_D64, MEDITRON_NAMES64, "%64", "%65", "%66")              \
+    MEDITRON_COLUMNS(T, 64, TYPE, MEDITRON_D32(0), MEDITRON_NAMES32, "%32, %33, %34, %35", "%36") \
     MEDITRON_COLUMNS(T, 128, TYPE, MEDITRON_D64, MEDITRON_NAMES64, "%64, %65, %66, %67", "%68")
 MEDITRON_WGMMA(BFloat16, "bf16")
 MEDITRON_WGMMA(Float16, "f16")

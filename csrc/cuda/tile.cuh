@@ -174,9 +174,7 @@ struct Columns {
     static constexpr int n = D / 8 / split;
     int part;
 
-    __device__ int group(int j) const {
-        return split == 1 ? j : part * (n / 2) + j + (j < n / 2 ? 0 : D / 16 - n / 2);
-    }
+    __device__ int group(int j) const { return split == 1 ? j : part * (n / 2) + j + (j < n / 2 ? 0 : D / 16 - n / 2); }
 };
 
 // c += P B over the rows of B (8 * rows of them), P given as accumulators; P is rounded to T.
@@ -188,7 +186,7 @@ __device__ __forceinline__ void accumulate(float (&c)[m][D / 8 / split][4], cons
         uint32_t a[m][4];
 #pragma unroll
         for (int i = 0; i < m; ++i) {
-            const float(&left)[4] = p[i][2 * k], (&right)[4] = p[i][2 * k + 1];
+            const float (&left)[4] = p[i][2 * k], (&right)[4] = p[i][2 * k + 1];
             a[i][0] = pack<T>(left[0], left[1]);
             a[i][1] = pack<T>(left[2], left[3]);
             a[i][2] = pack<T>(right[0], right[1]);

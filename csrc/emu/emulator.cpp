@@ -72,9 +72,9 @@ void switch_stacks(void** save, void* to) { meditron_emu_switch(save, to); }
 
 void* new_fiber(unsigned number) {
     auto* top = reinterpret_cast<void**>(stacks() + stack_bytes * (number + 1));
-    *--top = nullptr;                                // keeps the stack aligned as after a call
-    *--top = reinterpret_cast<void*>(&run_fiber);    // where the first switch returns to
-    for (int i = 0; i < 6; ++i) *--top = nullptr;    // saved registers
+    *--top = nullptr;                              // keeps the stack aligned as after a call
+    *--top = reinterpret_cast<void*>(&run_fiber);  // where the first switch returns to
+    for (int i = 0; i < 6; ++i) *--top = nullptr;  // saved registers
     return top;
 }
 #else

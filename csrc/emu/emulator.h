@@ -83,8 +83,8 @@ struct Block {
     unsigned char* shared;  // dynamic shared memory, 1024-byte aligned
     size_t shared_bytes;
     std::vector<Warp> warps;
-    std::vector<Meeting> warpgroups;  // one for every four warps
-    std::vector<Products> products;   // of each of them
+    std::vector<Meeting> warpgroups;        // one for every four warps
+    std::vector<Products> products;         // of each of them
     std::vector<unsigned char> async_view;  // shared memory as the asynchronous proxy sees it
     std::vector<Waiter> waiters;
     Barrier barriers[16];  // 0 is that of __syncthreads

@@ -99,9 +99,7 @@ public:
 
     // Value k of 16 of row i, where the k are contiguous; and of column i, where the columns are.
     float by_rows(int i, int k) const { return at(i / 8 * stride_ + i % 8 * 128 + k * 2); }
-    float by_columns(int i, int k) const {
-        return at(i / 64 * leading_ + i % 64 * 2 + k / 8 * stride_ + k % 8 * 128);
-    }
+    float by_columns(int i, int k) const { return at(i / 64 * leading_ + i % 64 * 2 + k / 8 * stride_ + k % 8 * 128); }
 
 private:
     float at(uint32_t offset) const {
@@ -127,8 +125,8 @@ void multiply_group(const std::array<float*, 128>& d, bool accumulate, A a, B b)
     const auto for_each_register = [&](auto visit) {
         for (int thread = 0; thread < 128; ++thread)
             for (int i = 0; i < n / 2; ++i)
-                visit(d[thread][i], sums[thread / 32 * 16 + thread % 32 / 4 + i % 4 / 2 * 8]
-                                        [i / 4 * 8 + thread % 4 * 2 + i % 2]);
+                visit(d[thread][i],
+                      sums[thread / 32 * 16 + thread % 32 / 4 + i % 4 / 2 * 8][i / 4 * 8 + thread % 4 * 2 + i % 2]);
     };
     for_each_register([&](float& mine, float& sum) { sum = accumulate ? mine : 0; });
     for (int row = 0; row < 64; ++row)

@@ -31,15 +31,12 @@ struct CrossEntropyRows {
     static MEDITRON_INLINE void add_chunk(const Element* x, int64_t size, float& largest, float& sum) {
         constexpr float minus_infinity = -__builtin_inff();
         Vec highest = broadcast(largest);
-        for_each_vector(size, MEDITRON_EACH {
-            highest = larger(load_some<Type>(x + i, n, minus_infinity), highest);
-        });
+        for_each_vector(size, MEDITRON_EACH { highest = larger(load_some<Type>(x + i, n, minus_infinity), highest); });
         const float before = largest;
         largest = largest_lane(highest);
         Vec sums{};
-        for_each_vector(size, MEDITRON_EACH {
-            sums += exp2_of((load_some<Type>(x + i, n, minus_infinity) - largest) * log2e);
-        });
+        for_each_vector(
+            size, MEDITRON_EACH { sums += exp2_of((load_some<Type>(x + i, n, minus_infinity) - largest) * log2e); });
         sum = sum * exp2_of(broadcast((before - largest) * log2e))[0] + sum_of_lanes(sums);
     }
 };
@@ -55,9 +52,10 @@ struct CrossEntropyBackwardRows {
             const int64_t column = f.columns[row];
             const bool is_here = column >= 0 && column < f.num_real;
             const Vec label = is_here ? load_some<Type>(x + column, 1) : Vec{};
-            for_each_vector(f.num_real, MEDITRON_EACH {
-                store_some<Type>(x + i, n, exp2_of((load_some<Type>(x + i, n) - largest) * log2e) * scale);
-            });
+            for_each_vector(
+                f.num_real, MEDITRON_EACH {
+                    store_some<Type>(x + i, n, exp2_of((load_some<Type>(x + i, n) - largest) * log2e) * scale);
+                });
             // From the logit again, so that probability - 1 is rounded once.
             if (is_here) store_some<Type>(x + column, 1, exp2_of((label - largest) * log2e) * scale - f.grad[row]);
             for (int64_t i = f.num_real; i < f.width; ++i) x[i] = 0;

@@ -1,7 +1,7 @@
 // What the fused pieces of a Llama layer and of its loss are given, and their kernels as one table per instruction set.
 //
-// Rows are contiguous, `data` of one dtype. A kernel does the rows (or blocks, or columns) begin .. end, each alone, so that
-// nothing depends on how threads share them. Statistics are fp32.
+// Rows are contiguous, `data` of one dtype. A kernel does the rows (or blocks, or columns) begin .. end, each alone, so
+// that nothing depends on how threads share them. Statistics are fp32.
 
 #pragma once
 
@@ -47,8 +47,8 @@ struct SwigluBackward {
     void* dx;              // [rows, 2 width]
 };
 
-// Of each row's first num_real logits: the largest, the sum of exp(logit - largest), and the logit at `column`, 0 where that
-// is not among them.
+// Of each row's first num_real logits: the largest, the sum of exp(logit - largest), and the logit at `column`, 0 where
+// that is not among them.
 struct CrossEntropy {
     DType dtype;
     int64_t rows, width, num_real;

@@ -26,7 +26,8 @@ const FusedKernels& kernels(const Name& instruction_set) {
 
 // kernel(arguments, begin, end) over 0 .. count, on one thread where a unit of `unit_size` elements is not worth two.
 template <class Arguments>
-void run(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& arguments, int64_t count, int64_t unit_size) {
+void run(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& arguments, int64_t count,
+         int64_t unit_size) {
     const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(unit_size, 1));
     torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
@@ -83,13 +84,24 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weigh
     check_type(grad, "grad", x.scalar_type()), check_type(weight, "weight", x.scalar_type());
     check_type(rstd, "rstd", ScalarType::Float);
     for (Tensor* each : {&grad, &x, &weight, &rstd}) *each = torch::stable::contiguous(*each);
-    const int64_t block_rows = std::max<int64_t>(16, (rows + 63) / 64), num_blocks = (rows + block_rows - 1) / block_rows;
+    const int64_t block_rows = std::max<int64_t>(16, (rows + 63) / 64),
+                  num_blocks = (rows + block_rows - 1) / block_rows;
     const int64_t num_vectors = (width + 15) / 16;
     Tensor dx = make(x, sizes_of(x)), dweight = make(x, {width});
     Tensor partials = make(x, {num_blocks, 16 * num_vectors}, ScalarType::Float);
-    const RmsNormBackward f{dtype_of(x, "rms_norm"), rows, width, grad.const_data_ptr(), x.const_data_ptr(),
-                            weight.const_data_ptr(), floats(rstd), dx.data_ptr(), dweight.data_ptr(), block_rows, num_blocks,
-                            16 * num_vectors, static_cast<float*>(partials.data_ptr())};
+    const RmsNormBackward f{dtype_of(x, "rms_norm"),
+                            rows,
+                            width,
+                            grad.const_data_ptr(),
+                            x.const_data_ptr(),
+                            weight.const_data_ptr(),
+                            floats(rstd),
+                            dx.data_ptr(),
+                            dweight.data_ptr(),
+                            block_rows,
+                            num_blocks,
+                            16 * num_vectors,
+                            static_cast<float*>(partials.data_ptr())};
     const auto& table = kernels(instruction_set);
     run(table.rms_norm_backward, f, num_blocks, block_rows * width);
     run(table.rms_norm_weight, f, num_vectors, 16 * num_blocks);
@@ -105,7 +117,8 @@ Tensor swiglu(Tensor x, Name instruction_set) {
     std::vector<int64_t> sizes = sizes_of(x);
     sizes.back() = width;
     Tensor y = make(x, sizes);
-    run(kernels(instruction_set).swiglu, {dtype_of(x, "swiglu"), rows, width, x.const_data_ptr(), y.data_ptr()}, rows, both);
+    run(kernels(instruction_set).swiglu, {dtype_of(x, "swiglu"), rows, width, x.const_data_ptr(), y.data_ptr()}, rows,
+        both);
     return y;
 }
 
@@ -164,13 +177,15 @@ void cross_entropy_backward_(Tensor logits, Tensor columns, Tensor largest, Tens
 
 STABLE_TORCH_LIBRARY_FRAGMENT(meditron, library) {
     library.def("rms_norm(Tensor x, Tensor weight, float eps, str? instruction_set=None) -> (Tensor, Tensor)");
-    library.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, str? instruction_set=None) -> "
-                "(Tensor, Tensor)");
+    library.def(
+        "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, str? instruction_set=None) -> "
+        "(Tensor, Tensor)");
     library.def("swiglu(Tensor x, str? instruction_set=None) -> Tensor");
     library.def("swiglu_backward(Tensor grad, Tensor x, str? instruction_set=None) -> Tensor");
     library.def("cross_entropy(Tensor logits, Tensor columns, int num_real, str? instruction_set=None) -> Tensor");
-    library.def("cross_entropy_backward_(Tensor(a!) logits, Tensor columns, Tensor largest, Tensor scale, Tensor grad, "
-                "int num_real, str? instruction_set=None) -> ()");
+    library.def(
+        "cross_entropy_backward_(Tensor(a!) logits, Tensor columns, Tensor largest, Tensor scale, Tensor grad, "
+        "int num_real, str? instruction_set=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(meditron, CPU, library) {

@@ -17,15 +17,17 @@ struct RmsNormRows {
             const auto* x = static_cast<const Element*>(f.x) + row * f.width;
             auto* y = static_cast<Element*>(f.y) + row * f.width;
             Vec squares{};
-            for_each_vector(f.width, MEDITRON_EACH {
-                const Vec a = load_some<Type>(x + i, n);
-                squares += a * a;
-            });
+            for_each_vector(
+                f.width, MEDITRON_EACH {
+                    const Vec a = load_some<Type>(x + i, n);
+                    squares += a * a;
+                });
             const float rstd = 1.0f / __builtin_sqrtf(sum_of_lanes(squares) / static_cast<float>(f.width) + f.eps);
             f.rstd[row] = rstd;
-            for_each_vector(f.width, MEDITRON_EACH {
-                store_some<Type>(y + i, n, load_some<Type>(x + i, n) * rstd * load_some<Type>(weight + i, n));
-            });
+            for_each_vector(
+                f.width, MEDITRON_EACH {
+                    store_some<Type>(y + i, n, load_some<Type>(x + i, n) * rstd * load_some<Type>(weight + i, n));
+                });
         }
     }
 };
@@ -51,16 +53,18 @@ struct RmsNormBackwardBlocks {
         const auto* x = static_cast<const Element*>(f.x) + row * f.width;
         auto* dx = static_cast<Element*>(f.dx) + row * f.width;
         Vec products{};
-        for_each_vector(f.width, MEDITRON_EACH {
-            products += load_some<Type>(g + i, n) * load_some<Type>(weight + i, n) * load_some<Type>(x + i, n);
-        });
+        for_each_vector(
+            f.width, MEDITRON_EACH {
+                products += load_some<Type>(g + i, n) * load_some<Type>(weight + i, n) * load_some<Type>(x + i, n);
+            });
         const float rstd = f.rstd[row];
         const float pull = sum_of_lanes(products) / static_cast<float>(f.width) * rstd * rstd * rstd;
-        for_each_vector(f.width, MEDITRON_EACH {
-            const Vec a = load_some<Type>(x + i, n), b = load_some<Type>(g + i, n) * rstd;
-            store_some<Type>(dx + i, n, b * load_some<Type>(weight + i, n) - a * pull);
-            store(partial + i, load(partial + i) + b * a);
-        });
+        for_each_vector(
+            f.width, MEDITRON_EACH {
+                const Vec a = load_some<Type>(x + i, n), b = load_some<Type>(g + i, n) * rstd;
+                store_some<Type>(dx + i, n, b * load_some<Type>(weight + i, n) - a * pull);
+                store(partial + i, load(partial + i) + b * a);
+            });
     }
 };
 
@@ -69,12 +73,14 @@ struct RmsNormWeight {
     static void run(const RmsNormBackward& f, int64_t begin, int64_t end) {
         auto* dweight = static_cast<typename Type::Element*>(f.dweight);
         const int64_t last = end * 16 < f.width ? end * 16 : f.width;
-        for_each_vector(last - begin * 16, MEDITRON_EACH {
-            const int64_t column = begin * 16 + i;
-            Vec sum{};
-            for (int64_t block = 0; block < f.num_blocks; ++block) sum += load(f.partials + block * f.partial_stride + column);
-            store_some<Type>(dweight + column, n, sum);
-        });
+        for_each_vector(
+            last - begin * 16, MEDITRON_EACH {
+                const int64_t column = begin * 16 + i;
+                Vec sum{};
+                for (int64_t block = 0; block < f.num_blocks; ++block)
+                    sum += load(f.partials + block * f.partial_stride + column);
+                store_some<Type>(dweight + column, n, sum);
+            });
     }
 };
 

@@ -25,10 +25,11 @@ struct SwigluRows {
             const auto* gate = static_cast<const Element*>(f.x) + row * 2 * f.width;
             const auto* up = gate + f.width;
             auto* y = static_cast<Element*>(f.y) + row * f.width;
-            for_each_vector(f.width, MEDITRON_EACH {
-                const Vec g = load_gate<Type>(gate + i, n);
-                store_some<Type>(y + i, n, g * sigmoid(g) * load_some<Type>(up + i, n));
-            });
+            for_each_vector(
+                f.width, MEDITRON_EACH {
+                    const Vec g = load_gate<Type>(gate + i, n);
+                    store_some<Type>(y + i, n, g * sigmoid(g) * load_some<Type>(up + i, n));
+                });
         }
     }
 };
@@ -44,12 +45,13 @@ struct SwigluBackwardRows {
             const auto* grad = static_cast<const Element*>(f.grad) + row * f.width;
             auto* dgate = static_cast<Element*>(f.dx) + row * 2 * f.width;
             auto* dup = dgate + f.width;
-            for_each_vector(f.width, MEDITRON_EACH {
-                const Vec g = load_gate<Type>(gate + i, n), dy = load_some<Type>(grad + i, n);
-                const Vec s = sigmoid(g), silu = g * s;
-                store_some<Type>(dup + i, n, dy * silu);
-                store_some<Type>(dgate + i, n, dy * load_some<Type>(up + i, n) * (s + silu * (1.0f - s)));
-            });
+            for_each_vector(
+                f.width, MEDITRON_EACH {
+                    const Vec g = load_gate<Type>(gate + i, n), dy = load_some<Type>(grad + i, n);
+                    const Vec s = sigmoid(g), silu = g * s;
+                    store_some<Type>(dup + i, n, dy * silu);
+                    store_some<Type>(dgate + i, n, dy * load_some<Type>(up + i, n) * (s + silu * (1.0f - s)));
+                });
         }
     }
 };

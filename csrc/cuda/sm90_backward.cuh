@@ -1,9 +1,9 @@
 // Backward pass for sm_90a with wgmma, without atomic additions: repeated runs are equal to the bit. The gradients are
 // those of sm80_backward.cuh, with the same delta.
 //
-// One kernel for dK and dV, and one for dQ; they are the same but for who stays and who passes by. A tile of 128 own rows
-// (keys, or queries) stays in shared memory, 64 for each multiplying warpgroup; blocks of 64 other rows pass by. Own rows
-// have two operands x, y (k and v, or q and grad_out), others as well: scores = x x'^T, slopes = y y'^T, and
+// One kernel for dK and dV, and one for dQ; they are the same but for who stays and who passes by. A tile of 128 own
+// rows (keys, or queries) stays in shared memory, 64 for each multiplying warpgroup; blocks of 64 other rows pass by.
+// Own rows have two operands x, y (k and v, or q and grad_out), others as well: scores = x x'^T, slopes = y y'^T, and
 // dx += scale * dS x', for keys also dy += P y'.
 
 #pragma once
@@ -86,7 +86,8 @@ __device__ __forceinline__ void copy_for_backward(const HopperBackwardArguments&
     constexpr auto other_kind = of_keys ? CopiesOfTiles::queries : CopiesOfTiles::keys;
     CopiesOfTiles copies(problem);
     int num_tiles = 0, num_blocks = 0;
-    for_my_items(arguments.tiles, arguments.num_items, num_own_heads<of_keys>(problem), [&](const Tile& tile, int head) {
+    for_my_items(arguments.tiles, arguments.num_items, num_own_heads<of_keys>(problem),
+                 [&](const Tile& tile, int head) {
         const Passing<of_keys> passing(problem, tile, head);
         if (passing.num_steps == 0) return;
         const RingBuffer own = Shape::own(num_tiles++);
@@ -159,7 +160,8 @@ __device__ __forceinline__ void sum_gradients(const HopperBackwardArguments& arg
     const int lane = threadIdx.x % 32, group = threadIdx.x / 128 - 1, warp_row = threadIdx.x % 128 / 32 * 16;
     const Columns<D, 1> columns{0};
     int num_tiles = 0, num_blocks = 0;
-    for_my_items(arguments.tiles, arguments.num_items, num_own_heads<of_keys>(problem), [&](const Tile& tile, int head) {
+    for_my_items(arguments.tiles, arguments.num_items, num_own_heads<of_keys>(problem),
+                 [&](const Tile& tile, int head) {
         const Passing<of_keys> passing(problem, tile, head);
         const Sight sight = sight_of(tile, arguments.window);
         const int group_row = tile.row + group * Shape::rows, first_own = group_row + warp_row;

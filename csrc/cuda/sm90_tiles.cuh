@@ -9,8 +9,8 @@
 
 namespace meditron {
 
-// A buffer of shared memory at one of its uses. `full`: all copying threads have written it. `empty`: all who read it are
-// done with it.
+// A buffer of shared memory at one of its uses. `full`: all copying threads have written it. `empty`: all who read it
+// are done with it.
 struct RingBuffer {
     unsigned char* tile;
     SharedBarrier *full, *empty;
@@ -21,8 +21,8 @@ struct RingBuffer {
     __device__ int emptied() const { return (use + 1) % 2; }
 };
 
-// The items of the calling block, tiles times heads with the longest first: those of even rounds in ascending and of odd
-// rounds in descending order of blocks, so that who got the longest of one round gets the shortest of the next.
+// The items of the calling block, tiles times heads with the longest first: those of even rounds in ascending and of
+// odd rounds in descending order of blocks, so that who got the longest of one round gets the shortest of the next.
 // Calls visit(tile, head).
 template <class Visit>
 __device__ __forceinline__ void for_my_items(const Tile* tiles, int num_items, int num_heads, Visit visit) {

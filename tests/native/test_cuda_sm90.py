@@ -127,8 +127,8 @@ def test_keys_that_nobody_sees_have_gradient_zero(hopper):
 def test_every_wait_and_fence_is_missed(hopper):
     """Each wait and fence of the kernel, taken out alone, must show in the results of one of a few orders of warps.
 
-    But for one: the copying warpgroup of the emulator hands over the last v right after the last k, without a pause that
-    lets others come between, so the last wait for v of the forward pass is not seen to be needed. It is.
+    But for one: the emulator's copying warpgroup hands over the last v right after the last k, without a pause
+    that lets others come between, so the last wait for v of the forward pass is not seen to be needed. It is.
     """
     cu = bounds([600])
     angles = torch.rand(cu[-1], 32, generator=torch.Generator().manual_seed(0))

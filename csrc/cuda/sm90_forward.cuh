@@ -1,9 +1,9 @@
 // Forward pass for sm_90a with wgmma, after FlashAttention-3 (Shah et al., 2024), over the documents of a packed batch.
 //
-// As many blocks of threads as there are multiprocessors, each of three warpgroups. The first one copies tiles of q, k
-// and v into a ring of buffers, rotates q and k, and tells the other two, which have 64 queries of the tile each.
-// Softmax of one block of keys goes along with the product of the weights of the block before. Copies are cp.async and
-// not TMA, as they fill what lies beyond a document with zeros: its neighbour's NaN must not reach it.
+// As many blocks of threads as there are multiprocessors, each of three warpgroups. The first one copies tiles of q,
+// k and v into a ring of buffers, rotates q and k, and tells the other two, which have 64 queries of the tile each.
+// Softmax of one block of keys goes along with the product of the weights of the block before. Copies are cp.async
+// and not TMA, as they fill what lies beyond a document with zeros: its neighbour's NaN must not reach it.
 
 #pragma once
 

@@ -1,10 +1,10 @@
 // The instructions of sm_90a: barriers in shared memory (mbarrier) and matrix products of a warpgroup (wgmma).
 //
-// A warpgroup is four consecutive warps. Its accumulators [64, n] are those of mma m16n8 (ptx.cuh): warp w has the rows
-// 16 w .. 16 w + 15, d[j] the columns 8 j .. 8 j + 7; operands from registers likewise. Products run asynchronously:
-// wgmma_fence() before the first one of a group, as its registers may have been written; wgmma_commit() closes a group,
-// wgmma_wait() waits for all but the youngest ones. Operands in shared memory are read through the asynchronous proxy:
-// threads that wrote them call fence_proxy_async() before they tell others.
+// A warpgroup is four consecutive warps. Its accumulators [64, n] are those of mma m16n8 (ptx.cuh): warp w has the
+// rows 16 w .. 16 w + 15, d[j] the columns 8 j .. 8 j + 7; operands from registers likewise. Products run
+// asynchronously: wgmma_fence() before the first one of a group, as its registers may have been written;
+// wgmma_commit() closes a group, wgmma_wait() waits for all but the youngest ones. Operands in shared memory are read
+// through the asynchronous proxy: threads that wrote them call fence_proxy_async() before they tell others.
 
 #pragma once
 

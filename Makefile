@@ -45,13 +45,15 @@ test: $(INSTALLED)
 test-gpu: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
 
-# tests/slurm/cluster.py installs Slurm from Debian's packages where it may, and skips with a word where it may not.
+# Slurm comes from Debian's packages where this may install them; elsewhere the tests say why they are skipped.
 test-slurm: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
+	$(BIN)/python -m tests.slurm.cluster install
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm -m slurm -rs $(PYTEST_ARGS)
 
 faults: $(INSTALLED)
-	$(BIN)/python -m tests.faults.campaign runs/faults.jsonl
-	$(BIN)/python -m tests.faults.table runs/faults.jsonl --write
+	$(BIN)/python -m tests.slurm.cluster install
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.faults.campaign faults.jsonl
+	$(BIN)/python -m tests.faults.table faults.jsonl --write
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.attention

@@ -56,7 +56,9 @@ def has_sanitizers(sanitizers: str) -> bool:
     compile_ = [COMPILER, "-x", "c++", "-", f"-fsanitize={sanitizers}", "-o"]
     program = f"/tmp/meditron-sanitizer-{os.getpid()}"
     try:
-        compiled = subprocess.run([*compile_, program], input=b"int main() {}", capture_output=True, check=False)
+        compiled = subprocess.run(
+            [*compile_, program], input=b"int main() {}", capture_output=True, check=False
+        )
         return compiled.returncode == 0 and subprocess.run([program], check=False).returncode == 0
     finally:
         Path(program).unlink(missing_ok=True)

@@ -21,7 +21,9 @@ def test_damaged_indexes_are_refused_or_stay_inside(tmp_path: Path) -> None:
         [CPP / "fuzz_index.cpp", *SOURCES], tmp_path, include=[PACKING], arguments=["20000"]
     )
     counts = dict(re.findall(r"(\w+) (\d+)", output))
-    assert all(int(counts[name]) > 1000 for name in ("opened", "refused", "gathered", "refused_samples")), output
+    assert all(int(counts[name]) > 1000 for name in ("opened", "refused", "gathered", "refused_samples")), (
+        output
+    )
 
 
 def test_prefetcher(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ class PackedDataset:
             )
             for source in sources
         ]
+        self._samples_per_epoch = np.array([order.samples_per_epoch for order in self._orders])
         self._buffers = native.BufferPool()
 
     @property
@@ -122,7 +123,7 @@ class PackedDataset:
     @property
     def samples_per_epoch(self) -> int:
         """Samples of one epoch of every source."""
-        return sum(order.samples_per_epoch for order in self._orders)
+        return int(self._samples_per_epoch.sum())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -151,13 +152,13 @@ class PackedDataset:
         if numbers.size and numbers.min() < 0:
             raise IndexError(f"samples count from 0, not {numbers.min()}")
         sources, indices = self._blend.locate(numbers)
-        per_epoch = np.array([order.samples_per_epoch for order in self._orders])[sources]
-        epochs, samples = np.divmod(indices, per_epoch)
-        pairs, which = np.unique(np.stack([sources, epochs]), axis=1, return_inverse=True)
+        epochs, samples = np.divmod(indices, self._samples_per_epoch[sources])
+        pairs, which = np.unique(epochs * len(self._orders) + sources, return_inverse=True)
+        chosen = [divmod(pair, len(self._orders)) for pair in pairs.tolist()]  # (epoch, source)
         return GatherJob(
-            sources=tuple(self._sources[source] for source in pairs[0]),
-            indexes=[self._orders[source].index(epoch) for source, epoch in pairs.T.tolist()],
-            which=which.reshape(-1).astype(np.int64),
+            sources=tuple(self._sources[source] for _, source in chosen),
+            indexes=[self._orders[source].index(epoch) for epoch, source in chosen],
+            which=which,
             samples=samples,
             samples_per_micro_batch=sample_numbers.shape[1],
             num_tokens=numbers.size * self.seq_len,

@@ -79,15 +79,15 @@ def test_three_nodes_of_which_one_is_unfit_and_one_is_silent(config, tmp_path):
     programs.mkdir()
     (programs / "nvidia-smi").write_text("#!/bin/sh\necho broken driver\nexit 9\n")
     (programs / "nvidia-smi").chmod(0o755)
-    words = ("--report-dir", str(report), "--timeout", "40")
+    words = ("--report-dir", str(report), "--timeout", "70")
     sick = {"PATH": f"{programs}:{os.environ['PATH']}"}
     processes = [
         start(config, *words, **as_node(number, 4, port, **(sick if number == 2 else {})))
         for number in range(3)
     ]
-    output, errors = processes[0].communicate(timeout=120)
+    output, errors = processes[0].communicate(timeout=200)
     for process in processes[1:]:
-        process.communicate(timeout=60)
+        process.communicate(timeout=100)
     assert processes[0].returncode == 1, errors
     assert (report / "nodes").read_text().split() == ["n0", "n1"]
     bad = dict(line.split(" ", 1) for line in (report / "bad").read_text().splitlines())

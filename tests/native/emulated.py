@@ -70,7 +70,7 @@ def compiler() -> str | None:
 def build() -> Path:
     """Compile every kernel for the CPU; the library is kept in the temporary folder under a hash of its sources."""
     sources = sorted([*(CSRC / "cuda").glob("*.cu"), *(CSRC / "emu").glob("*.cpp")])
-    everything = sorted(path for room in ("cuda", "emu", "attention") for path in (CSRC / room).iterdir())
+    everything = sorted(path for path in CSRC.rglob("*") if path.is_file())
     content = b"".join(path.name.encode() + path.read_bytes() for path in everything)
     key = hashlib.sha256(content + repr((CSRC, compiler(), FLAGS)).encode()).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"meditron-train-emulated-{os.getuid()}-{key}.so"

@@ -247,7 +247,10 @@ def _attention() -> list[Finding]:
 
 def _apex() -> Finding:
     """NVIDIA's apex brings amp_C; the package of that name on PyPI is a web toolkit."""
-    name, fallback = "apex", "not needed: our Adam runs on torch's fused kernel, our RMSNorm on torch's"
+    name, fallback = (
+        "apex",
+        "not needed: our Adam runs on torch's fused kernel, our RMSNorm on our own kernel",
+    )
     if importlib.util.find_spec("apex") is None:
         return Finding(name, False, False, fallback)
     if importlib.util.find_spec("amp_C") is None or importlib.util.find_spec("apex.optimizers") is None:

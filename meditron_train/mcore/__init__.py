@@ -6,6 +6,7 @@ Every other module imports megatron-core's names from here, so that the redirect
 
 from __future__ import annotations
 
+import logging
 import warnings
 from importlib import metadata
 
@@ -75,6 +76,11 @@ with warnings.catch_warnings():
 adam.install()
 lone_rank.install()
 writer_queue.install()
+
+# Our MLP is a subclass of megatron-core's and gets its group from us; megatron-core knows classes by equality only.
+logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
+    lambda record: not record.getMessage().startswith("Unknown MLP type")
+)
 
 # What megatron-core warns about at run time is its own to change: names it deprecates, torch functions that newer
 # torch deprecates, GPU settings that launch/ makes.

@@ -177,8 +177,13 @@ def layer_activation_bytes_per_token(
     if recompute == "full":
         return element * width
     heads, kv_heads = model.num_heads * model.head_dim / tensor, model.num_kv_heads * model.head_dim / tensor
-    norms = _norm_bytes(width, element, on_gpu) * 2
+    norms = (element * width + 4) * 2
     linear_inputs = 2 * element * width
+    if not on_gpu:  # our kernels: attention rotates by itself, SwiGLU keeps its input alone
+        attention = element * (2 * heads + 2 * kv_heads)
+        if recompute == "none":
+            attention += 4 * model.num_heads / tensor
+        return norms + linear_inputs + attention + 3 * element * model.intermediate_size / tensor
     attention = element * (heads + 2 * kv_heads) + element * heads
     if recompute == "selective":
         attention += element * heads
@@ -190,10 +195,6 @@ def layer_activation_bytes_per_token(
 def _shard(layout: ParallelLayout) -> float:
     """Share of the tokens that a rank keeps between the matrices."""
     return 1 / layout.tensor if layout.sequence else 1.0
-
-
-def _norm_bytes(width: float, element: int, on_gpu: bool) -> float:
-    return (element * width if on_gpu else 8 * width) + 4
 
 
 def microbatches_alive(layout: ParallelLayout, stage: int, num_microbatches: int) -> int:

@@ -38,7 +38,8 @@ def test_every_barrier_and_wait_is_missed():
                     return True
         return False
 
-    sites = emulator.sites()
+    # The sites of sm_90a are those of test_cuda_sm90.py.
+    sites = [site for site in emulator.sites() if not site.file.startswith("sm90")]
     assert {site.kind for site in sites} >= {"block_sync", "cp_async_wait", "warp_sync"}
     assert not is_missed(None), "results depend on the order of warps or on when copies happen"
     assert [site for site in sites if not is_missed(site)] == []

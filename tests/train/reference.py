@@ -79,7 +79,7 @@ def loss_sum_alone(model, batch: Packed) -> torch.Tensor:
     bounds = batch.cu_seqlens.tolist()
     for start, end in zip(bounds, bounds[1:], strict=False):
         logits = model(input_ids=batch.tokens_T[None, start:end], use_cache=False).logits[0]
-        losses = F.cross_entropy(logits.float(), batch.labels_T[start:end], reduction="none")
+        losses = F.cross_entropy(logits.float(), batch.labels_T[start:end].long(), reduction="none")
         total = total + (losses * batch.loss_mask_T[start:end]).sum()
     return total
 

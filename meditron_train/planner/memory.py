@@ -11,7 +11,7 @@ vocabulary):
 | optimizer   | 12 per parameter in bf16 (fp32 copy, two moments), 8 in fp32; with the distributed optimizer |
 |             | over d                                                                                      |
 | activations | below, times the micro-batches that the pipeline schedule keeps alive                       |
-| logits      | V/t per token of one micro-batch, last stage: 4 for the loss, and e where that is not fp32  |
+| logits      | e·V/t per token of one micro-batch, last stage; their gradient takes their place            |
 | allowance   | 3 GiB (CUDA context, NCCL's buffers, workspaces) and 5 % (fragmentation): no formula        |
 
 Activations of a layer per token of the rank's micro-batch, after Korthikanti et al. 2022 (arXiv 2205.05198, section
@@ -20,17 +20,19 @@ attention, and, as attention is fused and stays inside packed documents, nothing
 sequence parallelism, else 1:
 
     norms      2 · (e·h·s + 4)                  their inputs and statistics
-               (on the CPU PyTorch keeps two fp32 tensors instead: 2 · (8·h·s + 4))
     linear in  2 · e·h·s                        inputs of QKV and of gate and up, as sequence parallelism shards them
     attention  e·(N+2K)·D/t + e·(N+K)·D/t       QKV as projected (v is a view of it); q and k once rotated
                + 2·e·N·D/t + 4·N/t              output, its packed copy, softmax statistics
     MLP        5·e·f/t                          gate and up, silu(gate), megatron-core's copy of up, their product
 
+On the CPU our kernels keep less: attention rotates q and k by itself and its output needs no copy, e·(2N+2K)·D/t + 4·N/t,
+and SwiGLU keeps its input alone, 3·e·f/t.
+
 Recomputing attention (`selective`) drops rotated q and k, one output and the statistics, and keeps q once more, as it
 was before its rotation (megatron-core copies it out of QKV); `full` keeps e·h·s per layer, and everything above for
 the one layer that is being recomputed. Micro-batches alive on stage p of P with m micro-batches: min(m, P-p); with v
 chunks per stage min(m·v, 2(P-p-1) + (v-1)·P + 1) chunks (Narayanan et al. 2021, arXiv 2104.04473). Each also keeps two
-fp32 rotation tables of D per token.
+fp32 rotation tables of D/2 per token.
 
 tests/planner/test_memory.py compares these with the bytes that real steps of a tiny model keep, on CPUs; the GPU's
 norms and the allowance have not been measured.
@@ -54,7 +56,6 @@ GPU_MEMORY_BYTES: dict[str, int] = {
 }
 _ALLOWANCE_BYTES = 3 * _GIB
 _ALLOWANCE_SHARE = 0.05
-_LOGIT_LOSS_BYTES = 4
 _ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 _GRADIENT_BYTES = 4
 _OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}
@@ -165,7 +166,7 @@ def _tokens_per_microbatch(config: Config, layout: ParallelLayout) -> int:
 def _logits(config: Config, model: ModelConfig, layout: ParallelLayout, tokens: int) -> int:
     columns = model.padded_vocab_size(layout.tensor, config.parallel.vocab_multiple) // layout.tensor
     element = _ELEMENT_BYTES[config.train.precision]
-    return tokens * columns * (_LOGIT_LOSS_BYTES + (element if element != _LOGIT_LOSS_BYTES else 0))
+    return tokens * columns * element
 
 
 def layer_activation_bytes_per_token(
@@ -219,10 +220,10 @@ def _activations(config: Config, model: ModelConfig, layout: ParallelLayout, sta
         )
         for recompute in (train.recompute, "none")
     }
-    per_token = layers_per_chunk * kept[train.recompute] + 2 * 4 * model.head_dim
+    per_token = layers_per_chunk * kept[train.recompute] + 4 * model.head_dim
     total = alive * per_token * tokens
     if train.recompute == "full":
         total += kept["none"] * tokens
     if stage == layout.pipeline - 1:  # the final norm and the input of the output layer, of one micro-batch
-        total += (_norm_bytes(width, element, on_gpu) + element * width) * tokens
+        total += (2 * element * width + 4) * tokens
     return round(total)

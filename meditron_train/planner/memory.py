@@ -25,8 +25,8 @@ sequence parallelism, else 1:
                + 2·e·N·D/t + 4·N/t              output, its packed copy, softmax statistics
     MLP        5·e·f/t                          gate and up, silu(gate), megatron-core's copy of up, their product
 
-On the CPU our kernels keep less: attention rotates q and k by itself and its output needs no copy, e·(3N+2K)·D/t + 4·N/t,
-of which N is megatron-core's copy of q (none for K = t); SwiGLU keeps its input alone, 3·e·f/t.
+On the CPU our kernels keep less: attention rotates q and k by itself and its output needs no copy, e·(3N+2K)·D/t +
+4·N/t, of which N is megatron-core's copy of q (none for K = t); SwiGLU keeps its input alone, 3·e·f/t.
 
 Recomputing attention (`selective`) drops rotated q and k, one output and the statistics, and keeps q once more, as it
 was before its rotation (megatron-core copies it out of QKV); `full` keeps e·h·s per layer, and everything above for

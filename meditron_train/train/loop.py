@@ -17,12 +17,12 @@ from meditron_train.config.schema import Config
 from meditron_train.data.batch_schedule import BatchSchedule
 from meditron_train.data.loader import StepLoader
 from meditron_train.data.packed import PackedDataset
-from meditron_train.errors import MeditronError, SaveError
+from meditron_train.errors import MeditronError, RequeueError, SaveError
 from meditron_train.launcher.environment import LaunchEnvironment
 from meditron_train.log import get_logger, setup_logging
 from meditron_train.parallel import Mesh, destroy, initialize
 from meditron_train.report.provenance import append_provenance, collect_provenance
-from meditron_train.report.status import RunStatus, forget_failures, record_failure
+from meditron_train.report.status import RunStatus, forget_failures, read_requeue, record_failure
 from meditron_train.train.engine import StepResult, invented_batch
 from meditron_train.train.guard import StepGuard
 from meditron_train.train.heartbeat import Pulse, forget_heartbeats
@@ -81,6 +81,10 @@ def train(config: Config, launch: LaunchEnvironment, signals: StopSignals) -> in
             exit_code = run.loop()
         except BaseException as error:
             record_failure(run_dir.path, launch.rank, error, run.progress.step if run else None)
+            reason = read_requeue(run_dir.path)
+            if reason is not None and isinstance(error, Exception) and not isinstance(error, MeditronError):
+                # Another rank named a hang and left: what this one met, a lost connection, is the consequence.
+                raise RequeueError(reason) from error
             raise
     destroy()  # not after an error: it may wait for what a failed peer never sends
     return exit_code

@@ -134,6 +134,25 @@ def test_a_flipped_bit_is_found_before_a_checkpoint_is_made_of_it(write_config, 
     assert read_requeue(tmp_path / "run") is None
 
 
+def lost_peer_rank(rank: int, world_size: int, config_file: Path, run_dir: Path) -> tuple[int, str]:
+    """One rank whose training ends with an error after another rank has asked to be started again."""
+    from meditron_train.report.status import request_requeue
+    from meditron_train.train.loop import Run
+
+    def loop(self) -> int:
+        request_requeue(run_dir, "hang in training step after step 5: rank 1 on host a is busy")
+        raise RuntimeError("Connection closed by peer")
+
+    Run.loop = loop  # a process of its own
+    return message_rank(rank, world_size, config_file)
+
+
+def test_an_error_after_a_hang_was_named_is_its_consequence(write_config, tmp_path):
+    [(exit_code, message)] = run_ranks(lost_peer_rank, 1, write_config(train=SHORT), tmp_path / "run")
+    assert exit_code == 85 and "rank 1 on host a is busy" in message
+    assert read_status(tmp_path / "run")["state"] == "stopped"
+
+
 def test_copies_are_compared_by_majority():
     a, b = ("norm", -1), ("matrix", 0)
     assert deviating_ranks([{a: 1, b: 2}, {a: 1, b: 2}]) == {}

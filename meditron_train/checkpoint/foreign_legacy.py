@@ -156,7 +156,7 @@ class LegacyTensors:
 
     def _read(self, name: str, part: _Part, rows: Range | None) -> torch.Tensor:
         try:
-            return read_stored(part.path, part.tensor, name, rows)
+            return read_stored(part.path, part.tensor, name, rows, read_once=True)
         except OSError as error:
             raise UserError(f"{part.path}: {name} cannot be read ({error}).") from None
 

@@ -51,16 +51,17 @@ class _Shard(Protocol):
 class HFSource:
     """The tensors of a Hugging Face directory: safetensors or `.bin`, one file or shards with an index.
 
-    Opening reads headers only. `read` may be called from several threads. Raises UserError, naming file and tensor,
-    for a missing or truncated shard, an index that names absent tensors or leaves the directory, and a directory
-    without weights.
+    Opening reads headers only. `read` may be called from several threads. read_once: what was read need not stay in
+    the page cache; not for the ranks of a node, who all read the same. Raises UserError, naming file and tensor, for a
+    missing or truncated shard, an index that names absent tensors or leaves the directory, and a directory without
+    weights.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, read_once: bool = False) -> None:
         self.directory = Path(directory)
         self.config: dict[str, Any] = load_config_json(self.directory)
         index, files = _find_weights(self.directory)
-        shards = {name: _open_shard(self.directory / name) for name in files}
+        shards = {name: _open_shard(self.directory / name, read_once) for name in files}
         self._shard_of: dict[str, _Shard] = {}
         for file_name, shard in shards.items():
             for name in shard.names:
@@ -101,9 +102,10 @@ class HFSource:
         return self._shard_of[name]
 
 
-def open_hf_model(directory: str | Path) -> tuple[ModelConfig, HFSource]:
-    """Open a Hugging Face Llama and check that config and weights belong together (names and shapes, no data read)."""
-    source = HFSource(directory)
+def open_hf_model(directory: str | Path, *, read_once: bool = False) -> tuple[ModelConfig, HFSource]:
+    """Open a Hugging Face Llama and check that config and weights belong together (names and shapes, no data read).
+    read_once: as of HFSource."""
+    source = HFSource(directory, read_once=read_once)
     model = model_config_from_hf(source.config, where=str(source.directory / "config.json"))
     check_source(source, model, str(directory))
     return model, source
@@ -157,24 +159,24 @@ def _read_index(path: Path) -> dict[str, str]:
     return index
 
 
-def _open_shard(path: Path) -> _Shard:
+def _open_shard(path: Path, read_once: bool) -> _Shard:
     if not path.exists():
         raise UserError(f"{path} is a link to a file that does not exist. Fetch the model again.")
     if not path.is_file():
         raise UserError(f"{path} is not a file.")
     if path.suffix == ".safetensors":
-        return _StreamedShard(path, _read_safetensors_header(path))
+        return _StreamedShard(path, _read_safetensors_header(path), read_once)
     if zipfile.is_zipfile(path):
-        return _StreamedShard(path, _find_torch_tensors(path))
+        return _StreamedShard(path, _find_torch_tensors(path), read_once)
     return _LoadedShard(path)
 
 
 class _StreamedShard:
     """A file of which any rows can be read by themselves."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, StoredTensor], read_once: bool) -> None:
         self.path = path
-        self._tensors = tensors
+        self._tensors, self._read_once = tensors, read_once
 
     @property
     def names(self) -> Collection[str]:
@@ -187,7 +189,7 @@ class _StreamedShard:
         return self._tensors[name].dtype
 
     def read(self, name: str, rows: Range | None, columns: Range | None) -> torch.Tensor:
-        return read_stored(self.path, self._tensors[name], name, rows, columns)
+        return read_stored(self.path, self._tensors[name], name, rows, columns, read_once=self._read_once)
 
 
 def _read_safetensors_header(path: Path) -> dict[str, StoredTensor]:

@@ -33,70 +33,80 @@ class StoredTensor:
 
 
 def read_stored(
-    path: Path, tensor: StoredTensor, name: str, rows: Range | None = None, columns: Range | None = None
+    path: Path,
+    tensor: StoredTensor,
+    name: str,
+    rows: Range | None = None,
+    columns: Range | None = None,
+    *,
+    read_once: bool = False,
 ) -> torch.Tensor:
     """A fresh CPU tensor: rows [start, stop) of dimension 0 and columns [start, stop) of dimension 1.
 
-    Raises UserError, naming file and tensor, when the file ends too early, OSError when it cannot be read.
+    read_once: nobody will read this again soon, so it need not stay in the page cache. Raises UserError, naming file
+    and tensor, when the file ends too early, OSError when it cannot be read.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        file = _OpenFile(path, descriptor, name, read_once)
         if tensor.stride is not None:
-            return _read_strided(descriptor, path, tensor, name, rows, columns)
+            return _read_strided(file, tensor, rows, columns)
         if not tensor.shape:
-            return _read_rows(descriptor, path, tensor, name, 0, 1).reshape(())
+            return _read_rows(file, tensor, 0, 1).reshape(())
         start, stop = rows or (0, tensor.shape[0])
         if columns is None:
-            return _read_rows(descriptor, path, tensor, name, start, stop)
+            return _read_rows(file, tensor, start, stop)
         found = torch.empty(stop - start, columns[1] - columns[0], dtype=tensor.dtype)
         height = max(1, _BLOCK_BYTES // max(1, tensor.shape[1] * tensor.dtype.itemsize))
         for row in range(start, stop, height):
-            block = _read_rows(descriptor, path, tensor, name, row, min(row + height, stop))
+            block = _read_rows(file, tensor, row, min(row + height, stop))
             found[row - start : row - start + block.shape[0]] = block[:, columns[0] : columns[1]]
         return found
     finally:
         os.close(descriptor)
 
 
-def _read_rows(
-    descriptor: int, path: Path, tensor: StoredTensor, name: str, start: int, stop: int
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class _OpenFile:
+    """A file from which tensor `name` is read."""
+
+    path: Path
+    descriptor: int
+    name: str
+    read_once: bool
+
+    def read(self, dtype: torch.dtype, num_elements: int, offset: int) -> torch.Tensor:
+        flat = torch.empty(num_elements, dtype=dtype)
+        view = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        while view:  # the kernel reads at most 2 GiB at once
+            num_bytes = os.preadv(self.descriptor, [view], offset)
+            if num_bytes == 0:
+                raise UserError(
+                    f"{self.path} ended while reading {self.name}: the file was truncated. Fetch it again."
+                )
+            if self.read_once and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self.descriptor, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+            view, offset = view[num_bytes:], offset + num_bytes
+        return flat
+
+
+def _read_rows(file: _OpenFile, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
     width = math.prod(tensor.shape[1:])
     offset = tensor.offset + start * width * tensor.dtype.itemsize
-    flat = _read_elements(descriptor, path, name, tensor.dtype, (stop - start) * width, offset)
-    return flat.view(stop - start, *tensor.shape[1:])
+    return file.read(tensor.dtype, (stop - start) * width, offset).view(stop - start, *tensor.shape[1:])
 
 
 def _read_strided(
-    descriptor: int,
-    path: Path,
-    tensor: StoredTensor,
-    name: str,
-    rows: Range | None,
-    columns: Range | None,
+    file: _OpenFile, tensor: StoredTensor, rows: Range | None, columns: Range | None
 ) -> torch.Tensor:
     """Of a transposed or expanded tensor: the whole stretch of the file that it covers is read."""
     assert tensor.stride is not None
     extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
     if 0 in tensor.shape:
         extent = 0
-    flat = _read_elements(descriptor, path, name, tensor.dtype, extent, tensor.offset)
-    found = flat.as_strided(tensor.shape, tensor.stride)
+    found = file.read(tensor.dtype, extent, tensor.offset).as_strided(tensor.shape, tensor.stride)
     if rows is not None:
         found = found[rows[0] : rows[1]]
     if columns is not None:
         found = found[:, columns[0] : columns[1]]
     return found.clone(memory_format=torch.contiguous_format)
-
-
-def _read_elements(
-    descriptor: int, path: Path, name: str, dtype: torch.dtype, num_elements: int, offset: int
-) -> torch.Tensor:
-    flat = torch.empty(num_elements, dtype=dtype)
-    view = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-    while view:  # the kernel reads at most 2 GiB at once
-        num_bytes = os.preadv(descriptor, [view], offset)
-        if num_bytes == 0:
-            raise UserError(f"{path} ended while reading {name}: the file was truncated. Fetch it again.")
-        view, offset = view[num_bytes:], offset + num_bytes
-    return flat

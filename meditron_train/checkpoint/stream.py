@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import queue
 import threading
 import zlib
@@ -19,13 +18,15 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from meditron_train.checkpoint.direct_file import DirectFile
 from meditron_train.checkpoint.hf_map import Piece
 from meditron_train.checkpoint.stored import Range, Shape
 from meditron_train.errors import UserError
 
-_FLUSHED_BYTES, _CACHED_BYTES = 32 << 20, 256 << 20
 _QUEUED_BLOCKS = 2  # read ahead of the writer
-BLOCKS_IN_FLIGHT = _QUEUED_BLOCKS + 3  # and one each at the reader, in its cast, and at the writer
+BLOCKS_IN_FLIGHT = (
+    _QUEUED_BLOCKS + 4
+)  # and one each at the reader, in its cast, at the writer, in the file's buffer
 
 Progress = Callable[[str, int], None]
 _T = TypeVar("_T")
@@ -143,7 +144,7 @@ def write_file(
     the disk is full, Cancelled soon after the event is set.
     """
     look = _Inspection(allow_nonfinite, expected or {})
-    whole, num_written, num_flushed = hashlib.sha256(), 0, 0
+    whole, num_written = hashlib.sha256(), 0
 
     def read() -> Iterator[Block]:
         for tensor in plan.tensors:
@@ -152,17 +153,14 @@ def write_file(
                 yield block
             look.end(tensor)
 
-    with path.open("wb", buffering=0) as file:
+    with DirectFile(path) as file:
 
-        def append(data: Any) -> None:
-            nonlocal num_written, num_flushed
-            view = memoryview(data).cast("B")
+        def append(data: bytes | memoryview) -> None:
+            nonlocal num_written
+            view = memoryview(data)
             whole.update(view)
+            file.append(view)
             num_written += len(view)
-            while view:
-                view = view[file.write(view) :]
-            if num_written - num_flushed >= _FLUSHED_BYTES:
-                num_flushed = _start_writeback(file.fileno(), num_flushed, num_written)
 
         crc = 0
         starts = True
@@ -183,19 +181,8 @@ def write_file(
                 append(block.tensor.after(crc))
         if num_written != plan.num_bytes:
             raise AssertionError(f"{path} has {num_written} bytes, planned were {plan.num_bytes}")
-        os.fsync(file.fileno())
+        file.sync()
     return WrittenFile(num_written, whole.hexdigest(), look.digests(), look.nonfinite)
-
-
-def _start_writeback(descriptor: int, start: int, stop: int) -> int:
-    """Have the kernel begin to write [start, stop) to disk, without waiting, and let go of what it wrote before.
-
-    Otherwise dirty pages pile up until every writer is held back, and the cache fills with what nobody will read.
-    """
-    if hasattr(os, "posix_fadvise"):
-        begin = max(0, start - _CACHED_BYTES)
-        os.posix_fadvise(descriptor, begin, stop - begin, os.POSIX_FADV_DONTNEED)
-    return stop
 
 
 class _Inspection:

@@ -100,7 +100,7 @@ class TorchDistTensors:
     def _read_chunk(self, name: str, chunk: _Chunk, rows: Range | None) -> torch.Tensor:
         path = self.directory / chunk.file
         try:
-            return read_stored(path, self._find(chunk), name, rows)
+            return read_stored(path, self._find(chunk), name, rows, read_once=True)
         except (OSError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: the record of {name} cannot be read ({first_line}).") from None

@@ -230,9 +230,8 @@ class _ZipEntry:
     def local_header(self, *, align: bool = False) -> bytes:
         name = self.name.encode()
         extra = struct.pack("<HHQQ", 1, 16, 0, 0)  # zip64: the sizes follow the data
-        if (
-            align
-        ):  # the data begins at a multiple of 64, as torch wants it; "FB" is the field that torch pads with
+        if align:
+            # The data begins at a multiple of 64, as torch wants it; "FB" is the field that torch pads with.
             extra += b"FB" + struct.pack("<H", 0)
             padding = -(self.offset + 30 + len(name) + len(extra)) % _ALIGNMENT
             extra = extra[:-2] + struct.pack("<H", padding) + b"Z" * padding
@@ -245,20 +244,9 @@ class _ZipEntry:
     def central_header(self) -> bytes:
         name = self.name.encode()
         extra = struct.pack("<HHQQQ", 1, 24, self.num_bytes, self.num_bytes, self.offset)
-        fields = (
-            45,
-            45,
-            _DATA_DESCRIPTOR,
-            0,
-            0,
-            0x21,
-            self.crc,
-            0xFFFFFFFF,
-            0xFFFFFFFF,
-            len(name),
-            len(extra),
-        )
-        header = struct.pack("<HHHHHHIIIHHHHHII", *fields, 0, 0, 0, 0, 0xFFFFFFFF)
+        sizes = (self.crc, 0xFFFFFFFF, 0xFFFFFFFF, len(name), len(extra))
+        fields = (45, 45, _DATA_DESCRIPTOR, 0, 0, 0x21, *sizes, 0, 0, 0, 0, 0xFFFFFFFF)
+        header = struct.pack("<HHHHHHIIIHHHHHII", *fields)
         return b"PK\1\2" + header + name + extra
 
 

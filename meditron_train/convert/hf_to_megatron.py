@@ -46,7 +46,7 @@ def hf_to_megatron(
     hf_directory = Path(hf_directory)
     target = parse_dtype(dtype)
     require_absent(checkpoint)
-    model, source = open_hf_model(hf_directory)
+    model, source = open_hf_model(hf_directory, read_once=True)
     check_tokenizer(hf_directory, model.vocab_size)
     padded_vocab_size = model.padded_vocab_size(tp=1, multiple=vocab_multiple)
     specs = tensor_specs(model)

@@ -131,7 +131,7 @@ def test_disk_full(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     def fsync(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("meditron_train.checkpoint.stream.os.fsync", fsync)
+    monkeypatch.setattr("meditron_train.checkpoint.direct_file.os.fsync", fsync)
     with refused("No space left on the disk", kind=MeditronError):
         export_hf(checkpoint, tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

@@ -72,6 +72,18 @@ def test_column_slices_larger_than_a_block(tmp_path: Path, monkeypatch) -> None:
     assert_same_bits(HFSource(tmp_path).read("w", rows=(1, 33), columns=(3, 9)), weight[1:, 3:9])
 
 
+def test_only_what_is_read_once_leaves_the_page_cache(sharded: Path, monkeypatch) -> None:
+    """The ranks of a node all read the same model: it must stay there for them."""
+    dropped: list[int] = []
+    monkeypatch.setattr("os.posix_fadvise", lambda descriptor, start, size, advice: dropped.append(size))
+    for name, tensor in read_tensors(sharded).items():
+        assert_same_bits(open_hf_model(sharded)[1].read(name), tensor, name)
+        assert not dropped
+        assert_same_bits(open_hf_model(sharded, read_once=True)[1].read(name), tensor, name)
+        assert dropped == [tensor.numel() * tensor.itemsize]
+        dropped.clear()
+
+
 def test_opens_a_sharded_model(sharded: Path) -> None:
     assert len(list(sharded.glob("*.safetensors"))) > 2
     model, source = open_hf_model(sharded)

@@ -18,12 +18,10 @@ from meditron_train.errors import UserError
 from meditron_train.mcore import (
     AsyncCallsQueue,
     FullyParallelSaveStrategyWrapper,
-    StrategyAction,
     StrictHandling,
-    TorchCommonSaveStrategy,
     dist_checkpointing,
     get_default_save_sharded_strategy,
-    register_default_strategy,
+    raise_save_error,
     results_queue,
 )
 
@@ -41,29 +39,6 @@ def without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
 
-class _CommonSaveStrategy(TorchCommonSaveStrategy):
-    """Writes common.pt, and keeps an error until the collective part is over.
-
-    Only rank 0 writes it, between two collectives: an error that left there at once (a full disk) would leave the
-    other ranks waiting in the next one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("torch", 1)
-        self._failure: Exception | None = None
-
-    def save_common(self, common_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        try:
-            super().save_common(common_state_dict, checkpoint_dir)
-        except (OSError, RuntimeError) as error:  # torch.save raises the latter for a full disk
-            self._failure = error
-
-    def raise_failure(self) -> None:
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
-
-
 class ShardedSaver:
     """Writes checkpoints of all ranks, at once or in the background; one at a time.
 
@@ -77,14 +52,14 @@ class ShardedSaver:
         results_queue()
         self._data_group = data_group
         self._asynchronous = asynchronous
-        self._common = _CommonSaveStrategy()
-        # megatron-core takes no strategy of the caller's, only its default.
-        register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, self._common)
         # The persistent worker of megatron-core hangs, or saves later weights, without CUDA: always fork.
         self._queue = AsyncCallsQueue(persistent=False) if asynchronous else None
 
     def save(self, state: dict[str, Any], directory: Path) -> None:
-        """Write `state` into the empty `directory`; collective. Complete once `finished` says so."""
+        """Write `state` into the empty `directory`; collective. Complete once `finished` says so.
+
+        Raises OSError, RuntimeError or megatron-core's CheckpointException on the ranks that could not write.
+        """
         strategy = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy("torch_dist"), self._data_group, do_cache_distribution=False
         )
@@ -97,13 +72,15 @@ class ShardedSaver:
         )
         if self._queue is not None:
             self._queue.schedule_async_request(request)
-        self._common.raise_failure()
+        raise_save_error()
 
     def finished(self, *, wait: bool) -> bool:
-        """Is nothing being written any more? Collective. With `wait`, returns only once that is so."""
+        """Is nothing being written any more? Collective. With `wait`, returns only once that is so. Raises as `save`
+        does."""
         if self._queue is None:
             return True
         self._queue.maybe_finalize_async_calls(blocking=wait)
+        raise_save_error()
         return self._queue.get_num_unfinalized_calls() == 0
 
     def close(self) -> None:

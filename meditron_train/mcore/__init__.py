@@ -11,7 +11,8 @@ import warnings
 from importlib import metadata
 
 from meditron_train.errors import UserError
-from meditron_train.mcore import adam, cpu_redirects, lone_rank, writer_queue
+from meditron_train.mcore import adam, cpu_redirects, lone_rank, save_errors, writer_queue
+from meditron_train.mcore.save_errors import raise_save_error
 from meditron_train.mcore.writer_queue import end_with_parent_only, forget_results_queue, results_queue
 
 SUPPORTED_VERSIONS = ("0.16",)
@@ -47,8 +48,6 @@ with warnings.catch_warnings():
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
     from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-    from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
     from megatron.core.dist_checkpointing.validation import StrictHandling
     from megatron.core.distributed import (
@@ -75,6 +74,7 @@ with warnings.catch_warnings():
 
 adam.install()
 lone_rank.install()
+save_errors.install()
 writer_queue.install()
 
 # Our MLP is a subclass of megatron-core's and gets its group from us; megatron-core knows classes by equality only.
@@ -102,9 +102,7 @@ __all__ = [
     "ProcessGroupCollection",
     "ShardedObject",
     "ShardedTensor",
-    "StrategyAction",
     "StrictHandling",
-    "TorchCommonSaveStrategy",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "check_version",
@@ -120,7 +118,7 @@ __all__ = [
     "parallel_state",
     "param_is_not_shared",
     "param_is_not_tensor_parallel_duplicate",
-    "register_default_strategy",
+    "raise_save_error",
     "results_queue",
     "set_tensor_model_parallel_attributes",
     "tensor_parallel",

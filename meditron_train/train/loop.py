@@ -170,7 +170,7 @@ class Run:
             if is_last or validation_losses or step % config.logging.interval == 0:
                 self.log.write(self.progress, result, lr, validation_losses)
             self.status.update(step=step)
-            self.try_to_save(lambda: self.checkpoints.finish(wait=False), must=False)
+            self.finish_saving(wait=False)
             self.save_locally()
             stop, save = self.agree_on_requests()
             if stop or save or self.save_is_due(step):
@@ -250,7 +250,7 @@ class Run:
     def roll_back(self) -> None:
         """Load the last checkpoint's weights. The steps since then count as skipped; their batches do not return."""
         self.pulse.enter("rolling back")
-        self.checkpoints.finish(wait=True)
+        self.finish_saving(wait=True)
         newest, limit = self.checkpoints.newest(), self.config.resilience.max_rollbacks
         if newest is None:
             _log.warning("there is no checkpoint to roll back to yet: only this step is skipped")
@@ -308,17 +308,19 @@ class Run:
         step = self.progress.step
         self.guard.check_replicas(step)
         self.progress.history = self.guard.monitor.history
+        start = time.monotonic()
+        self.finish_saving(wait=True)
 
         def write() -> None:
             self.log.sync()
-            seconds = self.checkpoints.save(self.engine, self.progress)
+            self.checkpoints.save(self.engine, self.progress)
+            seconds = time.monotonic() - start
             _log.info("training stood still for %.1f s to save step %d", seconds, step)
             if wait:
                 self.checkpoints.finish(wait=True)
             if self.export_is_due(step):
                 self.pulse.enter("exporting")
                 self.checkpoints.export(step, self.run_dir.path / f"hf_step_{step:08d}")
-            self.num_failed_saves = self.num_rollbacks = 0
 
         self.try_to_save(write, must=must)
 
@@ -332,10 +334,17 @@ class Run:
         self.progress.history = self.guard.monitor.history
         self.local.save(self.engine, self.progress)
 
+    def finish_saving(self, *, wait: bool) -> None:
+        """Bring a checkpoint that is being written as far as it goes; with `wait`, to its end."""
+        self.try_to_save(lambda: self.checkpoints.finish(wait=wait), must=False)
+
     def try_to_save(self, action: Callable[[], object], *, must: bool) -> None:
         """A checkpoint that cannot be written ends the run if it `must` be, or if it is one too many in a row."""
+        num_published = self.checkpoints.num_published
         try:
             action()
+            if self.checkpoints.num_published > num_published:
+                self.num_failed_saves = self.num_rollbacks = 0
         except SaveError as error:
             self.num_failed_saves += 1
             limit = self.config.resilience.max_failed_saves

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -79,6 +78,9 @@ class RunCheckpoints:
     With async_save on a CPU a forked copy of every rank does the whole saving, so training stands still for the fork
     alone. CUDA does not survive a fork: on a GPU the state is gathered and copied to the host first, and only the
     writing is left to a forked process. Hashing and publishing happen in a thread in either case.
+
+    Attributes:
+        num_published: checkpoints that this process has seen complete.
     """
 
     def __init__(self, plan: Plan, mesh: Mesh, directory: Path, status: RunStatus) -> None:
@@ -90,22 +92,23 @@ class RunCheckpoints:
         self._saver = ShardedSaver(mesh.groups.dp_cp, asynchronous=settings.async_save and mesh.on_gpu)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._unfinished: _Unfinished | None = None
+        self.num_published = 0
 
     # ---- saving -------------------------------------------------------------------------------------------------
 
-    def save(self, engine: Engine, progress: Progress) -> float:
-        """Save after `progress.step`; with async_save the files are finished later. Returns seconds training stood.
+    def save(self, engine: Engine, progress: Progress) -> None:
+        """Save after `progress.step`; with async_save the files are finished later.
+
+        One that is being written must have been waited for: an error of it is not this one's.
 
         Raises:
             SaveError: the disk is full or fails; no leftovers, earlier checkpoints are untouched.
         """
-        start = time.monotonic()
-        self.finish(wait=True)
+        assert not self.is_writing
         directory, port = self._mesh.on_first_rank(lambda: self._begin(progress.step))
         self._unfinished = _Unfinished(replace(progress))
         self._together(lambda: self._start_writing(engine, directory, port))
         self.finish(wait=not self._is_async)
-        return time.monotonic() - start
 
     def finish(self, *, wait: bool) -> None:
         """Bring a checkpoint that is being written as far as it goes; with `wait`, until it is published.
@@ -168,6 +171,7 @@ class RunCheckpoints:
             )
         else:
             self._unfinished = None
+            self.num_published += 1
             self._status.update(last_checkpoint=values[0].name)
             _log.info("saved %s", values[0])
 

@@ -1,4 +1,4 @@
-"""The writers' queue outlives requests to stop and does not outlive its rank."""
+"""The writers and their queue outlive requests to stop and do not outlive their rank."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 START = """
 import os, sys
@@ -20,10 +22,26 @@ sys.stdin.readline()
 print(queue.get_nowait(), flush=True)
 """
 
+# As megatron-core starts a writer, killed before the queue has sent the number of its file.
+START_WRITER = """
+import functools, multiprocessing, sys
+from meditron_train import mcore
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+context = multiprocessing.get_context("fork")
+writer = context.Process(
+    target=functools.partial(FileSystemWriterAsync.write_preloaded_data, []),
+    kwargs=dict(local_proc_idx=0, write_bucket=("f", "f", ([], [])), results_queue=context.Queue(),
+                count_queue=context.JoinableQueue(), use_fsync=True),
+)
+writer.start()
+print(writer.pid, flush=True)
+sys.stdin.readline()
+"""
 
-def start() -> tuple[subprocess.Popen, int]:
+
+def start(program: str = START) -> tuple[subprocess.Popen, int]:
     process = subprocess.Popen(
-        [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     return process, int(process.stdout.readline())
 
@@ -44,12 +62,16 @@ def test_signals_of_a_batch_system_leave_it_alone():
     assert not lives(server)
 
 
-def test_a_killed_rank_leaves_no_server():
-    process, server = start()
-    assert lives(server)
+@pytest.mark.parametrize("program", [START, START_WRITER], ids=["queue", "writer"])
+def test_a_killed_rank_leaves_nothing(program):
+    process, started = start(program)
+    assert lives(started)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 20
-    while lives(server) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 10
+    while lives(started) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not lives(server)
+    left = lives(started)
+    if left:
+        os.kill(started, signal.SIGKILL)
+    assert not left

@@ -137,9 +137,13 @@ class Run:
         self.batches = BatchSchedule(config.train.global_batch_size, config.train.batch_ramp)
         self.checkpoints = RunCheckpoints(plan, mesh, run_dir.checkpoints, status)
         self.local = LocalCheckpoints(plan, mesh, mesh.from_first_rank(status.run_id))
+        self.pulse.enter("checking the checkpoints")
         newest, local_step = self.checkpoints.newest(), self.local.newest()
+        self.pulse.enter("building the model")
         self.engine = build_engine(plan, mesh, with_weights=newest is None and local_step is None)
+        self.pulse.enter("the dry step")
         self.dry_run()
+        self.pulse.enter("loading the checkpoint")
         if local_step is not None and (newest is None or local_step > step_of(newest)):
             self.progress = self.local.load(self.engine, local_step)
         else:
@@ -175,10 +179,10 @@ class Run:
             stop, save = self.agree_on_requests()
             if stop or save or self.save_is_due(step):
                 self.save(must=bool(stop) or is_last, wait=bool(stop) or save)
-            if stop or save:
-                self.signals.acknowledge(stop=bool(stop))
             if stop and not is_last:
                 return self.stop(stop)
+            if stop or save:
+                self.signals.acknowledge(stop=bool(stop))
         self.pulse.enter("exporting")
         self.checkpoints.close()
         if config.checkpoint.export_hf:
@@ -191,11 +195,16 @@ class Run:
     def stop(self, reason: str) -> int:
         """End before the last step, after a checkpoint, asking to be started again."""
         self.checkpoints.close()
-        self.signals.acknowledge(stop=True)
+
+        def tell() -> None:
+            self.status.stopped(reason, EXIT_REQUEUE)
+            self.signals.acknowledge(stop=True)
+
+        # The others wait: the end of one is the end of all, and the batch script must find both done.
+        self.mesh.on_first_rank(tell)
         _log.info(
             "stopped after step %d because of %s; the same command continues", self.progress.step, reason
         )
-        self.status.stopped(reason, EXIT_REQUEUE)
         return EXIT_REQUEUE
 
     # ---- parts of a step ----------------------------------------------------------------------------------------
@@ -269,9 +278,11 @@ class Run:
         )
 
     def validate(self) -> dict[str, float]:
-        """Mean loss over a fixed set of samples of each validation source, in nats per token."""
-        self.pulse.enter("validation")
-        losses = {}
+        """Mean loss over a fixed set of samples of each validation source, in nats per token.
+
+        A request to stop cuts it short: what is left of the time is for the checkpoint.
+        """
+        losses: dict[str, float] = {}
         schedule = BatchSchedule(self.config.train.global_batch_size)
         for name, dataset in self.plan.validation_data.items():
             num_steps = min(
@@ -280,6 +291,10 @@ class Run:
             total, count = 0.0, 0
             with self.load(dataset, schedule, 1, prefetch=min(1, self.config.data.prefetch)) as loader:
                 for _ in range(num_steps):
+                    self.pulse.enter("validation")
+                    if self.agree_on_requests()[0]:
+                        _log.warning("the validation after step %d is cut short", self.progress.step)
+                        return losses
                     loss, num_tokens = self.engine.evaluate(next(loader)[1])
                     total, count = total + loss * num_tokens, count + num_tokens
             losses[f"validation_loss.{name}"] = total / count if count else float("nan")

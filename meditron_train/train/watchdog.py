@@ -128,7 +128,7 @@ class Watchdog:
             _log.warning("the stacks could not be written: %s", error)
 
     def _write_flight_recorder(self) -> None:
-        """What NCCL's collectives were doing, as torch's fr_trace reads it; needs TORCH_NCCL_TRACE_BUFFER_SIZE > 0."""
+        """What NCCL's collectives were doing, as torch's fr_trace reads it; needs TORCH_FR_BUFFER_SIZE > 0."""
         dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
         if dump is None or not torch.cuda.is_available():
             return

@@ -83,14 +83,7 @@ def run_on_slurm(results: Path, work: Path, workload: Workload, options: argpars
                     problem = scenario.act(job, dice)
                 except AssertionError as error:
                     problem = str(error)
-                outcome = job.outcome(
-                    scenario.name,
-                    scenario.promise,
-                    undisturbed,
-                    problem,
-                    " ".join(job.job_ids),
-                    scenario.tolerance,
-                )
+                outcome = job.outcome(scenario, undisturbed, problem, " ".join(job.job_ids))
                 (job.directory / "all.out").write_text(job.output())
                 _record(outcome, results, job.directory / "all.out", work, number)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -68,6 +69,7 @@ class SupervisedRun:
         self.starts: list[list[int | None]] = []  # exit codes of each
         self.fault_time = self.recovery_s = 0.0
         self.fault_step = self.steps_lost = 0
+        self.problem = ""  # found by the fault itself
         self.supervised = True
         self.between: Callable[[], None] | None = None  # done once, before the next start
 
@@ -165,6 +167,8 @@ class Fault:
     times: int
     act: Callable[[SupervisedRun, random.Random], None] | None = None
     injected: str = ""
+    said: str = ""
+    """What the ranks' log must say after it."""
     config: tuple[tuple[str, dict], ...] = ()
     intervals: int = 1
     """Checkpoint intervals that may be lost."""
@@ -272,10 +276,14 @@ def fill_disk(run: SupervisedRun, dice: random.Random) -> None:
 def kill_wandb(run: SupervisedRun, dice: random.Random) -> None:
     _wait_for_step(run, dice)
     run.hit()
+    num_killed = 0
     for process in psutil.Process(run.processes[0].pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if "wandb" in " ".join(process.cmdline()):
                 process.kill()
+                num_killed += 1
+    if not num_killed:
+        run.problem = "there was no process of W&B to kill"
 
 
 WATCHDOG = (("resilience", QUICK),)
@@ -307,15 +315,27 @@ FAULTS = (
         on_small_disk=True,
         intervals=3,
     ),
-    Fault("SIGSTOP of one rank", "the watchdog ends the run, it starts again", 4, freeze, config=WATCHDOG),
     Fault(
-        "NaN in the loss, passing", "the step is computed again", 4, injected="nan-once@{step}:rank={rank}"
+        "SIGSTOP of one rank",
+        "the watchdog names it and ends the run, it starts again",
+        4,
+        freeze,
+        said="hang in .* gives no sign of life",
+        config=WATCHDOG,
+    ),
+    Fault(
+        "NaN in the loss, passing",
+        "the step is computed again",
+        4,
+        injected="nan-once@{step}:rank={rank}",
+        intervals=0,
     ),
     Fault(
         "bit flip in a weight",
         "found by comparing replicas, from the last checkpoint on",
         6,
         injected="bitflip@{step}:rank={rank}",
+        said="differ",
         config=WATCHDOG,
     ),
     Fault("exception in one rank", "both end, start again", 4, injected="crash@{step}:rank={rank}"),
@@ -324,6 +344,7 @@ FAULTS = (
         "the watchdog ends the run, it starts again",
         3,
         injected="hang@{step}:rank={rank}",
+        said="hang in",
         config=WATCHDOG,
     ),
     Fault(
@@ -392,8 +413,13 @@ def try_fault(
         last, identical, problem = compare(
             run.watch.steps(), run.watch.losses(), undisturbed, gaps=fault.on_small_disk
         )
+        problems = [problem, run.problem]
         if run.is_writing():
-            problem = "; ".join(filter(None, (problem, "an unfinished checkpoint was left")))
+            problems.append("an unfinished checkpoint was left")
+        if not run.fault_time or (fault.injected and not any(run.watch.run_dir.glob("injected/*"))):
+            problems.append("the fault did not happen")
+        if not re.search(fault.said, run.log.read_text(errors="replace")):
+            problems.append(f"the log does not say {fault.said!r}")
         codes = " ".join(",".join(map(str, codes)) for codes in run.starts)
         return Outcome(
             fault=fault.name,
@@ -406,8 +432,6 @@ def try_fault(
             planned_step=STEPS,
             identical=identical,
             starts=len(run.starts),
-            problem=problem
-            if run.fault_time
-            else "; ".join(filter(None, (problem, "the fault did not happen"))),
+            problem="; ".join(filter(None, problems)),
             detail=f"seed {seed}; {environment.get('MEDITRON_INJECT', '')}; exit codes {codes}",
         )

@@ -30,7 +30,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 context = multiprocessing.get_context("fork")
 writer = context.Process(
     target=functools.partial(FileSystemWriterAsync.write_preloaded_data, []),
-    kwargs=dict(local_proc_idx=0, write_bucket=("f", "f", ([], [])), results_queue=context.Queue(),
+    kwargs=dict(local_proc_idx=0, write_bucket=("/dev/null", "f", ([], [])), results_queue=context.Queue(),
                 count_queue=context.JoinableQueue(), use_fsync=True),
 )
 writer.start()

@@ -8,10 +8,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.faults.outcome import Outcome, compare
 from tests.faults.workload import RunWatch
 from tests.slurm.cluster import SlurmCluster, run, wait_for
+
+if TYPE_CHECKING:
+    from tests.slurm.scenarios import Scenario
 
 REPOSITORY = Path(__file__).parents[2]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "GONE")
@@ -126,25 +130,28 @@ class SlurmRun:
 
     def outcome(
         self,
-        fault: str,
-        promise: str,
+        scenario: Scenario,
         undisturbed: list[float],
         problem: str = "",
         detail: str = "",
-        tolerance: float = 0.0,
     ) -> Outcome:
-        last, identical, difference = compare(self.watch.steps(), self.watch.losses(), undisturbed, tolerance)
+        last, identical, difference = compare(
+            self.watch.steps(), self.watch.losses(), undisturbed, scenario.tolerance
+        )
+        starts = len(self.watch.resumed_after())
+        if starts != scenario.starts:
+            difference = f"started {starts} times, not {scenario.starts}; {difference}"
         return Outcome(
-            fault=fault,
+            fault=scenario.name,
             where="Slurm",
-            promise=promise,
+            promise=scenario.promise,
             recovery_s=round(self.recovery_s, 1),
             steps_lost=self.steps_lost,
-            most_lost=self.interval,
+            most_lost=self.interval * scenario.intervals,
             last_step=last,
             planned_step=len(undisturbed),
             identical=identical,
-            starts=len(self.watch.resumed_after()),
+            starts=starts,
             problem="; ".join(filter(None, (problem, difference))),
             detail=detail,
         )

@@ -67,7 +67,7 @@ def undisturbed(cluster, workload, tmp_path_factory) -> list[float]:
 def test_a_run_survives(scenario, start, undisturbed):
     job = start(**dict(scenario.config))
     problem = scenario.act(job, random.Random(scenario.name))
-    outcome = job.outcome(scenario.name, scenario.promise, undisturbed, problem, tolerance=scenario.tolerance)
+    outcome = job.outcome(scenario, undisturbed, problem)
     assert outcome.kept, f"{outcome}\n{job.output()[-8000:]}"
 
 

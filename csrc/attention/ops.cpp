@@ -91,6 +91,7 @@ struct Inputs {
         check_like(k, "k", q, k.size(0), num_kv_heads);
         check_like(v, "v", q, k.size(0), num_kv_heads);
         if (window < 0) refuse("window is ", window, "; it is a number of keys, or 0 for all");
+        window = std::min(window, k.size(0));  // more keys there are not, and the kernels add to it
         cu_queries = boundaries(cu_seqlens_q, "cu_seqlens", q.size(0));
         cu_keys = boundaries(cu_seqlens_k, "cu_seqlens_kv", k.size(0));
         if (cu_queries.size() != cu_keys.size())

@@ -110,6 +110,8 @@ def _check_tensors(q_TND: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor
             "packed_attention wants q [T, N, D] and k, v [S, K, D] with the same D; got "
             f"q {tuple(q_TND.shape)}, k {tuple(k_SKD.shape)}, v {tuple(v_SKD.shape)}"
         )
+    if q_TND.shape[2] == 0:
+        raise ValueError(f"the heads have no channels: q is {tuple(q_TND.shape)}")
     if k_SKD.shape[1] == 0 or q_TND.shape[1] % k_SKD.shape[1] != 0:
         raise ValueError(
             f"{q_TND.shape[1]} query heads are not a multiple of {k_SKD.shape[1]} key/value heads"
@@ -120,9 +122,10 @@ def _check_tensors(q_TND: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor
         raise ValueError(
             f"q, k and v are on different devices: {q_TND.device}, {k_SKD.device}, {v_SKD.device}"
         )
-    if window is not None and window < 1:
+    if window is not None and (not isinstance(window, int) or not 1 <= window < 2**63):
         raise ValueError(
-            f"window is {window}; it counts the query's own token, so it is at least 1 (or None)"
+            f"window is {window!r}; it is a number of keys with the query's own among them: an int from 1 to 2^63 - 1, "
+            "or None for all"
         )
 
 

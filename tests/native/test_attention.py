@@ -99,6 +99,15 @@ def test_many_units_on_few_queries_are_split_the_same_way():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["native", "sdpa"])
+def test_the_largest_window_is_none(backend):
+    case = example([5, 0, 130], (4, 2), 64, extra_keys=[2, 3, 140])
+    grad = gradient_like(case)
+    want = case.call_with_gradients(grad, backend=backend)
+    got = case.call_with_gradients(grad, backend=backend, window=2**63 - 1)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_sdpa_equals_float64():
     case = example([5, 0, 30, 7], (4, 2), 64, extra_keys=[2, 3, 0, 1], window=9, rotated=True)
     assert max(errors(case, backend="sdpa")) < 1e-6
@@ -106,10 +115,11 @@ def test_sdpa_equals_float64():
     assert max(errors(aligned, backend="sdpa")) < 1e-6
 
 
-def test_other_head_sizes_and_dtypes_fall_back():
-    case = example([5, 9], (2, 2), 24)
+@pytest.mark.parametrize("head_size", [24, 528])
+def test_other_head_sizes_and_dtypes_fall_back(head_size):
+    case = example([5, 9], (2, 2), head_size)
     assert max(errors(case)) < 1e-6
-    with pytest.raises(ValueError, match="head size 24 is not a multiple of 16"):
+    with pytest.raises(ValueError, match=f"head size {head_size} is not a multiple of 16 up to 512"):
         case.call(backend="native")
     with pytest.raises(ValueError, match="attention backend 'flash' is not one of auto, "):
         case.call(backend="flash")
@@ -253,6 +263,9 @@ BAD = {
     "heads": (dict(kv_heads=3), "4 query heads are not a multiple of 3"),
     "dtypes": (dict(k_dtype=torch.float64), "different dtypes"),
     "window": (dict(window=0), "window is 0"),
+    "window of no number of keys": (dict(window=2.5), "window is 2.5; it is a number of keys"),
+    "window beyond 64 bits": (dict(window=2**63), f"window is {2**63}"),
+    "no channels": (dict(head_size=0), r"the heads have no channels: q is \(10, 4, 0\)"),
     "more queries than keys": (
         dict(cu_kv=[0, 4, 10], cu=[0, 5, 10]),
         "document 0 has 5 queries but only 4 keys",
@@ -266,7 +279,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_refuses(case):
     change, message = BAD[case]
-    q, k, v = torch.zeros(10, 4, 64), *torch.zeros(2, 10, change.get("kv_heads", 2), 64)
+    head_size = change.get("head_size", 64)
+    q, k, v = torch.zeros(10, 4, head_size), *torch.zeros(2, 10, change.get("kv_heads", 2), head_size)
     k = k.to(change.get("k_dtype", k.dtype))
     cu_kv, tables = change.get("cu_kv"), change.get("rotation")
     with pytest.raises(ValueError, match=message):

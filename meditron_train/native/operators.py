@@ -78,6 +78,15 @@ def _backward_shapes(
     return q_TND.new_empty(q_TND.shape), k_SKD.new_empty(k_SKD.shape), v_SKD.new_empty(v_SKD.shape)
 
 
+def differentiable_once(operator: str) -> None:
+    """Have the gradient of `operator`'s gradient raise: autograd would take it for zero, in silence."""
+
+    def refuse(_ctx: Any, *_grads: Any) -> None:
+        raise RuntimeError(f"{operator} can be differentiated once")
+
+    torch.library.register_autograd(f"meditron::{operator}_backward", refuse)
+
+
 _NUM_TENSORS = 9  # q, k, v, two boundaries, cos, sin, two positions
 
 
@@ -96,3 +105,4 @@ if LOAD_ERROR is None:
     torch.library.register_fake("meditron::packed_attention", _forward_shapes)
     torch.library.register_fake("meditron::packed_attention_backward", _backward_shapes)
     torch.library.register_autograd("meditron::packed_attention", _backward, setup_context=_save_for_backward)
+    differentiable_once("packed_attention")

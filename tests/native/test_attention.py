@@ -260,6 +260,14 @@ BAD = {
     "starts late": (dict(cu=[1, 10]), "starts at 0"),
     "decreases": (dict(cu=[0, 6, 4, 10]), "decreases from 6 to 4"),
     "ends early": (dict(cu=[0, 9]), "ends at 9, but there are 10"),
+def test_a_second_derivative_is_refused():
+    case = example([3, 14], (4, 2), 64)
+    inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
+    (dq,) = torch.autograd.grad(case.call().square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="packed_attention can be differentiated once"):
+        dq.sum().backward()
+
+
     "heads": (dict(kv_heads=3), "4 query heads are not a multiple of 3"),
     "dtypes": (dict(k_dtype=torch.float64), "different dtypes"),
     "window": (dict(window=0), "window is 0"),

@@ -100,8 +100,16 @@ def packed_attention(
         rotation,
         deterministic,
     )
-    chosen = choose_backend(backend, q_TND.device, q_TND.dtype, q_TND.shape[2])
+    wish = _wish(backend, q_TND.device, problem.softmax_scale)
+    chosen = choose_backend(wish, q_TND.device, q_TND.dtype, q_TND.shape[2])
+    if q_TND.shape[0] == 0:  # not every backend takes nothing; the sums of nothing keep k and v in the graph
+        return q_TND + k_SKD[:0].sum() + v_SKD[:0].sum()
     return BACKENDS[chosen].attend(problem)
+
+
+def _wish(backend: str, device: torch.device, softmax_scale: float) -> str:
+    """Fused kernels for GPUs take the largest product for the largest score: true of positive scales only."""
+    return "sdpa" if backend == "auto" and device.type == "cuda" and not softmax_scale > 0 else backend
 
 
 def _check_tensors(q_TND: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor, window: int | None) -> None:
@@ -148,6 +156,8 @@ def _lengths(cu_seqlens: torch.Tensor, total: int, name: str) -> list[int]:
         raise ValueError(
             f"{name} is on {cu_seqlens.device}; keep it on the CPU, as reading it there would wait for the device"
         )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64, not {cu_seqlens.dtype}")
     bounds = cu_seqlens.tolist()
     if cu_seqlens.dim() != 1 or not bounds or bounds[0] != 0:
         raise ValueError(f"{name} must be a 1-D tensor that starts at 0; got {bounds!r}")

@@ -200,8 +200,8 @@ def why_not(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim
     return reason
 
 
-# Boundaries of queries and of keys, and the window. The first is what training without context parallelism asks for; the
-# second has keys before the queries of each document and, in one, keys alone.
+# Boundaries of queries and of keys, and the window. The first is what training without context parallelism asks for;
+# the second has keys before the queries of each document and, in one, keys alone.
 _SELF_TESTS = (
     ([0, 3, 3, 140, 301], [0, 3, 3, 140, 301], None),
     ([0, 3, 3, 140, 301], [0, 8, 15, 180, 390], 50),

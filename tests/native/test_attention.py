@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meditron_train.native import Rotation, operators, packed_attention
+from meditron_train.native.attention import _wish
 from meditron_train.native.problem import Problem
 from tests.native.attention_reference import cumulative, example, relative_error
 
@@ -161,10 +162,36 @@ def test_scores_far_apart(instruction_set):
     assert all(g.isfinite().all() for g in got)
 
 
-def test_no_tokens():
-    case = example([0, 0], (4, 2), 64)
-    out, *gradients = case.call_with_gradients(torch.zeros(0, 4, 64))
-    assert out.shape == (0, 4, 64) and all(g.numel() == 0 for g in gradients)
+@pytest.mark.parametrize("head_size", [64, 40])
+@pytest.mark.parametrize("lengths", [[], [0, 0]])
+def test_no_tokens(lengths, head_size):
+    case = example(lengths, (4, 2), head_size)
+    out, *gradients = case.call_with_gradients(torch.zeros(0, 4, head_size))
+    assert out.shape == (0, 4, head_size) and all(g.numel() == 0 for g in gradients)
+
+
+@pytest.mark.parametrize("head_size", [64, 40])
+def test_keys_alone_get_zero_gradient(head_size):
+    case = example([0, 0], (4, 2), head_size, extra_keys=[5, 0], rotated=True)
+    case.k[2] = torch.nan
+    out, dq, dk, dv = case.call_with_gradients(torch.zeros(0, 4, head_size))
+    assert out.shape == dq.shape == (0, 4, head_size)
+    assert torch.equal(dk, torch.zeros_like(case.k)) and torch.equal(dv, torch.zeros_like(case.v))
+
+
+def test_nonpositive_scales_go_to_pytorch_on_a_gpu():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [_wish("auto", gpu, scale) for scale in (-1.0, 0.0, 0.1)] == ["sdpa", "sdpa", "auto"]
+    assert _wish("native", gpu, -1.0) == "native" and _wish("auto", cpu, -1.0) == "auto"
+    case = example([30, 5], (4, 2), 64, scale=-0.1)
+    assert max(errors(case)) < 1e-5
+
+
+def test_rotation_tables_may_begin_at_any_float():
+    case = example([30, 5], (4, 2), 64, rotated=True)
+    tables = (case.rotation.cos_PC, case.rotation.sin_PC)
+    moved = Rotation(*(torch.cat((torch.zeros(1), x.flatten()))[1:].view(x.shape) for x in tables))
+    assert torch.equal(case.call(rotation=moved), case.call())
 
 
 def test_keys_without_queries_get_zero_gradient():
@@ -284,13 +311,27 @@ def test_a_second_derivative_is_refused():
 }
 
 
+    "flat tables": (dict(rotation=(320,)), r"\[positions, 32\] for heads of 64; got \(320,\)"),
+    "tables elsewhere": (dict(rotation=(10, 32), tables_on="meta"), "cos_PC is on meta, but q is on cpu"),
+    "negative position": (dict(rotation=(10, 32), position=-1), r"q_positions\[3\] is -1, but .* 10 rows"),
+    "position beyond": (dict(rotation=(10, 32), position=10), r"q_positions\[3\] is 10, but .* 10 rows"),
+    "floating boundaries": (dict(cu=[0.0, 10.0]), "cu_seqlens must be int32 or int64, not torch.float32"),
+    "floating boundaries of keys": (dict(cu_kv=[0.0, 10.0]), "cu_seqlens_kv must be int32 or int64"),
 @pytest.mark.parametrize("case", BAD)
-def test_refuses(case):
+def test_refuses(case, backend):
     change, message = BAD[case]
+@pytest.mark.parametrize("backend", ["native", "sdpa"])
     head_size = change.get("head_size", 64)
     q, k, v = torch.zeros(10, 4, head_size), *torch.zeros(2, 10, change.get("kv_heads", 2), head_size)
     k = k.to(change.get("k_dtype", k.dtype))
-    cu_kv, tables = change.get("cu_kv"), change.get("rotation")
+    cu_kv, rotation = change.get("cu_kv"), None
+    if "rotation" in change:
+        tables = torch.zeros(2, *change["rotation"], device=change.get("tables_on", "cpu"))
+        positions = None
+        if "position" in change:
+            positions = torch.arange(10)
+            positions[3] = change["position"]
+        rotation = Rotation(*tables, positions)
     with pytest.raises(ValueError, match=message):
         packed_attention(
             q,
@@ -299,7 +340,8 @@ def test_refuses(case):
             torch.tensor(change.get("cu", [0, 10])),
             cu_seqlens_kv=None if cu_kv is None else torch.tensor(cu_kv),
             window=change.get("window"),
-            rotation=None if tables is None else Rotation(torch.zeros(tables), torch.zeros(tables)),
+            rotation=rotation,
+            backend=backend,
         )
 
 

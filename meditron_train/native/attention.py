@@ -68,8 +68,8 @@ def packed_attention(
         window: each query sees at most this many keys, its own included (sliding window); None sees all.
         rotation: rotary embedding of q and k, done on the way into the kernels; gradients are those of the
             unrotated q and k.
-        deterministic: backward with the same bits each time. Always so on the CPU; on a GPU the default follows
-            torch.are_deterministic_algorithms_enabled().
+        deterministic: flash-attn's backward with the same bits each time; by default as
+            torch.are_deterministic_algorithms_enabled(). Ours always is deterministic; the other backends do not ask.
         backend: "auto", or one of `meditron_train.native.backends.BACKENDS`.
 
     Returns:
@@ -88,7 +88,7 @@ def packed_attention(
     if rotation is not None:
         rotation.check(q_TND, k_SKD)
     if deterministic is None:
-        deterministic = q_TND.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        deterministic = torch.are_deterministic_algorithms_enabled()
     problem = Problem(
         q_TND,
         k_SKD,

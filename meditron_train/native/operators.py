@@ -31,7 +31,8 @@ LOAD_ERROR = load()
 
 
 def instruction_sets() -> list[str]:
-    """What the CPU kernels can use on this processor, best first: "avx512", "avx2", "portable"."""
+    """What the CPU kernels can use on this processor, best first: "avx512bf16" (bfloat16 products of attention; all
+    else as avx512), "avx512", "avx2", "portable"."""
     return str(torch.ops.meditron.cpu_instruction_sets()).split()
 
 
@@ -55,7 +56,6 @@ def attend(problem: Problem, instruction_set: str | None = None) -> torch.Tensor
         rotation.k_positions_S if rotation else None,
         problem.softmax_scale,
         problem.window or 0,
-        problem.deterministic,
         instruction_set,
     )
     return out_TND

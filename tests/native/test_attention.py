@@ -227,7 +227,6 @@ def operator_arguments(case, requires_grad=True):
         *((None,) * 4 if rotation is None else (rotation.cos_PC, rotation.sin_PC, None, None)),
         0.125,
         case.window or 0,
-        True,
         None,
     )
 
@@ -353,7 +352,7 @@ OPERATOR_BAD = {
     "shape": (1, torch.zeros(17, 2, 32), r"k has the shape \[17, 2, 32\]"),
     "positions": (7, torch.full((17,), 17), r"q_positions\[0\] is 17, but cos and sin have 17 rows"),
     "negative position": (8, torch.full((17,), -1), r"k_positions\[0\] is -1"),
-    "instruction set": (12, "avx1024", "instruction set 'avx1024' is not one of: "),
+    "instruction set": (11, "avx1024", "instruction set 'avx1024' is not one of: "),
     "window": (10, -1, "window is -1"),
 }
 

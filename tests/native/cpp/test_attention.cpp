@@ -137,7 +137,7 @@ void check(const char* instruction_set, DType dtype) {
     std::vector<int64_t> q_rows(static_cast<size_t>(num_queries), 2), k_rows(static_cast<size_t>(num_keys), 2);
     p.cos = p.sin = angles.data(), p.q_positions = q_rows.data(), p.k_positions = k_rows.data();
     cpu_attention_backward(
-        {p, q.view(), k.view(), v.view(), out.view(), grad.view(), dq.view(), dk.view(), dv.view(), lse.data(), true},
+        {p, q.view(), k.view(), v.view(), out.view(), grad.view(), dq.view(), dk.view(), dv.view(), lse.data()},
         instruction_set, threads);
 }
 

@@ -46,7 +46,6 @@ struct AttentionBackward {
     AttentionProblem problem;
     Heads q, k, v, out, grad_out, dq, dk, dv;
     const float* lse;
-    bool deterministic;
 };
 
 }  // namespace meditron

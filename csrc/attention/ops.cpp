@@ -3,7 +3,6 @@
 //
 // Everything an operator is given is checked here, also values, as a wrong boundary would read outside the tensors.
 
-#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -91,6 +90,7 @@ struct Inputs {
         check_like(k, "k", q, k.size(0), num_kv_heads);
         check_like(v, "v", q, k.size(0), num_kv_heads);
         if (window < 0) refuse("window is ", window, "; it is a number of keys, or 0 for all");
+        window = std::min(window, k.size(0));  // more keys there are not, and the kernels add to it
         cu_queries = boundaries(cu_seqlens_q, "cu_seqlens", q.size(0));
         cu_keys = boundaries(cu_seqlens_k, "cu_seqlens_kv", k.size(0));
         if (cu_queries.size() != cu_keys.size())
@@ -131,7 +131,7 @@ private:
             if (table.scalar_type() != ScalarType::Float) refuse("cos and sin must be float32");
             if (!(table.device() == q.device())) refuse("cos and sin must be on the device of q");
         }
-        cos = torch::stable::contiguous(cosines), sin = torch::stable::contiguous(*sines);
+        cos = aligned_table(cosines), sin = aligned_table(*sines);
         q_positions = checked_positions(positions_q, "q_positions", q.size(0), cosines.size(0));
         k_positions = checked_positions(positions_k, "k_positions", k.size(0), cosines.size(0));
         problem.cos = static_cast<const float*>(cos->const_data_ptr());
@@ -140,6 +140,12 @@ private:
             return x ? static_cast<const int64_t*>(x->const_data_ptr()) : nullptr;
         };
         problem.q_positions = data(q_positions), problem.k_positions = data(k_positions);
+    }
+
+    // The CUDA kernels load 16 bytes at a time.
+    static Tensor aligned_table(const Tensor& x) {
+        const Tensor dense = torch::stable::contiguous(x);
+        return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);
     }
 
     OptionalTensor checked_positions(const OptionalTensor& positions, const char* name, int64_t tokens, int64_t rows) {
@@ -186,7 +192,7 @@ void check_cpu(const AttentionProblem& problem) {
 
 std::tuple<Tensor, Tensor> forward_cpu(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_kv,
                                        OptionalTensor cos, OptionalTensor sin, OptionalTensor q_positions,
-                                       OptionalTensor k_positions, double softmax_scale, int64_t window, bool,
+                                       OptionalTensor k_positions, double softmax_scale, int64_t window,
                                        std::optional<std::string> instruction_set) {
     const Inputs in(q, k, v, cu_seqlens, cu_seqlens_kv, cos, sin, q_positions, k_positions, softmax_scale, window);
     check_cpu(in.problem);
@@ -214,10 +220,9 @@ struct BackwardInputs : Inputs {
         dq = empty_like_heads(q), dk = empty_like_heads(k), dv = empty_like_heads(v);
     }
 
-    meditron::AttentionBackward arguments(bool deterministic) const {
+    meditron::AttentionBackward arguments() const {
         return {problem,         heads(q),  heads(k),  heads(v),  heads(out),
-                heads(grad_out), heads(dq), heads(dk), heads(dv), static_cast<const float*>(lse.const_data_ptr()),
-                deterministic};
+                heads(grad_out), heads(dq), heads(dk), heads(dv), static_cast<const float*>(lse.const_data_ptr())};
     }
 };
 
@@ -225,11 +230,11 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(Tensor grad_out, Tensor out, Ten
                                                 Tensor cu_seqlens, Tensor cu_seqlens_kv, OptionalTensor cos,
                                                 OptionalTensor sin, OptionalTensor q_positions,
                                                 OptionalTensor k_positions, double softmax_scale, int64_t window,
-                                                bool deterministic, std::optional<std::string> instruction_set) {
+                                                std::optional<std::string> instruction_set) {
     const BackwardInputs in(grad_out, out, lse, q, k, v, cu_seqlens, cu_seqlens_kv, cos, sin, q_positions, k_positions,
                             softmax_scale, window);
     check_cpu(in.problem);
-    meditron::cpu_attention_backward(in.arguments(deterministic), c_string(instruction_set), torch_threads());
+    meditron::cpu_attention_backward(in.arguments(), c_string(instruction_set), torch_threads());
     return {in.dq, in.dk, in.dv};
 }
 
@@ -273,7 +278,7 @@ void run_cuda(const Tensor& q, const Arguments& arguments, int64_t (*workspace_b
 
 std::tuple<Tensor, Tensor> forward_cuda(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_kv,
                                         OptionalTensor cos, OptionalTensor sin, OptionalTensor q_positions,
-                                        OptionalTensor k_positions, double softmax_scale, int64_t window, bool,
+                                        OptionalTensor k_positions, double softmax_scale, int64_t window,
                                         std::optional<std::string>) {
     const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
     Inputs in(q, k, v, cu_seqlens, cu_seqlens_kv, cos, sin, q_positions, k_positions, softmax_scale, window);
@@ -289,12 +294,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_cuda(Tensor grad_out, Tensor out, Te
                                                  Tensor cu_seqlens, Tensor cu_seqlens_kv, OptionalTensor cos,
                                                  OptionalTensor sin, OptionalTensor q_positions,
                                                  OptionalTensor k_positions, double softmax_scale, int64_t window,
-                                                 bool deterministic, std::optional<std::string>) {
+                                                 std::optional<std::string>) {
     const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
     BackwardInputs in(grad_out, out, lse, q, k, v, cu_seqlens, cu_seqlens_kv, cos, sin, q_positions, k_positions,
                       softmax_scale, window);
     for (Tensor* x : {&in.q, &in.k, &in.v, &in.out, &in.grad_out}) *x = aligned(*x);
-    run_cuda<meditron::AttentionBackward>(q, in.arguments(deterministic), meditron_cuda_attention_backward_workspace,
+    run_cuda<meditron::AttentionBackward>(q, in.arguments(), meditron_cuda_attention_backward_workspace,
                                           meditron_cuda_attention_backward);
     return {in.dq, in.dk, in.dv};
 }
@@ -316,7 +321,7 @@ bool built_with_cuda() {
 #define MEDITRON_ATTENTION_INPUTS                                                                       \
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_kv, Tensor? cos, Tensor? sin, " \
     "Tensor? q_positions, Tensor? k_positions, float softmax_scale, int window, "                       \
-    "bool deterministic, str? instruction_set"
+    "str? instruction_set"
 
 STABLE_TORCH_LIBRARY(meditron, library) {
     library.def("packed_attention(" MEDITRON_ATTENTION_INPUTS ") -> (Tensor, Tensor)");

@@ -21,8 +21,8 @@ T load(const uint8_t* from) {  // ids may lie at any byte
     return value;
 }
 
-// Copies `count` >= 1 ids and everything that follows from them but the last label. Returns the largest id, read as
-// unsigned, so that a negative one is very large.
+// Copies `count` >= 1 ids and everything that follows from them but the last label. Returns the largest id, where a
+// negative one counts as 2^63 or more.
 template <class T>
 [[gnu::always_inline]] inline uint64_t copy_loop(const uint8_t* __restrict__ from, int64_t count,
                                                  int32_t* __restrict__ tokens, int32_t* __restrict__ labels,
@@ -41,7 +41,8 @@ template <class T>
     const T token = load<T>(from + (count - 1) * static_cast<int64_t>(sizeof(T)));
     tokens[count - 1] = static_cast<int32_t>(token);
     positions[count - 1] = static_cast<int32_t>(count - 1);
-    return std::max(largest, static_cast<Unsigned>(token));
+    // As T again, what was negative is so in 64 bits, too.
+    return static_cast<uint64_t>(static_cast<T>(std::max(largest, static_cast<Unsigned>(token))));
 }
 
 using Copy = uint64_t (*)(const uint8_t*, int64_t, int32_t*, int32_t*, int32_t*, uint8_t*);
@@ -107,8 +108,9 @@ void fetch_ahead(const Segment& segment, int64_t item_size) {
 // One sample after the other into the arrays of a micro-batch.
 class Writer {
 public:
-    Writer(const BatchArrays& out, int64_t vocab_size)
-        : out_(out), limit_(vocab_size > 0 ? static_cast<uint64_t>(vocab_size) : uint64_t{1} << 31), cu_seqlens_{0} {}
+    Writer(const BatchArrays& out, int64_t vocab_size) : out_(out), limit_(uint64_t{1} << 31), cu_seqlens_{0} {
+        if (vocab_size > 0) limit_ = std::min(limit_, static_cast<uint64_t>(vocab_size));
+    }
 
     // `next` are the segments of the sample after this one, in a file of items of next_item_size bytes.
     void write(const std::vector<Segment>& segments, const TokenFile& file, int64_t sample, int64_t sample_end,

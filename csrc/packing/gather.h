@@ -35,7 +35,7 @@ struct BadToken : std::runtime_error {
 // Writes num_samples samples of seq_len tokens one after the other and returns where their segments begin, with the
 // total at the end. Labels are the next token of the same document, also beyond the segment's end; where the document
 // ends, label and mask are 0. Positions count from 0 in each segment. Room that is left in a sample becomes one padding
-// segment of zeros. Ids must be below vocab_size (0: below 2^31), else BadToken is thrown.
+// segment of zeros. Ids must be below vocab_size (0: no limit) and 2^31, else BadToken is thrown.
 std::vector<int32_t> gather(const SampleRef* samples, int64_t num_samples, int64_t seq_len, int64_t vocab_size,
                             const BatchArrays& out);
 

@@ -144,6 +144,9 @@ Array<int64_t> cut_stream(const Number* lengths, int64_t count, int64_t seq_len,
         add_tokens(tokens_before[block], tokens_before[block - 1]);
 
     const int64_t num_samples = rounded_up(tokens_before.back(), seq_len);
+    if (num_samples > std::numeric_limits<int64_t>::max() / 4)
+        throw std::invalid_argument("the documents give " + std::to_string(num_samples) +
+                                    " samples, more than any memory holds");
     Array<int64_t> boundaries(2 * (num_samples + 1));
     parallel_for(blocks.count, threads, [&](int64_t block) {
         cut_block(lengths, blocks.begin(block), blocks.begin(block + 1), tokens_before[static_cast<size_t>(block)],

@@ -248,8 +248,8 @@ class TrainSection(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass."""
     attention: Literal["auto", "native", "flash_attn", "transformer_engine", "sdpa"] = "auto"
-    """Who computes attention. native: our fused kernels; sdpa: PyTorch, document by document; auto: the fastest that is
-    there and right on this device (`meditron-train doctor` shows which)."""
+    """Who computes attention. native: our fused kernels; sdpa: PyTorch, document by document; auto: the first of a
+    fixed order that is there and right on this device (`meditron-train doctor` shows which)."""
     seed: Int = 1234
     """Seed of fresh weights and of everything random but the data order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

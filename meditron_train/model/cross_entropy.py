@@ -50,5 +50,4 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         (grad_T,) = grads
         logits_TV, column_T, max_T, sum_T = ctx.saved_tensors
         softmax_gradient_(logits_TV, column_T, max_T, grad_T / sum_T, grad_T, ctx.num_real)
-        torch.autograd.graph.increment_version(logits_TV)  # a second backward must not take it for logits
         return logits_TV, None, None, None

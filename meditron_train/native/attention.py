@@ -68,8 +68,8 @@ def packed_attention(
         window: each query sees at most this many keys, its own included (sliding window); None sees all.
         rotation: rotary embedding of q and k, done on the way into the kernels; gradients are those of the
             unrotated q and k.
-        deterministic: backward with the same bits each time. Always so on the CPU; on a GPU the default follows
-            torch.are_deterministic_algorithms_enabled().
+        deterministic: flash-attn's backward with the same bits each time; by default as
+            torch.are_deterministic_algorithms_enabled(). Ours always is deterministic; the other backends do not ask.
         backend: "auto", or one of `meditron_train.native.backends.BACKENDS`.
 
     Returns:
@@ -88,7 +88,7 @@ def packed_attention(
     if rotation is not None:
         rotation.check(q_TND, k_SKD)
     if deterministic is None:
-        deterministic = q_TND.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        deterministic = torch.are_deterministic_algorithms_enabled()
     problem = Problem(
         q_TND,
         k_SKD,
@@ -100,8 +100,16 @@ def packed_attention(
         rotation,
         deterministic,
     )
-    chosen = choose_backend(backend, q_TND.device, q_TND.dtype, q_TND.shape[2])
+    wish = _wish(backend, q_TND.device, problem.softmax_scale)
+    chosen = choose_backend(wish, q_TND.device, q_TND.dtype, q_TND.shape[2])
+    if q_TND.shape[0] == 0:  # not every backend takes nothing; the sums of nothing keep k and v in the graph
+        return q_TND + k_SKD[:0].sum() + v_SKD[:0].sum()
     return BACKENDS[chosen].attend(problem)
+
+
+def _wish(backend: str, device: torch.device, softmax_scale: float) -> str:
+    """Fused kernels for GPUs take the largest product for the largest score: true of positive scales only."""
+    return "sdpa" if backend == "auto" and device.type == "cuda" and not softmax_scale > 0 else backend
 
 
 def _check_tensors(q_TND: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor, window: int | None) -> None:
@@ -110,6 +118,8 @@ def _check_tensors(q_TND: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor
             "packed_attention wants q [T, N, D] and k, v [S, K, D] with the same D; got "
             f"q {tuple(q_TND.shape)}, k {tuple(k_SKD.shape)}, v {tuple(v_SKD.shape)}"
         )
+    if q_TND.shape[2] == 0:
+        raise ValueError(f"the heads have no channels: q is {tuple(q_TND.shape)}")
     if k_SKD.shape[1] == 0 or q_TND.shape[1] % k_SKD.shape[1] != 0:
         raise ValueError(
             f"{q_TND.shape[1]} query heads are not a multiple of {k_SKD.shape[1]} key/value heads"
@@ -120,9 +130,10 @@ def _check_tensors(q_TND: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor
         raise ValueError(
             f"q, k and v are on different devices: {q_TND.device}, {k_SKD.device}, {v_SKD.device}"
         )
-    if window is not None and window < 1:
+    if window is not None and (not isinstance(window, int) or not 1 <= window < 2**63):
         raise ValueError(
-            f"window is {window}; it counts the query's own token, so it is at least 1 (or None)"
+            f"window is {window!r}; it is a number of keys with the query's own among them: an int from 1 to 2^63 - 1, "
+            "or None for all"
         )
 
 
@@ -145,6 +156,8 @@ def _lengths(cu_seqlens: torch.Tensor, total: int, name: str) -> list[int]:
         raise ValueError(
             f"{name} is on {cu_seqlens.device}; keep it on the CPU, as reading it there would wait for the device"
         )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64, not {cu_seqlens.dtype}")
     bounds = cu_seqlens.tolist()
     if cu_seqlens.dim() != 1 or not bounds or bounds[0] != 0:
         raise ValueError(f"{name} must be a 1-D tensor that starts at 0; got {bounds!r}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from meditron_train.native.operators import LOAD_ERROR
+from meditron_train.native.operators import LOAD_ERROR, differentiable_once
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}  # logits in fp32 at a time: a core's cache, and 64 MiB
@@ -81,11 +81,14 @@ def softmax_gradient_(
 ) -> None:
     """Overwrite logits with exp(logit - largest) · scale, less grad at the label's column; 0 from `num_real` on.
 
+    Autograd is told: a backward that still needs the logits raises RuntimeError.
+
     Args:
         logits_TV: contiguous. column_T: as above. largest_T, scale_T, grad_T: fp32.
     """
     if _has_kernel(logits_TV):
         torch.ops.meditron.cross_entropy_backward_(logits_TV, column_T, largest_T, scale_T, grad_T, num_real)
+        torch.autograd.graph.increment_version(logits_TV)  # torch's own operators do so themselves
         return
     here_T = (column_T >= 0) & (column_T < num_real)
     for rows in _blocks(logits_TV):
@@ -146,6 +149,8 @@ def _describe_operators() -> None:
     fake("cross_entropy_backward_", lambda *_: None)
     torch.library.register_autograd("meditron::rms_norm", _norm_backward, setup_context=_save_norm)
     torch.library.register_autograd("meditron::swiglu", _swiglu_backward, setup_context=_save_swiglu)
+    differentiable_once("rms_norm")
+    differentiable_once("swiglu")
 
 
 if LOAD_ERROR is None:

@@ -31,7 +31,8 @@ LOAD_ERROR = load()
 
 
 def instruction_sets() -> list[str]:
-    """What the CPU kernels can use on this processor, best first: "avx512", "avx2", "portable"."""
+    """What the CPU kernels can use on this processor, best first: "avx512bf16" (bfloat16 products of attention; all
+    else as avx512), "avx512", "avx2", "portable"."""
     return str(torch.ops.meditron.cpu_instruction_sets()).split()
 
 
@@ -55,7 +56,6 @@ def attend(problem: Problem, instruction_set: str | None = None) -> torch.Tensor
         rotation.k_positions_S if rotation else None,
         problem.softmax_scale,
         problem.window or 0,
-        problem.deterministic,
         instruction_set,
     )
     return out_TND
@@ -78,6 +78,15 @@ def _backward_shapes(
     return q_TND.new_empty(q_TND.shape), k_SKD.new_empty(k_SKD.shape), v_SKD.new_empty(v_SKD.shape)
 
 
+def differentiable_once(operator: str) -> None:
+    """Have the gradient of `operator`'s gradient raise: autograd would take it for zero, in silence."""
+
+    def refuse(_ctx: Any, *_grads: Any) -> None:
+        raise RuntimeError(f"{operator} can be differentiated once")
+
+    torch.library.register_autograd(f"meditron::{operator}_backward", refuse)
+
+
 _NUM_TENSORS = 9  # q, k, v, two boundaries, cos, sin, two positions
 
 
@@ -96,3 +105,4 @@ if LOAD_ERROR is None:
     torch.library.register_fake("meditron::packed_attention", _forward_shapes)
     torch.library.register_fake("meditron::packed_attention_backward", _backward_shapes)
     torch.library.register_autograd("meditron::packed_attention", _backward, setup_context=_save_for_backward)
+    differentiable_once("packed_attention")

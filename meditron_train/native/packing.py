@@ -149,7 +149,7 @@ def gather(
 
     Labels are the next token of the same document, also beyond the segment's end; where the document ends, label
     and mask are 0. Positions count from 0 in each segment. Room that is left in a sample becomes one padding
-    segment of zeros. Ids must be below vocab_size (0: below 2^31), else BadToken is raised and the arrays are
+    segment of zeros. Ids must be below vocab_size (0: no limit) and 2^31, else BadToken is raised and the arrays are
     incomplete.
 
     Returns cu_seqlens of every micro-batch of samples_per_micro_batch samples, int32 one after the other, each from

@@ -27,15 +27,19 @@ class Rotation:
     k_positions_S: torch.Tensor | None = None
 
     def check(self, q_TND: torch.Tensor, k_SKD: torch.Tensor) -> None:
-        """Raise ValueError where shapes or dtypes do not fit."""
-        num_rows, channels = self.cos_PC.shape
-        if self.cos_PC.shape != self.sin_PC.shape or 2 * channels != q_TND.shape[2]:
+        """Raise ValueError where shapes, dtypes, devices or (on the CPU) positions do not fit."""
+        shape = self.cos_PC.shape
+        if shape != self.sin_PC.shape or len(shape) != 2 or 2 * shape[1] != q_TND.shape[2]:
             raise ValueError(
                 f"cos and sin must both be [positions, {q_TND.shape[2] / 2:g}] for heads of {q_TND.shape[2]}; got "
                 f"{tuple(self.cos_PC.shape)} and {tuple(self.sin_PC.shape)}"
             )
         if self.cos_PC.dtype != torch.float32 or self.sin_PC.dtype != torch.float32:
             raise ValueError(f"cos and sin must be float32, not {self.cos_PC.dtype} and {self.sin_PC.dtype}")
+        for name, tensor in vars(self).items():
+            if tensor is not None and tensor.device != q_TND.device:
+                raise ValueError(f"{name} is on {tensor.device}, but q is on {q_TND.device}")
+        num_rows = shape[0]
         for name, positions, tokens in (
             ("q_positions", self.q_positions_T, q_TND.shape[0]),
             ("k_positions", self.k_positions_S, k_SKD.shape[0]),
@@ -46,6 +50,14 @@ class Rotation:
                 raise ValueError(
                     f"{name} must be int64 [{tokens}], not {positions.dtype} {tuple(positions.shape)}"
                 )
+            # What torch.compile traces has no values yet; the operator itself checks them again.
+            if positions is not None and positions.device.type == "cpu" and not torch.compiler.is_compiling():
+                outside = (positions < 0) | (positions >= num_rows)
+                if outside.any():
+                    where = int(outside.nonzero()[0])
+                    raise ValueError(
+                        f"{name}[{where}] is {int(positions[where])}, but cos and sin have {num_rows} rows"
+                    )
 
     def apply(self, x_TND: torch.Tensor, positions_T: torch.Tensor | None) -> torch.Tensor:
         """x turned, in its own dtype: for backends that do not rotate themselves."""

@@ -12,9 +12,7 @@ from meditron_train.native.problem import Problem
 
 
 def attend(problem: Problem) -> torch.Tensor:
-    """Returns [T, N, D]."""
-    if problem.q_TND.shape[0] == 0:
-        return torch.zeros_like(problem.q_TND)
+    """Returns [T, N, D]; there is at least one query."""
     q_TND, k_SKD = problem.rotated()
     query_lengths, key_lengths = problem.cu_seqlens.diff().tolist(), problem.cu_seqlens_kv.diff().tolist()
     outputs = [

@@ -58,7 +58,6 @@ class AttentionBackward(ctypes.Structure):
         ("problem", AttentionProblem),
         *((name, Heads) for name in ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")),
         ("lse", ctypes.c_void_p),
-        ("deterministic", ctypes.c_bool),
     ]
 
 
@@ -168,12 +167,11 @@ class Emulator:
         lse: torch.Tensor,
         grads: tuple[torch.Tensor, ...],
         packing: Packing,
-        deterministic: bool = True,
     ) -> None:
         """tensors: q, k, v, out, grad_out; grads: dq, dk, dv, filled."""
         problem, _keep_alive = _problem(*tensors[:2], packing)
         heads = map(_heads, (*tensors, *grads))
-        given = AttentionBackward(problem, *heads, lse.data_ptr(), deterministic)
+        given = AttentionBackward(problem, *heads, lse.data_ptr())
         self._call("backward", given, [*tensors, lse])
 
     def _call(self, way: str, given: ctypes.Structure, readable: list[torch.Tensor]) -> None:

@@ -41,7 +41,7 @@ def test_the_choice_is_logged_once_with_the_reasons(messages):
     )
 
 
-@pytest.mark.parametrize("dtype, head_dim", [(torch.float64, 64), (torch.float32, 24)])
+@pytest.mark.parametrize("dtype, head_dim", [(torch.float64, 64), (torch.float32, 24), (torch.float32, 528)])
 def test_what_no_kernel_takes_goes_to_pytorch(messages, dtype, head_dim):
     assert backends.choose_backend("auto", CPU, dtype, head_dim) == "sdpa"
     assert "native: " in messages[0]
@@ -69,6 +69,13 @@ def test_self_test_passes_ours_and_finds_wrong_ones():
         whole = torch.tensor([0, problem.q_TND.shape[0]])
         return sdpa.attend(Problem(**{**vars(problem), "cu_seqlens": whole, "cu_seqlens_kv": whole}))
 
+    def ignores_the_window(problem):
+        return sdpa.attend(Problem(**{**vars(problem), "window": None}))
+
+    def ignores_the_boundaries_of_keys(problem):
+        keys = {name: vars(problem)[name][: len(problem.q_TND)] for name in ("k_SKD", "v_SKD")}
+        return sdpa.attend(Problem(**{**vars(problem), **keys, "cu_seqlens_kv": problem.cu_seqlens}))
+
     def wrong_gradient(problem):
         return sdpa.attend(Problem(**{**vars(problem), "k_SKD": problem.k_SKD.detach() + 0 * problem.k_SKD}))
 
@@ -82,8 +89,16 @@ def test_self_test_passes_ours_and_finds_wrong_ones():
     assert verdict(sdpa.attend) is None
     assert "output differs" in verdict(wrong_scale)
     assert "output differs" in verdict(leaks)
+    assert "output differs" in verdict(ignores_the_window)
+    assert "output differs" in verdict(ignores_the_boundaries_of_keys)
     assert "dk differs" in verdict(wrong_gradient)
     assert verdict(crashes) == "its self-test failed: RuntimeError: no kernel image"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_self_test_needs_no_training_around_it(mode):
+    with mode():
+        assert self_test(BACKENDS["native"], CPU, torch.bfloat16, 64) is None
 
 
 def problem_of(case):

@@ -84,7 +84,7 @@ torch.ops.load_library({str(build.library)!r})
 operators = torch.ops.meditron
 q, k, v = torch.randn(3, 10, 2, 64)
 cu_seqlens = torch.tensor([0, 4, 10])
-out, _ = operators.packed_attention(q, k, v, cu_seqlens, cu_seqlens, None, None, None, None, 0.125, 0, True, None)
+out, _ = operators.packed_attention(q, k, v, cu_seqlens, cu_seqlens, None, None, None, None, 0.125, 0, None)
 torch.testing.assert_close(out[0], v[0])  # the first token sees itself alone
 print(operators.built_with_cuda())
 """

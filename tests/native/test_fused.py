@@ -219,6 +219,25 @@ def test_compiles_without_a_graph_break():
     assert torch.equal(torch.autograd.grad(compiled(x), x)[0], torch.autograd.grad(function(x), x)[0])
 
 
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu"])
+def test_a_second_derivative_is_refused(name):
+    x, weight = random((3, 10), torch.float32, 0).requires_grad_(), random((10,), torch.float32, 1)
+    out = rms_norm(x, weight, EPS) if name == "rms_norm" else swiglu(x)
+    (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{name} can be differentiated once"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_overwritten_logits_are_not_taken_for_logits(dtype):
+    weight = torch.ones(3, 10, dtype=dtype, requires_grad=True)
+    logits = random((3, 10), dtype, 0)
+    product = (weight * logits).sum()
+    softmax_gradient_(logits, COLUMNS, STATISTIC, STATISTIC, STATISTIC, 10)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
 X, WEIGHT, COLUMNS, STATISTIC = (
     torch.zeros(3, 10),
     torch.ones(10),

@@ -198,6 +198,8 @@ class TestConcat:
             packing.concat_index([-1], 4)
         with pytest.raises(ValueError, match="more than 2\\^63"):
             packing.concat_index([2**62, 2**62], 4)
+        with pytest.raises(ValueError, match="9223372036854775807 samples, more than any memory holds"):
+            packing.concat_index([2**63 - 1], 1)
 
     @given(st.lists(st.integers(0, 50), max_size=20), st.integers(1, 16))
     @settings(deadline=None)
@@ -510,8 +512,11 @@ class TestGather:
     @pytest.mark.parametrize(
         ("vocab_size", "token", "seq_len"), [(2, 2, 1), (2, 2, 2), (0, -1, 2), (3, -1, 3), (0, -1, 3)]
     )
-    def test_names_a_bad_token(self, vocab_size: int, token: int, seq_len: int) -> None:
-        file = file_of([1, 3], np.array([0, 1, 2, -1], dtype="<i4").tobytes(), 4)
+    @pytest.mark.parametrize(("dtype_code", "dtype"), [(2, "<i1"), (3, "<i2"), (4, "<i4"), (5, "<i8")])
+    def test_names_a_bad_token(
+        self, dtype_code: int, dtype: str, vocab_size: int, token: int, seq_len: int
+    ) -> None:
+        file = file_of([1, 3], np.array([0, 1, 2, -1], dtype=dtype).tobytes(), dtype_code)
         index = bins(file, [0, 1], [0, 0], [0, 1, 2], seq_len)  # a label counts too
         with pytest.raises(packing.BadToken) as caught:
             packing.gather(
@@ -519,11 +524,13 @@ class TestGather:
             )
         assert caught.value.args == (1, 1, token)
 
+    @pytest.mark.parametrize("vocab_size", [0, 2**40])
     @pytest.mark.parametrize("token", [2**31, 2**32, 2**32 + 1, 2**63 - 1])
-    def test_ids_of_64_bits_are_not_cut_off(self, token: int) -> None:
+    def test_ids_of_64_bits_are_not_cut_off(self, token: int, vocab_size: int) -> None:
         file = file_of([2], np.array([1, token], dtype="<i8").tobytes(), 5)
+        index = bins(file, [0], [0], [0, 1])
         with pytest.raises(packing.BadToken):
-            packing.gather([bins(file, [0], [0], [0, 1])], np.array([0]), np.array([0]), 1, 0, **outputs(4))
+            packing.gather([index], np.array([0]), np.array([0]), 1, vocab_size, **outputs(4))
 
     def test_wrong_outputs(self) -> None:
         with pytest.raises(ValueError, match="labels has 3 elements instead of 4"):

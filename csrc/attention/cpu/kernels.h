@@ -17,7 +17,6 @@ struct AttentionUnit {
 
 struct CpuKernels {
     const char* name;
-    int64_t vector_floats;  // head sizes must be a multiple
     // Floats of scratch memory (64-byte aligned) for documents of at most this many queries and keys.
     int64_t (*forward_scratch)(const AttentionProblem&, int64_t max_queries, int64_t max_keys);
     int64_t (*backward_scratch)(const AttentionProblem&, int64_t max_queries, int64_t max_keys);

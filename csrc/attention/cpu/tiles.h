@@ -396,11 +396,7 @@ inline int64_t backward_scratch(const AttentionProblem& p, int64_t max_queries, 
 }
 
 constexpr CpuKernels make_kernels(const char* name) {
-    return {name,
-            VL,
-            forward_scratch,
-            backward_scratch,
-            run_unit<Forward, AttentionForward>,
+    return {name, forward_scratch, backward_scratch, run_unit<Forward, AttentionForward>,
             run_unit<Backward, AttentionBackward>};
 }
 

@@ -113,11 +113,14 @@ void read_samples(Random& random, const TokenFile& file, const std::vector<int64
         const auto tokens = std::make_unique<int32_t[]>(size), labels = std::make_unique<int32_t[]>(size),
                    positions = std::make_unique<int32_t[]>(size);
         const auto loss_mask = std::make_unique<uint8_t[]>(size);
+        const int64_t vocab_size = uniform(random, 0, 1) * 200;
         try {
             const std::vector<int32_t> cu_seqlens =
-                gather(samples.data(), count, seq_len, uniform(random, 0, 1) * 200,
+                gather(samples.data(), count, seq_len, vocab_size,
                        {tokens.get(), labels.get(), positions.get(), loss_mask.get()});
             CHECK(cu_seqlens.front() == 0 && cu_seqlens.back() == count * seq_len);
+            for (size_t i = 0; i < size; ++i)
+                for (const int32_t id : {tokens[i], labels[i]}) CHECK(id >= 0 && (vocab_size == 0 || id < vocab_size));
             ++counts.gathered;
         } catch (const std::out_of_range&) {
             ++counts.refused_samples;

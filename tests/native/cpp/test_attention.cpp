@@ -1,6 +1,7 @@
 // Random problems of packed attention on the CPU in buffers of exactly their size, for the sanitizers, against double
 // precision.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "attention/cpu/cpu.h"
+#include "check.h"
 
 using namespace meditron;
 
@@ -58,6 +60,14 @@ struct Side {
     Heads view() {
         void* data = dtype == DType::float32 ? static_cast<void*>(floats.data()) : halves.data();
         return {data, heads * dim, dim};
+    }
+    void fill_with_nan() {
+        std::fill(floats.begin(), floats.end(), std::nanf(""));
+        std::fill(halves.begin(), halves.end(), uint16_t{0x7fc0});
+    }
+    bool is_finite() const {
+        return std::all_of(floats.begin(), floats.end(), [](float x) { return std::isfinite(x); }) &&
+               std::all_of(halves.begin(), halves.end(), [](uint16_t x) { return std::isfinite(from_bfloat16(x)); });
     }
     double value(int64_t t, int64_t h, int64_t c) const {
         const auto at = static_cast<size_t>((t * heads + h) * dim + c);
@@ -111,9 +121,12 @@ void check(const char* instruction_set, DType dtype) {
     Side out(num_queries, p.num_heads, dim, dtype), grad(num_queries, p.num_heads, dim, dtype);
     Side dq(num_queries, p.num_heads, dim, dtype), dk(num_keys, kv_heads, dim, dtype),
         dv(num_keys, kv_heads, dim, dtype);
-    std::vector<float> lse(static_cast<size_t>(p.num_heads * num_queries));
+    std::vector<float> lse(static_cast<size_t>(p.num_heads * num_queries), std::nanf(""));
+    for (Side* result : {&out, &dq, &dk, &dv}) result->fill_with_nan();
     const Threads threads{static_cast<int>(draw(1, 3)), run_threads};
     cpu_attention_forward({p, q.view(), k.view(), v.view(), out.view(), lse.data()}, instruction_set, threads);
+    CHECK(out.is_finite());
+    CHECK(std::all_of(lse.begin(), lse.end(), [](float x) { return std::isfinite(x); }));
 
     for (int64_t document = 0; document < num_documents; ++document) {
         for (int64_t query = 0; query < cu_queries[static_cast<size_t>(document) + 1] - p.cu_queries[document];
@@ -132,13 +145,16 @@ void check(const char* instruction_set, DType dtype) {
     }
 
     // The gradients' values are compared in Python; here every one must be written, and nothing else read or written. A
-    // rotation by the tables' last row is in it.
-    std::vector<float> angles = normal(dim / 2 * 3);
+    // rotation by the tables' last row is in it; the same for queries and keys, it leaves out and lse as they are.
+    std::vector<float> cosines, sines;
+    for (const float angle : normal(dim / 2 * 3)) cosines.push_back(std::cos(angle)), sines.push_back(std::sin(angle));
     std::vector<int64_t> q_rows(static_cast<size_t>(num_queries), 2), k_rows(static_cast<size_t>(num_keys), 2);
-    p.cos = p.sin = angles.data(), p.q_positions = q_rows.data(), p.k_positions = k_rows.data();
+    p.cos = cosines.data(), p.sin = sines.data();
+    p.q_positions = q_rows.data(), p.k_positions = k_rows.data();
     cpu_attention_backward(
-        {p, q.view(), k.view(), v.view(), out.view(), grad.view(), dq.view(), dk.view(), dv.view(), lse.data(), true},
+        {p, q.view(), k.view(), v.view(), out.view(), grad.view(), dq.view(), dk.view(), dv.view(), lse.data()},
         instruction_set, threads);
+    for (const Side* result : {&dq, &dk, &dv}) CHECK(result->is_finite());
 }
 
 }  // namespace

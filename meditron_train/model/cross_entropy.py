@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from meditron_train.native import softmax_gradient_, softmax_statistics
 
@@ -46,6 +47,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         return sum_T.log() + max_T - label_T
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (grad_T,) = grads
         logits_TV, column_T, max_T, sum_T = ctx.saved_tensors

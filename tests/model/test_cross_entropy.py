@@ -70,5 +70,11 @@ def test_the_forward_leaves_the_logits_and_only_one_backward_is_allowed(tmp_path
         loss.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+        loss = (
+            VocabParallelCrossEntropy.apply(logits * 1, labels, VOCAB_SIZE, dist.group.WORLD).square().sum()
+        )
+        (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            (gradient.sum() + logits.sum()).backward()
     finally:
         dist.destroy_process_group()

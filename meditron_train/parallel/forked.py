@@ -48,7 +48,7 @@ def rejoin(mesh: Mesh, port: int, *, timeout_s: float) -> Mesh:
         layout.pipeline,
         layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         context_parallel_size=layout.context,
-        distributed_timeout_minutes=max(1, int(timeout_s) // 60),
+        distributed_timeout_minutes=timeout_s / 60,
         create_gloo_process_groups=False,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -146,7 +146,7 @@ def initialize(
         layout.pipeline,
         layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         context_parallel_size=layout.context,
-        distributed_timeout_minutes=max(1, timeout_s // 60),
+        distributed_timeout_minutes=timeout_s / 60,
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -37,7 +37,7 @@ from meditron_train.convert.side import (
     open_side,
     row_blocks,
 )
-from meditron_train.errors import UserError
+from meditron_train.errors import MeditronError, UserError
 
 AnySide = HFSide | MegatronSide | ForeignSide | ManifestSide
 
@@ -194,10 +194,12 @@ def _compare_values(side_a: AnySide, side_b: AnySide, name: str, dtype: torch.dt
         for rows in row_blocks(
             side_a.shape(name), max(side_a.dtype(name), side_b.dtype(name), key=_itemsize)
         ):
-            label, block_a = "A", side_a.read(name, rows).to(dtype)
-            label, block_b = "B", side_b.read(name, rows).to(dtype)
+            label = "A"
+            block_a = side_a.read(name, rows).to(dtype)
+            label = "B"
+            block_b = side_b.read(name, rows).to(dtype)
             comparison.add(block_a, block_b, rows[0] if rows else 0)
-    except UserError as error:
+    except MeditronError as error:
         return f"{label}: {error}"
     return str(comparison)
 

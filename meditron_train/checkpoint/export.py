@@ -47,9 +47,9 @@ def export_hf(
     dtype: "bf16", "fp16", "fp32", or None / "keep" for each tensor's own. max_shard_size: "5GB", "500MB", … or bytes.
     Vocabulary padding is removed and a tied `lm_head` left out. Memory: blocks of a few MiB. Every file of the
     checkpoint is checked against its manifest: before anything is written or, where it holds hashes of tensors, on the
-    way. An interrupted call is continued by the next one with
-    the same arguments. Raises UserError when the output exists and is not empty, the checkpoint is not what its
-    manifest says, or weights are not finite; nothing is left behind then.
+    way. An interrupted call is continued by the next one with the same arguments. Raises UserError when the output
+    exists and is not empty, the checkpoint is not what its manifest says, or weights are not finite; nothing is left
+    behind then.
     """
     checkpoint = Path(checkpoint)
     target = parse_dtype(dtype)
@@ -59,10 +59,13 @@ def export_hf(
     hf_files = checkpoint / HF_SUBDIRECTORY
     check_tokenizer(hf_files, source.model.vocab_size)
     check_generation_config(hf_files)
-    require_absent(hf_directory)
-    # Where the manifest has a hash of every tensor, these are checked on the way instead of reading all files twice.
+    require_absent(hf_directory, checkpoint)
+    # Files of whose every tensor the manifest has a hash are checked on the way instead of being read twice.
     hashes = read_tensor_hashes(checkpoint)
-    streamed = {file for spec in specs for file in source.place(spec.name)} if hashes else set()
+    streamed = {file for spec in specs for file in source.place(spec.name)}
+    for spec in specs:
+        if not hashes.keys() >= set(spec.hf_names):
+            streamed.difference_update(source.place(spec.name))
     (ranks or Alone()).on_first(lambda: require_intact(checkpoint, unhashed=streamed))
     write_hf_model(
         source,
@@ -103,6 +106,8 @@ def write_hf_model(
     hf_files: where the tokenizer lies. target: dtype of all tensors, None for each its own. origin: what the manifest
     says of the source. expected: hashes that the source's tensors must have. Raises as `convert_files` does.
     """
+    for spec in tensor_specs(source.model):
+        require_convertible(spec.name, source.dtype(spec.name), target)
     tensors = [
         PlannedTensor(name, target or source.dtype(spec.name), shape, tuple(hf_pieces(spec, name)))
         for spec in tensor_specs(source.model)
@@ -146,6 +151,16 @@ def describe_conversion(
         "model": model.model_dump(mode="json"),
         "tokenizer": None if hf_files is None else tokenizer_fingerprint(hf_files),
     }
+
+
+def require_convertible(name: str, dtype: torch.dtype, target: torch.dtype | None) -> None:
+    """Raise UserError unless a tensor stored as `dtype` can become `target` (None: stay) in what we write."""
+    if not dtype.is_floating_point:
+        raise UserError(
+            f"{name} is {dtype_name(dtype)}: only floating-point weights are converted, none quantized."
+        )
+    if target is None and dtype not in DTYPES.values():
+        raise UserError(f"{name} is {dtype_name(dtype)}: choose bf16, fp16 or fp32 with --dtype.")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -35,7 +35,7 @@ def foreign_to_hf(
     if source.tokenizer is not None:
         check_tokenizer(source.tokenizer, source.model.vocab_size)
         check_generation_config(source.tokenizer)
-    require_absent(hf_directory)
+    require_absent(hf_directory, checkpoint)
     write_hf_model(
         source,
         hf_directory,

@@ -85,7 +85,7 @@ def reshard(
     optimizer = None
     if with_optimizer and isinstance(source, MegatronSource):
         optimizer = _Optimizer.open(source, Path(checkpoint))
-    require_absent(target)
+    require_absent(target, checkpoint)
     iteration = f"iter_{step:07d}" if step else "release"
     places = [(rank, stage) for rank in range(tp) for stage in range(pp)]
     num_bytes = sum(_part_num_bytes(source, spec) for spec in tensor_specs(model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from meditron_train.checkpoint.export import (
     HF_SUBDIRECTORY,
     common_dtype,
     describe_conversion,
+    describe_hf_files,
     dtype_name,
     parse_dtype,
     require_convertible,
@@ -70,12 +72,13 @@ def hf_to_megatron(
         for name, shape in zip(spec.hf_names, spec.hf_shapes, strict=True)
     }
 
-    def complete(directory: Path) -> None:
+    def complete(directory: Path) -> dict[str, Any]:
         write_index(directory, files)
         meta = json.dumps(meta_json(model, padded_vocab_size), indent=2) + "\n"
         (directory / "meta.json").write_text(meta, encoding="utf-8")
         (directory / HF_SUBDIRECTORY).mkdir(exist_ok=True)
         write_hf_files(directory / HF_SUBDIRECTORY, model, hf_directory)
+        return describe_hf_files(directory / HF_SUBDIRECTORY)
 
     convert_files(
         checkpoint,
@@ -83,7 +86,7 @@ def hf_to_megatron(
         source,
         identity={"to": "sharded", "dtype": dtype or "keep", "source": files_identity(hf_directory)},
         complete=complete,
-        manifest=describe_conversion(hf_directory, model, hf_directory, target, format="hugging-face"),
+        manifest=describe_conversion(hf_directory, model, target, format="hugging-face"),
         entries=entries,
         expected=read_tensor_hashes(hf_directory),  # where an earlier conversion has left them
         limits=limits,

@@ -12,6 +12,7 @@ from meditron_train.checkpoint.tokenizer_files import (
     PROBE_TEXTS,
     TOKENIZER_FILES,
     agrees_with_sentencepiece,
+    effective_tokenizer,
     has_tokenizer,
     named_tokens,
     read_json_object,
@@ -62,7 +63,7 @@ def tokenizer_fingerprint(directory: str | Path) -> dict[str, Any] | None:
         if model.is_file() and not agrees_with_sentencepiece(read_json_object(tokenizer), model):
             files[tokenizer.name]["contradictory"] = True
         else:
-            files[tokenizer.name]["probe_ids_sha256"] = _digest(_probe_ids(tokenizer))
+            files[tokenizer.name]["probe_ids_sha256"] = _digest(_probe_ids(directory))
             files[tokenizer.name]["merges_sha256"] = _digest(_merges(tokenizer))
     first = next(iter(found))
     return {
@@ -187,7 +188,7 @@ def _compare_encoding(a: Path, b: Path) -> list[tuple[str, str]]:
         return []
     if _merges(jsons[0]) != _merges(jsons[1]):
         return [("tokenizer.json", "the merges differ")]
-    ids_a, ids_b = (_probe_ids(path) for path in jsons)
+    ids_a, ids_b = _probe_ids(a), _probe_ids(b)
     for text, one, other in zip(PROBE_TEXTS, ids_a, ids_b, strict=True):
         if one != other:
             return [("tokenizer.json", f"{text!r} becomes {one} against {other}")]
@@ -200,13 +201,14 @@ def _merges(path: Path) -> list[list[str]]:
     return [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in merges]
 
 
-def _probe_ids(path: Path) -> list[list[int]]:
+def _probe_ids(directory: Path) -> list[list[int]]:
     from tokenizers import Tokenizer
 
+    content = json.dumps(effective_tokenizer(directory))
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exception for anything it cannot parse
-        raise UserError(f"{path} is not a tokenizer: {error}") from None
+        raise UserError(f"{directory / 'tokenizer.json'} is not a tokenizer: {error}") from None
     return [tokenizer.encode(text).ids for text in PROBE_TEXTS]
 
 

@@ -136,7 +136,7 @@ def special_settings(directory: str | Path) -> dict[str, Any]:
         and not agrees_with_sentencepiece(tokenizer, model_file)
     ):
         tokenizer = None  # not the one that is converted
-    is_llama = model_file.is_file() and str(given.get("tokenizer_class", "Llama")).startswith("Llama")
+    is_llama = model_file.is_file() and "Llama" in str(given.get("tokenizer_class", "LlamaTokenizer"))
     settings: dict[str, Any] = {}
     for name, key in _ADDED_AROUND.items():
         stated = given.get(key)
@@ -146,6 +146,14 @@ def special_settings(directory: str | Path) -> dict[str, Any]:
         contradicts = isinstance(stated, bool) and stated != adds
         settings[key] = "contradictory" if contradicts else adds and name in named
     return {**settings, "additional_special_tokens": _additional_special_tokens(directory)}
+
+
+def effective_tokenizer(directory: Path) -> dict[str, Any]:
+    """tokenizer.json as transformers takes it: LlamaTokenizer puts its own post-processor in place of the file's."""
+    tokenizer = read_json_object(directory / "tokenizer.json")
+    if not (directory / "tokenizer.model").is_file():
+        return tokenizer
+    return _adding_as_stated(directory, tokenizer, named_tokens(directory))
 
 
 def agrees_with_sentencepiece(tokenizer: dict[str, Any], model_file: Path) -> bool:
@@ -170,13 +178,17 @@ def _adds(tokenizer: dict[str, Any], token: str | None) -> bool:
 
 def _adding_as_stated(source: Path, tokenizer: dict[str, Any], named: dict[str, str]) -> dict[str, Any]:
     """A tokenizer.json that adds bos and eos as the source does: itself, or with another post-processor."""
-    wanted = special_settings(source)
-    around = {name: token for name, token in named.items() if wanted.get(_ADDED_AROUND.get(name, "")) is True}
-    if all((name in around) == _adds(tokenizer, named.get(name)) for name in _ADDED_AROUND):
+    stated = special_settings(source)
+    adds = {name: _adds(tokenizer, named.get(name)) for name in _ADDED_AROUND}
+    wanted = {
+        name: adds[name] if stated[key] == "contradictory" else stated[key]
+        for name, key in _ADDED_AROUND.items()
+    }
+    if wanted == adds:
         return tokenizer
     vocabulary = _json_vocabulary(tokenizer, source / "tokenizer.json")
     before, after = (
-        {around[name]: vocabulary[around[name]]} if around.get(name) in vocabulary else {}
+        {named[name]: vocabulary[named[name]]} if wanted[name] and named[name] in vocabulary else {}
         for name in _ADDED_AROUND
     )
     return {**tokenizer, "post_processor": surround(before, after)}
@@ -190,7 +202,7 @@ def _additional_special_tokens(directory: Path) -> list[str]:
         for key in ("additional_special_tokens", "extra_special_tokens"):
             tokens = stated.get(key)
             for token in tokens if isinstance(tokens, list) else []:
-                found.add(str(token["content"] if isinstance(token, dict) else token))
+                found.add(str(token.get("content") if isinstance(token, dict) else token))
     known = set().union(*vocabularies(directory).values()) if found else set()
     return sorted(found & known)
 

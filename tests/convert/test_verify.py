@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from meditron_train.checkpoint.export import export_hf
-from meditron_train.convert.bits import compare_bits
+from meditron_train.convert.bits import BitComparison
 from meditron_train.convert.hf_to_megatron import hf_to_megatron
 from meditron_train.convert.verify import Comparison, verify
 from tests.checkpoint.tiny_llama import change_json, read_tensors, rewrite_tensors, write_tiny_llama
@@ -318,6 +318,12 @@ def test_what_is_not_a_model(models: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_00000010" / "meta.json").write_text("{}")
     with refused("Did you mean", "step_00000010"):
         verify(tmp_path, models / "hf")
+
+
+def compare_bits(a: torch.Tensor, b: torch.Tensor) -> str:
+    comparison = BitComparison(tuple(a.shape))
+    comparison.add(a, b)
+    return str(comparison)
 
 
 def test_bits_not_values() -> None:

@@ -140,13 +140,16 @@ def publish(
     known: dict[str, dict[str, int | str]] = {
         name: {"num_bytes": file.num_bytes, "sha256": file.sha256} for name, file in written.items()
     }
-    bookkeeping = [*sorted(temporary.glob(f"{_FINISHED}*")), temporary / _LOCK]
-    own = {CONVERSION_NAME, *(path.name for path in bookkeeping)}
+    journals = sorted(temporary.glob(f"{_FINISHED}*"))
+    own = {CONVERSION_NAME, _LOCK, *(path.name for path in journals)}
     write_manifest(temporary, known=known, extra=manifest, leave_out=own)
-    for path in bookkeeping:
-        path.unlink(missing_ok=True)
+    for path in journals:
+        path.unlink()
     for parent, _, _ in os.walk(temporary, topdown=False):
         sync_directory(Path(parent))
+    (temporary / _LOCK).unlink(
+        missing_ok=True
+    )  # late: from here on another process could take it for abandoned
     temporary.rename(target)  # an empty directory of that name is replaced
     (target / CONVERSION_NAME).unlink()
     sync_directory(target)

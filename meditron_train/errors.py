@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+
+# Of an OSError: a path that cannot be what it was given for is the user's to correct; a full or failing disk is not.
+WRONG_PATH = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+    | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
+)
+
 
 class MeditronError(Exception):
     """The program or the machine failed (a full disk, a dead node): exit code 1."""

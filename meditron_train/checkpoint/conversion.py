@@ -64,7 +64,7 @@ def convert_files(
     source: RowSource,
     *,
     identity: Mapping[str, Any],
-    complete: Callable[[Path], None],
+    complete: Callable[[Path], Mapping[str, Any]],
     manifest: Mapping[str, Any],
     entries: Mapping[str, TensorEntry],
     expected: Mapping[str, str] | None = None,
@@ -75,8 +75,9 @@ def convert_files(
     """Write the planned files and what `complete` adds into `target`, with manifest.json, or nothing. Collective.
 
     identity: what decides the content, beside the plans: an interrupted attempt with the same identity is continued.
-    complete: writes the small files into the directory (rank 0). entries: dtype and shape of each Hugging Face
-    tensor, completed with their hashes in the manifest. expected: hashes that the source's tensors must have.
+    complete: writes the small files into the directory (rank 0), returns what the manifest says of them. entries: dtype
+    and shape of each Hugging Face tensor, completed with their hashes in the manifest. expected: hashes that the
+    source's tensors must have.
     Each rank writes every world_size-th file. Raises UserError when `target` exists and is not empty, the memory is
     too little, or weights are not finite; MeditronError when the disk is full.
     """
@@ -94,11 +95,11 @@ def convert_files(
         everything = {name: WrittenFile(**file) for part in gathered for name, file in part.items()}
 
         def finish() -> None:
-            complete(work.directory)
+            described = {**manifest, **complete(work.directory)}
             hashes = {name: digest for file in everything.values() for name, digest in file.tensors.items()}
             tensors = {name: {**asdict(entry), "sha256": hashes[name]} for name, entry in entries.items()}
             tool = {"name": "meditron-train", "version": meditron_train.__version__}
-            publish(work, target, everything, {"tool": tool, **manifest, "tensors": tensors})
+            publish(work, target, everything, {"tool": tool, **described, "tensors": tensors})
 
         ranks.on_first(finish)
     for file in everything.values():

@@ -15,6 +15,7 @@ from types import TracebackType
 
 _BUFFER_BYTES = 4 << 20  # a multiple of every block size that O_DIRECT may ask for
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
+_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)  # how file systems without it say so
 
 
 class DirectFile:
@@ -26,15 +27,16 @@ class DirectFile:
     """
 
     def __init__(self, path: Path) -> None:
+        # First of all, as nobody would close the file if there were no memory. Pages are aligned, other memory is not.
+        self._buffer = memoryview(mmap.mmap(-1, _BUFFER_BYTES))
+        self._num_buffered = 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         try:
             self._descriptor = os.open(path, flags | _O_DIRECT, 0o666)
         except OSError as error:
-            if error.errno != errno.EINVAL or not _O_DIRECT:
+            if error.errno not in _NOT_DIRECT or not _O_DIRECT:
                 raise
             self._descriptor = os.open(path, flags, 0o666)
-        self._buffer = memoryview(mmap.mmap(-1, _BUFFER_BYTES))  # pages are aligned, other memory is not
-        self._num_buffered = 0
 
     def __enter__(self) -> DirectFile:
         return self
@@ -66,7 +68,7 @@ class DirectFile:
             try:
                 rest = rest[os.write(self._descriptor, rest) :]
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._stop_direct():
+                if error.errno not in _NOT_DIRECT or not self._stop_direct():
                     raise
         self._num_buffered = 0
 

@@ -47,9 +47,9 @@ def export_hf(
     dtype: "bf16", "fp16", "fp32", or None / "keep" for each tensor's own. max_shard_size: "5GB", "500MB", … or bytes.
     Vocabulary padding is removed and a tied `lm_head` left out. Memory: blocks of a few MiB. Every file of the
     checkpoint is checked against its manifest: before anything is written or, where it holds hashes of tensors, on the
-    way. An interrupted call is continued by the next one with
-    the same arguments. Raises UserError when the output exists and is not empty, the checkpoint is not what its
-    manifest says, or weights are not finite; nothing is left behind then.
+    way. An interrupted call is continued by the next one with the same arguments. Raises UserError when the output
+    exists and is not empty, the checkpoint is not what its manifest says, or weights are not finite; nothing is left
+    behind then.
     """
     checkpoint = Path(checkpoint)
     target = parse_dtype(dtype)
@@ -58,11 +58,14 @@ def export_hf(
     specs = tensor_specs(source.model)
     hf_files = checkpoint / HF_SUBDIRECTORY
     check_tokenizer(hf_files, source.model.vocab_size)
-    check_generation_config(hf_files)
-    require_absent(hf_directory)
-    # Where the manifest has a hash of every tensor, these are checked on the way instead of reading all files twice.
+    read_generation_config(hf_files)
+    require_absent(hf_directory, checkpoint)
+    # Files of whose every tensor the manifest has a hash are checked on the way instead of being read twice.
     hashes = read_tensor_hashes(checkpoint)
-    streamed = {file for spec in specs for file in source.place(spec.name)} if hashes else set()
+    streamed = {file for spec in specs for file in source.place(spec.name)}
+    for spec in specs:
+        if not hashes.keys() >= set(spec.hf_names):
+            streamed.difference_update(source.place(spec.name))
     (ranks or Alone()).on_first(lambda: require_intact(checkpoint, unhashed=streamed))
     write_hf_model(
         source,
@@ -103,6 +106,8 @@ def write_hf_model(
     hf_files: where the tokenizer lies. target: dtype of all tensors, None for each its own. origin: what the manifest
     says of the source. expected: hashes that the source's tensors must have. Raises as `convert_files` does.
     """
+    for spec in tensor_specs(source.model):
+        require_convertible(spec.name, source.dtype(spec.name), target)
     tensors = [
         PlannedTensor(name, target or source.dtype(spec.name), shape, tuple(hf_pieces(spec, name)))
         for spec in tensor_specs(source.model)
@@ -111,10 +116,11 @@ def write_hf_model(
     files = plan_safetensors(tensors, max_num_bytes)
     model = source.model.model_copy(update={"dtype": common_dtype([tensor.dtype for tensor in tensors])})
 
-    def complete(directory: Path) -> None:
+    def complete(directory: Path) -> dict[str, Any]:
         if index := safetensors_index(files):
             (directory / INDEX_NAME).write_text(index, encoding="utf-8")
         write_hf_files(directory, model, hf_files)
+        return describe_hf_files(directory)
 
     convert_files(
         hf_directory,
@@ -127,7 +133,7 @@ def write_hf_model(
             "source": files_identity(source.directory),
         },
         complete=complete,
-        manifest=describe_conversion(source.directory, model, hf_files, target, **origin),
+        manifest=describe_conversion(source.directory, model, target, **origin),
         entries={tensor.name: TensorEntry(dtype_name(tensor.dtype), tensor.shape) for tensor in tensors},
         expected=expected,
         limits=limits,
@@ -137,15 +143,29 @@ def write_hf_model(
 
 
 def describe_conversion(
-    directory: Path, model: ModelConfig, hf_files: Path | None, cast: torch.dtype | None, **source: Any
+    directory: Path, model: ModelConfig, cast: torch.dtype | None, **source: Any
 ) -> dict[str, Any]:
-    """What a converted directory's manifest says beside its hashes: source, cast, model and tokenizer."""
+    """What a converted directory's manifest says beside its hashes: source, cast and model."""
     return {
         "source": {"directory": directory.resolve().name, **source},
         "cast": None if cast is None else dtype_name(cast),
         "model": model.model_dump(mode="json"),
-        "tokenizer": None if hf_files is None else tokenizer_fingerprint(hf_files),
     }
+
+
+def describe_hf_files(directory: Path) -> dict[str, Any]:
+    """What a converted directory's manifest says of the files beside the weights, once they are written."""
+    return {"tokenizer": tokenizer_fingerprint(directory), "generation": read_generation_config(directory)}
+
+
+def require_convertible(name: str, dtype: torch.dtype, target: torch.dtype | None) -> None:
+    """Raise UserError unless a tensor stored as `dtype` can become `target` (None: stay) in what we write."""
+    if not dtype.is_floating_point:
+        raise UserError(
+            f"{name} is {dtype_name(dtype)}: only floating-point weights are converted, none quantized."
+        )
+    if target is None and dtype not in DTYPES.values():
+        raise UserError(f"{name} is {dtype_name(dtype)}: choose bf16, fp16 or fp32 with --dtype.")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -163,7 +183,7 @@ def write_hf_files(
     when a file of `source` is damaged.
     """
     if source is not None:
-        check_generation_config(source)
+        read_generation_config(source)
     config = json.dumps(model_config_to_hf(model), indent=2) + "\n"
     (directory / "config.json").write_text(config, encoding="utf-8")
     generation = directory / "generation_config.json"
@@ -175,11 +195,10 @@ def write_hf_files(
         copy_tokenizer(source, directory, special_tokens)
 
 
-def check_generation_config(directory: Path) -> None:
-    """Raise UserError when the directory has a generation_config.json that transformers could not read."""
+def read_generation_config(directory: Path) -> dict[str, Any] | None:
+    """generation_config.json of the directory, None without. Raises UserError when transformers could not read it."""
     path = directory / "generation_config.json"
-    if path.is_file():
-        read_json_object(path)
+    return read_json_object(path) if path.is_file() else None
 
 
 def parse_dtype(dtype: str | None) -> torch.dtype | None:

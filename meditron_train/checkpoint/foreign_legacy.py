@@ -155,10 +155,7 @@ class LegacyTensors:
         return [*gates, *ups]
 
     def _read(self, name: str, part: _Part, rows: Range | None) -> torch.Tensor:
-        try:
-            return read_stored(part.path, part.tensor, name, rows, read_once=True)
-        except OSError as error:
-            raise UserError(f"{part.path}: {name} cannot be read ({error}).") from None
+        return read_stored(part.path, part.tensor, name, rows, read_once=True)
 
     def _parts_of(self, name: str) -> list[_Part]:
         if name not in self._parts:

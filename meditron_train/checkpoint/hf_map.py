@@ -15,7 +15,7 @@ Shape legend: V vocabulary, H hidden, F feed-forward, N query heads, K KV heads,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -196,28 +196,6 @@ def rank_slice(
         height = shape[0] // tp_size
         parts.append(source.read(name, rows=(tp_rank * height, (tp_rank + 1) * height)))
     return _interleave(parts, spec.num_groups // tp_size if spec.kind == "qkv" else 1)
-
-
-def to_megatron(
-    spec: TensorSpec, tensors: Mapping[str, torch.Tensor], padded_vocab_size: int
-) -> torch.Tensor:
-    """The whole sharded tensor from whole Hugging Face tensors (name -> tensor), vocabulary padded with zero rows."""
-    whole = _interleave([tensors[name] for name in spec.hf_names], spec.num_groups)
-    missing_rows = spec.padded_shape(padded_vocab_size)[0] - whole.shape[0]
-    return torch.cat([whole, whole.new_zeros(missing_rows, *whole.shape[1:])]) if missing_rows else whole
-
-
-def to_hf(spec: TensorSpec, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The Hugging Face tensors (contiguous) in a whole sharded tensor; vocabulary padding is removed."""
-    if len(spec.hf_names) == 1:
-        return {spec.hf_names[0]: tensor[: spec.shape[0]].contiguous()}
-    heights = [shape[0] // spec.num_groups for shape in spec.hf_shapes]
-    grouped = tensor.view(spec.num_groups, sum(heights), *tensor.shape[1:])
-    parts = grouped.split(heights, dim=1)
-    return {
-        name: part.reshape(shape)
-        for name, shape, part in zip(spec.hf_names, spec.hf_shapes, parts, strict=True)
-    }
 
 
 def megatron_pieces(spec: TensorSpec, padded_vocab_size: int) -> list[Piece]:

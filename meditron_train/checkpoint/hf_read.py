@@ -208,21 +208,15 @@ def _read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
         raw = file.read(header_size)
     try:
         header = json.loads(raw)
-        header.pop("__metadata__", None)
-    except (ValueError, AttributeError):
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: the safetensors header is not valid JSON. Fetch the file again.") from None
-    data_start, entries = 8 + header_size, {}
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: the safetensors header is no JSON object. Fetch the file again.")
+    header.pop("__metadata__", None)
+    data_start = 8 + header_size
+    entries, spans = {}, []
     for name, item in header.items():
-        try:
-            dtype_name, shape, (start, stop) = (
-                item["dtype"],
-                tuple(map(int, item["shape"])),
-                item["data_offsets"],
-            )
-        except (KeyError, TypeError, ValueError):
-            raise UserError(
-                f"{path}: the header entry of {name} is malformed. Fetch the file again."
-            ) from None
+        dtype_name, shape, start, stop = _header_entry(path, name, item)
         if dtype_name not in _DTYPES:
             raise UserError(f"{path}: {name} has dtype {dtype_name}; quantized weights are not supported.")
         num_bytes = math.prod(shape) * _DTYPES[dtype_name].itemsize
@@ -235,7 +229,40 @@ def _read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
                 f"{path} is truncated: {name} ends at byte {data_start + stop} of {file_size}. Fetch it again."
             )
         entries[name] = StoredTensor(_DTYPES[dtype_name], shape, data_start + start)
+        spans.append((start, stop, name))
+    _check_cover(path, spans, file_size - data_start)
     return entries
+
+
+def _header_entry(path: Path, name: str, item: Any) -> tuple[str, Shape, int, int]:
+    """(dtype, shape, first byte, byte after the last) as a header has them for one tensor."""
+    try:
+        dtype_name, shape, (start, stop) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise _malformed(path, name) from None
+    # bool is an int, 80.0 equals 80, and int("80") works: only what the format says is right
+    if type(dtype_name) is not str or any(type(number) is not int for number in (*shape, start, stop)):
+        raise _malformed(path, name)
+    return dtype_name, shape, start, stop
+
+
+def _malformed(path: Path, name: str) -> UserError:
+    return UserError(f"{path}: the header entry of {name} is malformed. Fetch the file again.")
+
+
+def _check_cover(path: Path, spans: list[tuple[int, int, str]], num_bytes: int) -> None:
+    """The tensors must lie one after the other and fill the file, as the safetensors library demands: a header that
+    gives one tensor the bytes of another is seen by that."""
+    end, previous = 0, "the header"
+    for start, stop, name in sorted(spans):
+        if start != end:
+            what = "overlaps" if start < end else "does not begin at the end of"
+            raise UserError(f"{path}: the header lies: {name} {what} {previous}. Fetch the file again.")
+        end, previous = stop, name
+    if end != num_bytes:
+        raise UserError(
+            f"{path}: {num_bytes - end} bytes after the last tensor ({previous}) belong to none. Fetch the file again."
+        )
 
 
 def _find_torch_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -78,7 +78,7 @@ def _plan_file(file_name: str, shard: Sequence[PlannedTensor]) -> PlannedFile:
 
 def parse_num_bytes(text: str | int) -> int:
     """Bytes in a size like "5GB" (10^9), "4GiB" (2^30) or "500MB". Raises UserError when it is none."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", str(text).upper())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?I?B?)\s*", str(text).upper())
     if not match or match.group(2) not in _UNITS or float(match.group(1)) <= 0:
         raise UserError(
             f"{text!r} is not a size. Write for example 5GB (10^9 bytes), 4GiB (2^30 bytes) or 500MB."

@@ -16,6 +16,7 @@ from meditron_train.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "meditron-train-manifest/1"
+CONVERSION_NAME = ".conversion.json"  # of workspace.py; a kill just after its last rename leaves it there
 
 _MAX_LISTED = 10
 _BLOCK_BYTES = 4 * 1024 * 1024
@@ -78,7 +79,7 @@ def verify_manifest(
     try:
         manifest = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
         expected = {name: (int(e["num_bytes"]), str(e["sha256"])) for name, e in manifest["files"].items()}
-        found = _file_names(directory) - {MANIFEST_NAME}
+        found = _file_names(directory) - {MANIFEST_NAME, CONVERSION_NAME}
     except FileNotFoundError:
         return [f"{MANIFEST_NAME} is missing"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

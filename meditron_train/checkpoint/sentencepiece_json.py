@@ -50,7 +50,7 @@ def convert_sentencepiece(path: Path) -> dict[str, Any]:
         "added_tokens": added,
         "normalizer": _normalizer(proto.normalizer_spec),
         "pre_tokenizer": None,
-        "post_processor": _add_bos(pieces[bos].piece, bos) if bos >= 0 else None,
+        "post_processor": surround({pieces[bos].piece: bos} if bos >= 0 else {}, {}),
         "decoder": _decoder(proto.normalizer_spec.add_dummy_prefix),
         "model": {
             "type": "BPE",
@@ -102,12 +102,24 @@ def _decoder(add_dummy_prefix: bool) -> dict[str, Any]:
     return {"type": "Sequence", "decoders": steps}
 
 
-def _add_bos(piece: str, number: int) -> dict[str, Any]:
-    bos = [{"SpecialToken": {"id": piece, "type_id": kind}} for kind in (0, 1)]
-    text = [{"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB")]
+def surround(before: dict[str, int], after: dict[str, int]) -> dict[str, Any] | None:
+    """The post-processor that puts tokens (text -> id) around every sequence; None without any."""
+    if not before and not after:
+        return None
+
+    def sequence(name: str, kind: int) -> list[dict[str, Any]]:
+        first, last = (
+            [{"SpecialToken": {"id": token, "type_id": kind}} for token in tokens]
+            for tokens in (before, after)
+        )
+        return [*first, {"Sequence": {"id": name, "type_id": kind}}, *last]
+
     return {
         "type": "TemplateProcessing",
-        "single": [bos[0], text[0]],
-        "pair": [bos[0], text[0], bos[1], text[1]],
-        "special_tokens": {piece: {"id": piece, "ids": [number], "tokens": [piece]}},
+        "single": sequence("A", 0),
+        "pair": [*sequence("A", 0), *sequence("B", 1)],
+        "special_tokens": {
+            token: {"id": token, "ids": [number], "tokens": [token]}
+            for token, number in {**before, **after}.items()
+        },
     }

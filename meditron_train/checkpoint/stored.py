@@ -10,12 +10,16 @@ from pathlib import Path
 
 import torch
 
-from meditron_train.errors import UserError
+from meditron_train.errors import MeditronError, UserError
 
 Shape = tuple[int, ...]
 Range = tuple[int, int]
 
 _BLOCK_BYTES = 16 << 20  # column slices are cut out of row blocks of this size
+
+
+class ReadError(MeditronError):
+    """The system could not read a file: of the data itself it says nothing, and another attempt may succeed."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,23 @@ def read_stored(
 ) -> torch.Tensor:
     """A fresh CPU tensor: rows [start, stop) of dimension 0 and columns [start, stop) of dimension 1.
 
-    read_once: nobody will read this again soon, so it need not stay in the page cache. Raises UserError, naming file
-    and tensor, when the file ends too early, OSError when it cannot be read.
+    read_once: nobody will read this again soon, so it need not stay in the page cache. Raises, naming file and tensor,
+    UserError when the file ends too early, ReadError when it cannot be read.
     """
+    try:
+        return _read(path, tensor, name, rows, columns, read_once)
+    except OSError as error:
+        raise ReadError(f"{path}: {name} cannot be read ({error.strerror or error}).") from error
+
+
+def _read(
+    path: Path,
+    tensor: StoredTensor,
+    name: str,
+    rows: Range | None,
+    columns: Range | None,
+    read_once: bool,
+) -> torch.Tensor:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         file = _OpenFile(path, descriptor, name, read_once)

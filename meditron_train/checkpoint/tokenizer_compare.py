@@ -12,10 +12,12 @@ from meditron_train.checkpoint.tokenizer_files import (
     PROBE_TEXTS,
     TOKENIZER_FILES,
     agrees_with_sentencepiece,
+    effective_tokenizer,
     has_tokenizer,
     named_tokens,
     read_json_object,
     sentencepiece_ids,
+    special_settings,
     vocabularies,
 )
 from meditron_train.errors import UserError
@@ -24,8 +26,9 @@ from meditron_train.errors import UserError
 def compare_tokenizers(a: str | Path, b: str | Path) -> list[tuple[str, str]]:
     """What differs between the tokenizers of two directories: (file, description) pairs, none when they are equal.
 
-    Compared: every token's id, the named tokens, tokenizer.model's bytes, the merges, the ids of probe texts and the
-    chat template. A `tokenizer.json` of A that disagrees with its own `tokenizer.model` need not be repeated in B.
+    Compared: every token's id, the named and special tokens, which of them encoding adds, tokenizer.model's bytes, the
+    merges, the ids of probe texts and the chat template. A `tokenizer.json` of A that disagrees with its own
+    `tokenizer.model` need not be repeated in B.
     """
     a, b = Path(a), Path(b)
     if has_tokenizer(a) != has_tokenizer(b):
@@ -41,39 +44,90 @@ def compare_tokenizers(a: str | Path, b: str | Path) -> list[tuple[str, str]]:
 def tokenizer_fingerprint(directory: str | Path) -> dict[str, Any] | None:
     """What identifies a directory's tokenizer in a manifest: JSON-ready, None without a tokenizer.
 
-    The same for every directory that holds the same tokenizer, whichever of its files are there: num_tokens, the
-    named tokens, SHA-256 of the vocabulary (token -> id) and of the ids of probe texts, and of the merges where
-    sentencepiece does not decide them. Raises UserError when a file is damaged.
+    num_tokens, named_tokens, special_settings, SHA-256 of the vocabulary (token -> id) and of the chat template; and
+    for each file that is there, SHA-256 of its vocabulary, of the ids of probe texts, and of the merges. A
+    tokenizer.json that does not give the ids of its own tokenizer.model is "contradictory" instead of having those.
+    Raises UserError when a file is damaged.
     """
     directory = Path(directory)
     if not has_tokenizer(directory):
         return None
-    vocabulary = next(iter(vocabularies(directory).values()))
+    found = vocabularies(directory)
     model, tokenizer = (directory / name for name in TOKENIZER_FILES)
+    files: dict[str, dict[str, Any]] = {
+        name: {"vocabulary_sha256": _digest(sorted(vocabulary.items()))} for name, vocabulary in found.items()
+    }
+    if model.is_file():
+        files[model.name]["probe_ids_sha256"] = _digest(sentencepiece_ids(model))
+    if tokenizer.is_file():
+        if model.is_file() and not agrees_with_sentencepiece(read_json_object(tokenizer), model):
+            files[tokenizer.name]["contradictory"] = True
+        else:
+            files[tokenizer.name]["probe_ids_sha256"] = _digest(_probe_ids(directory))
+            files[tokenizer.name]["merges_sha256"] = _digest(_merges(tokenizer))
+    first = next(iter(found))
     return {
-        "num_tokens": len(vocabulary),
+        "num_tokens": len(found[first]),
         "named_tokens": named_tokens(directory),
-        "vocabulary_sha256": _digest(sorted(vocabulary.items())),
-        "probe_ids_sha256": _digest(sentencepiece_ids(model) if model.is_file() else _probe_ids(tokenizer)),
-        "merges_sha256": None if model.is_file() else _digest(_merges(tokenizer)),
+        "special_settings": special_settings(directory),
+        "vocabulary_sha256": files[first]["vocabulary_sha256"],
+        "chat_template_sha256": _digest(_chat_template(directory)),
+        "files": files,
     }
 
 
 def compare_fingerprints(a: dict[str, Any] | None, b: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """(what, description) of each difference between two fingerprints."""
+    """(what, description) of each difference between two fingerprints, in what both have: a manifest of an earlier
+    version says less, and a directory need not have every file. A contradictory tokenizer.json of A need not be
+    repeated in B, as in `compare_tokenizers`."""
     if a is None or b is None:
         return [] if a is b else [("tokenizer", f"missing in {'A' if a is None else 'B'}")]
-    found = [
-        (key, f"{_short(a.get(key))} against {_short(b.get(key))}")
-        for key in ("num_tokens", "vocabulary_sha256", "probe_ids_sha256", "merges_sha256")
-        if a.get(key) != b.get(key)
+    found: list[tuple[str, str]] = [
+        (key, f"{_short(a[key])} against {_short(b[key])}")
+        for key in ("num_tokens", "vocabulary_sha256", "chat_template_sha256")
+        if key in a and key in b and a[key] != b[key]
     ]
     names_a, names_b = (value.get("named_tokens") or {} for value in (a, b))
-    return found + [
-        (key, f"{names_a.get(key)!r} against {names_b.get(key)!r}")
-        for key in NAMED_TOKENS
-        if names_a.get(key) != names_b.get(key)
-    ]
+    special_a, special_b = (value.get("special_settings") or {} for value in (a, b))
+    pairs = [(key, names_a.get(key), names_b.get(key)) for key in NAMED_TOKENS]
+    pairs += [(key, special_a[key], special_b[key]) for key in special_a if key in special_b]
+    found += [(key, f"{one!r} against {other!r}") for key, one, other in pairs if one != other]
+    return found + _compare_files(a, b)
+
+
+def _compare_files(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str]]:
+    files_a, files_b = a.get("files") or {}, b.get("files") or {}
+    found = []
+    for name in TOKENIZER_FILES:
+        one, other = files_a.get(name), files_b.get(name)
+        if other and other.get("contradictory") and not (one and one.get("contradictory")):
+            found.append((name, "B's does not give the ids of its own tokenizer.model"))
+        # A file that one side alone has holds the vocabulary of the other's files all the same.
+        for label, file, whole in (("A", one, b), ("B", other, a)):
+            if (
+                file
+                and not (one and other)
+                and file.get("vocabulary_sha256") != whole.get("vocabulary_sha256")
+            ):
+                found.append((name, f"{label}'s vocabulary is not that of the other side"))
+        if one and other:
+            found += [
+                (name, f"{key}: {_short(one[key])} against {_short(other[key])}")
+                for key in ("vocabulary_sha256", "probe_ids_sha256", "merges_sha256")
+                if key in one and key in other and one[key] != other[key]
+            ]
+    return found
+
+
+def contradictory_ids(directory: str | Path) -> str:
+    """What a directory's tokenizer.json says otherwise than its tokenizer.model, of the tokens that both have."""
+    found = vocabularies(directory)
+    if len(found) < 2:
+        return ""
+    model, tokenizer = (found[name] for name in TOKENIZER_FILES)
+    both = model.keys() & tokenizer.keys()
+    different = _different_ids({t: model[t] for t in both}, {t: tokenizer[t] for t in both})
+    return f"tokenizer.model against tokenizer.json: {different}" if different else ""
 
 
 def _digest(value: Any) -> str:
@@ -94,6 +148,12 @@ def _compare_vocabularies(a: Path, b: Path) -> list[tuple[str, str]]:
     for key in NAMED_TOKENS:
         if named_a.get(key) != named_b.get(key):
             found.append((key, f"{named_a.get(key)!r} against {named_b.get(key)!r}"))
+    special_a, special_b = special_settings(a), special_settings(b)
+    found += [
+        (key, f"{special_a[key]!r} against {special_b[key]!r}")
+        for key in special_a
+        if special_a[key] != special_b[key]
+    ]
     if (template_a := _chat_template(a)) != (template_b := _chat_template(b)):
         found.append(("chat_template", f"{_short(template_a)} against {_short(template_b)}"))
     return found
@@ -128,7 +188,7 @@ def _compare_encoding(a: Path, b: Path) -> list[tuple[str, str]]:
         return []
     if _merges(jsons[0]) != _merges(jsons[1]):
         return [("tokenizer.json", "the merges differ")]
-    ids_a, ids_b = (_probe_ids(path) for path in jsons)
+    ids_a, ids_b = _probe_ids(a), _probe_ids(b)
     for text, one, other in zip(PROBE_TEXTS, ids_a, ids_b, strict=True):
         if one != other:
             return [("tokenizer.json", f"{text!r} becomes {one} against {other}")]
@@ -141,13 +201,14 @@ def _merges(path: Path) -> list[list[str]]:
     return [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in merges]
 
 
-def _probe_ids(path: Path) -> list[list[int]]:
+def _probe_ids(directory: Path) -> list[list[int]]:
     from tokenizers import Tokenizer
 
+    content = json.dumps(effective_tokenizer(directory))
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exception for anything it cannot parse
-        raise UserError(f"{path} is not a tokenizer: {error}") from None
+        raise UserError(f"{directory / 'tokenizer.json'} is not a tokenizer: {error}") from None
     return [tokenizer.encode(text).ids for text in PROBE_TEXTS]
 
 

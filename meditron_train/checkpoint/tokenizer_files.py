@@ -14,13 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meditron_train.checkpoint.sentencepiece_json import convert_sentencepiece
+from meditron_train.checkpoint.sentencepiece_json import convert_sentencepiece, surround
 from meditron_train.errors import UserError
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _COPIED_FILES = ("chat_template.jinja", "chat_template.json")
 _KEPT_SETTINGS = ("chat_template", "model_max_length", "padding_side")
+_ADDED_AROUND = {
+    "bos_token": "add_bos_token",
+    "eos_token": "add_eos_token",
+}  # named token: whether encoding adds it
 _NO_LIMIT = 10**30  # transformers' way to say that a tokenizer has no maximum length
 
 PROBE_TEXTS = (
@@ -54,6 +58,9 @@ def copy_tokenizer(source: str | Path, target: str | Path, special_tokens: Seque
                 "normalization_rule_name=identity, remove_extra_whitespaces=false and byte_fallback=true."
             )
     assert tokenizer is not None  # one of the two files exists
+    named = named_tokens(source)
+    if model_file.is_file():
+        tokenizer = _adding_as_stated(source, tokenizer, named)
     changed = _append_special_tokens(tokenizer, special_tokens) or tokenizer is not original
     if changed:
         _write_json(target / "tokenizer.json", tokenizer, indent=2)
@@ -64,7 +71,6 @@ def copy_tokenizer(source: str | Path, target: str | Path, special_tokens: Seque
     for name in _COPIED_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    named = named_tokens(source)
     settings = _settings(source, tokenizer, named, from_sentencepiece=model_file.is_file())
     _write_json(target / "tokenizer_config.json", settings, indent=2)
     _write_json(target / "special_tokens_map.json", named, indent=2)
@@ -117,6 +123,39 @@ def named_tokens(directory: str | Path) -> dict[str, str]:
     return {key: tokens[key] for key in NAMED_TOKENS if isinstance(tokens.get(key), str)}
 
 
+def special_settings(directory: str | Path) -> dict[str, Any]:
+    """add_bos_token and add_eos_token: whether encoding adds it ("contradictory": the files disagree);
+    additional_special_tokens: the texts, sorted, of those that have an id."""
+    directory = Path(directory)
+    given, named = _tokenizer_config(directory), named_tokens(directory)
+    model_file, json_file = (directory / name for name in TOKENIZER_FILES)
+    tokenizer = read_json_object(json_file) if json_file.is_file() else None
+    if (
+        model_file.is_file()
+        and tokenizer is not None
+        and not agrees_with_sentencepiece(tokenizer, model_file)
+    ):
+        tokenizer = None  # not the one that is converted
+    is_llama = model_file.is_file() and "Llama" in str(given.get("tokenizer_class", "LlamaTokenizer"))
+    settings: dict[str, Any] = {}
+    for name, key in _ADDED_AROUND.items():
+        stated = given.get(key)
+        adds = name == "bos_token" if tokenizer is None else _adds(tokenizer, named.get(name))
+        if isinstance(stated, bool) and (is_llama or tokenizer is None):
+            adds = stated  # this class takes no notice of the post-processor
+        contradicts = isinstance(stated, bool) and stated != adds
+        settings[key] = "contradictory" if contradicts else adds and name in named
+    return {**settings, "additional_special_tokens": _additional_special_tokens(directory)}
+
+
+def effective_tokenizer(directory: Path) -> dict[str, Any]:
+    """tokenizer.json as transformers takes it: LlamaTokenizer puts its own post-processor in place of the file's."""
+    tokenizer = read_json_object(directory / "tokenizer.json")
+    if not (directory / "tokenizer.model").is_file():
+        return tokenizer
+    return _adding_as_stated(directory, tokenizer, named_tokens(directory))
+
+
 def agrees_with_sentencepiece(tokenizer: dict[str, Any], model_file: Path) -> bool:
     """Whether tokenizer.json gives the ids of sentencepiece on every probe text."""
     from tokenizers import Tokenizer
@@ -129,6 +168,43 @@ def agrees_with_sentencepiece(tokenizer: dict[str, Any], model_file: Path) -> bo
     return all(
         fast.encode(text, add_special_tokens=False).ids == processor.encode(text) for text in PROBE_TEXTS
     )
+
+
+def _adds(tokenizer: dict[str, Any], token: str | None) -> bool:
+    """Whether tokenizer.json's post-processor adds the token."""
+    text = json.dumps(tokenizer.get("post_processor"), ensure_ascii=False)
+    return token is not None and json.dumps(token, ensure_ascii=False) in text
+
+
+def _adding_as_stated(source: Path, tokenizer: dict[str, Any], named: dict[str, str]) -> dict[str, Any]:
+    """A tokenizer.json that adds bos and eos as the source does: itself, or with another post-processor."""
+    stated = special_settings(source)
+    adds = {name: _adds(tokenizer, named.get(name)) for name in _ADDED_AROUND}
+    wanted = {
+        name: adds[name] if stated[key] == "contradictory" else stated[key]
+        for name, key in _ADDED_AROUND.items()
+    }
+    if wanted == adds:
+        return tokenizer
+    vocabulary = _json_vocabulary(tokenizer, source / "tokenizer.json")
+    before, after = (
+        {named[name]: vocabulary[named[name]]} if wanted[name] and named[name] in vocabulary else {}
+        for name in _ADDED_AROUND
+    )
+    return {**tokenizer, "post_processor": surround(before, after)}
+
+
+def _additional_special_tokens(directory: Path) -> list[str]:
+    """transformers 4.x has them under one name, 5.x under another."""
+    path = directory / "special_tokens_map.json"
+    found: set[str] = set()
+    for stated in (_tokenizer_config(directory), read_json_object(path) if path.is_file() else {}):
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            tokens = stated.get(key)
+            for token in tokens if isinstance(tokens, list) else []:
+                found.add(str(token.get("content") if isinstance(token, dict) else token))
+    known = set().union(*vocabularies(directory).values()) if found else set()
+    return sorted(found & known)
 
 
 def _carry_added_tokens(source: Path, original: dict[str, Any] | None, tokenizer: dict[str, Any]) -> None:
@@ -166,8 +242,7 @@ def _settings(
 ) -> dict[str, Any]:
     """Our tokenizer_config.json. The class LlamaTokenizer would make 5.x rebuild the normalizer; the plain one reads
     tokenizer.json as it stands, in 4.x too."""
-    file = source / "tokenizer_config.json"
-    given = read_json_object(file) if file.is_file() else {}
+    given = _tokenizer_config(source)
     decoder = {
         str(token["id"]): {key: value for key, value in token.items() if key != "id"}
         for token in tokenizer.get("added_tokens", [])
@@ -180,14 +255,20 @@ def _settings(
         **named,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    if from_sentencepiece:
-        # 5.x acts on these, 4.x on tokenizer.json's post-processor alone: say the same in both places.
-        for key in ("bos", "eos"):
-            token = json.dumps(named.get(f"{key}_token"), ensure_ascii=False)
-            settings[f"add_{key}_token"] = token in json.dumps(
-                tokenizer.get("post_processor"), ensure_ascii=False
-            )
+    # 5.x acts on these, 4.x on tokenizer.json's post-processor alone: say the same in both places.
+    for name, key in _ADDED_AROUND.items():
+        if from_sentencepiece:
+            settings[key] = _adds(tokenizer, named.get(name))
+        elif isinstance(given.get(key), bool):
+            settings[key] = given[key]
+    if additional := _additional_special_tokens(source):
+        settings["additional_special_tokens"] = additional
     return settings
+
+
+def _tokenizer_config(directory: Path) -> dict[str, Any]:
+    path = directory / "tokenizer_config.json"
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _json_vocabulary(tokenizer: dict[str, Any], path: Path) -> dict[str, int]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from meditron_train.checkpoint.stored import Range, Shape, StoredTensor, read_stored
+from meditron_train.checkpoint.stored import Range, ReadError, Shape, StoredTensor, read_stored
 from meditron_train.checkpoint.torch_file import find_tensors
 from meditron_train.errors import UserError
 
@@ -102,6 +102,9 @@ class TorchDistTensors:
         try:
             return read_stored(path, self._find(chunk), name, rows, read_once=True)
         except (OSError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            cause = error.__context__ or error  # zipfile calls what the system cannot read a bad file
+            if isinstance(cause, OSError):
+                raise ReadError(f"{path}: the record of {name} cannot be read ({cause}).") from error
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: the record of {name} cannot be read ({first_line}).") from None
 

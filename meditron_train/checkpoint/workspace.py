@@ -2,7 +2,8 @@
 
 `TARGET.tmp` holds, beside the files, what the conversion is (`.conversion.json`) and which files are finished, with
 their hashes (`.finished_RANK.jsonl`). After a kill at any moment the same command finds its finished files there and
-writes the others; a different conversion starts anew. What bears the final name is complete.
+writes the others; a different conversion starts anew. What bears the final name is complete. Only `.conversion.json`
+makes a directory ours to clear, so it is there before any file and goes after all of them, or after the last rename.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
 from meditron_train.checkpoint.manifest import (
-    MANIFEST_FORMAT,
-    MANIFEST_NAME,
+    CONVERSION_NAME,
     describe_file,
     sync_directory,
     write_manifest,
     write_text_atomically,
 )
+from meditron_train.checkpoint.stored import ReadError
 from meditron_train.checkpoint.stream import PlannedFile, WrittenFile
-from meditron_train.errors import MeditronError, UserError
+from meditron_train.errors import WRONG_PATH, MeditronError, UserError
 from meditron_train.log import get_logger
 
 _log = get_logger(__name__)
 
-_IDENTITY = ".conversion.json"
+_FORMAT = "meditron-train-conversion/1"
 _FINISHED = ".finished_"
 _LOCK = ".lock"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -106,10 +107,11 @@ def workspace(
     """Yield the workspace of a conversion; `publish` ends it. Collective.
 
     identity: all that decides what the files will hold. An error removes the workspace (so a full disk is not left
-    full); an interruption leaves it for the next attempt. Raises UserError when the target exists and is not empty,
-    `.tmp` is somebody else's or is being written, MeditronError when the disk is full or too small.
+    full); an interruption, or a source that cannot be read just now, leaves it for the next attempt. Raises UserError
+    when the target exists and is not empty, `.tmp` is somebody else's or is being written, or the path is unusable,
+    MeditronError when the disk is full or too small.
     """
-    target = Path(os.path.abspath(target))
+    target = _final(target)
     temporary = target.with_name(target.name + ".tmp")
     lock: list[IO[str]] = []
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -119,9 +121,11 @@ def workspace(
             yield Workspace(temporary, ranks.rank)
         except OSError as error:
             raise _explained(error, target) from error
+    except ReadError:
+        raise
     except Exception:
         if lock:  # only rank 0 removes, and only what it holds
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
         raise
     finally:
         for file in lock:
@@ -132,37 +136,56 @@ def publish(
     work: Workspace, target: str | Path, written: Mapping[str, WrittenFile], manifest: Mapping[str, Any]
 ) -> None:
     """Complete the workspace with manifest.json and give it its final name. Rank 0 only."""
-    target, temporary = Path(os.path.abspath(target)), work.directory
+    target, temporary = _final(target), work.directory
     known: dict[str, dict[str, int | str]] = {
         name: {"num_bytes": file.num_bytes, "sha256": file.sha256} for name, file in written.items()
     }
     journals = sorted(temporary.glob(f"{_FINISHED}*"))
-    own = {path.name for path in [*journals, temporary / _IDENTITY, temporary / _LOCK]}
+    own = {CONVERSION_NAME, _LOCK, *(path.name for path in journals)}
     write_manifest(temporary, known=known, extra=manifest, leave_out=own)
-    for path in [*journals, temporary / _IDENTITY, temporary / _LOCK]:
-        path.unlink(missing_ok=True)
+    for path in journals:
+        path.unlink()
     for parent, _, _ in os.walk(temporary, topdown=False):
         sync_directory(Path(parent))
+    (temporary / _LOCK).unlink(
+        missing_ok=True
+    )  # late: from here on another process could take it for abandoned
     temporary.rename(target)  # an empty directory of that name is replaced
+    (target / CONVERSION_NAME).unlink()
+    sync_directory(target)
     sync_directory(target.parent)
 
 
-def require_absent(directory: str | Path) -> None:
-    """Raise UserError unless `directory` does not exist or is an empty directory."""
+def require_absent(directory: str | Path, source: str | Path | None = None) -> None:
+    """Raise UserError unless `directory` does not exist or is an empty directory that a rename can replace, and lies
+    outside of `source`, which it would change."""
     directory = Path(directory)
+    if source is not None and _final(directory).is_relative_to(os.path.realpath(source)):
+        raise UserError(
+            f"{directory} lies inside {source}, which would change it. Name a directory elsewhere."
+        )
     if directory.is_dir():
+        if os.path.ismount(directory):
+            raise UserError(
+                f"{directory} is a mount point, which cannot be replaced. Name a directory inside it."
+            )
         if any(directory.iterdir()):
             raise UserError(f"{directory} exists and is not empty. Name a new directory, or remove this one.")
     elif os.path.lexists(directory):
         raise UserError(f"{directory} exists and is not a directory. Name a new directory.")
 
 
+def _final(target: str | Path) -> Path:
+    """Where the directory will lie: a rename onto a link to an empty directory would fail."""
+    return Path(os.path.realpath(target))
+
+
 def _prepare(target: Path, temporary: Path, digest: str, plans: Sequence[PlannedFile]) -> IO[str]:
     """Make or take over the workspace; returns its locked lock file."""
     require_absent(target)
-    if temporary.exists() and not _is_ours(temporary):
-        raise UserError(f"{temporary} is in the way and was not written by this program. Move it away.")
-    existed = temporary.exists()
+    existed = os.path.lexists(temporary)
+    if existed and not _is_ours(temporary):
+        raise UserError(f"{temporary} is in the way and is no conversion that was interrupted. Move it away.")
     temporary.mkdir(parents=True, exist_ok=True)
     lock = _lock(temporary)
     try:
@@ -173,10 +196,11 @@ def _prepare(target: Path, temporary: Path, digest: str, plans: Sequence[Planned
             _log.info("continuing with what an interrupted conversion left in %s", temporary)
             _clear(temporary, keep={plan.name for plan in plans})
         _check_free_space(temporary, plans)
-        write_text_atomically(temporary / _IDENTITY, json.dumps({"sha256": digest}) + "\n")
+        identity = json.dumps({"format": _FORMAT, "sha256": digest}) + "\n"
+        write_text_atomically(temporary / CONVERSION_NAME, identity)
     except BaseException:
         if not existed:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
         lock.close()
         raise
     return lock
@@ -198,31 +222,38 @@ def _lock(temporary: Path) -> IO[str]:
 
 
 def _is_ours(temporary: Path) -> bool:
-    if not temporary.is_dir():
+    """Whether a conversion has begun it: it says which, or holds nothing yet that could be somebody else's."""
+    if temporary.is_symlink() or not temporary.is_dir():
         return False
-    if any((temporary / name).exists() for name in (_IDENTITY, _LOCK)) or not any(temporary.iterdir()):
-        return True
-    with suppress(OSError, ValueError, AttributeError):  # killed just before the last rename
-        manifest = json.loads((temporary / MANIFEST_NAME).read_text(encoding="utf-8"))
-        return bool(manifest.get("format") == MANIFEST_FORMAT)
-    return False
+    started = {_LOCK, CONVERSION_NAME + ".tmp"}
+    return _identity_of(temporary) is not None or {path.name for path in temporary.iterdir()} <= started
 
 
 def _identity_of(temporary: Path) -> str | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((temporary / _IDENTITY).read_text(encoding="utf-8"))["sha256"])
+        identity = json.loads((temporary / CONVERSION_NAME).read_text(encoding="utf-8"))
+        return str(identity["sha256"]) if identity["format"] == _FORMAT else None
     return None
 
 
 def _clear(temporary: Path, keep: set[str]) -> None:
-    """Remove all but the lock and, where files are kept, the journals that say which of them are finished."""
+    """Remove all but what makes it ours and, where files are kept, the journals that say which are finished."""
     for path in temporary.iterdir():
-        if path.name == _LOCK or path.name in keep or (keep and path.name.startswith(_FINISHED)):
+        if path.name in (_LOCK, CONVERSION_NAME, *keep) or (keep and path.name.startswith(_FINISHED)):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _remove(temporary: Path) -> None:
+    """All of it, as far as the disk lets us."""
+    with suppress(OSError):
+        _clear(temporary, keep=set())
+        for name in (CONVERSION_NAME, _LOCK):
+            (temporary / name).unlink(missing_ok=True)
+        temporary.rmdir()
 
 
 def _read_journals(temporary: Path) -> dict[str, WrittenFile]:
@@ -254,4 +285,6 @@ def _check_free_space(temporary: Path, plans: Sequence[PlannedFile]) -> None:
 def _explained(error: OSError, target: Path) -> MeditronError:
     if error.errno in _DISK_FULL:
         return MeditronError(f"No space left on the disk of {target}: nothing was written.")
+    if error.errno in WRONG_PATH:
+        return UserError(f"{target} cannot be written: {error}. Name another directory.")
     return MeditronError(f"Writing {target} failed: {error}. Nothing was written.")

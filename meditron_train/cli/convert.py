@@ -109,12 +109,8 @@ def megatron_to_hf_command(
         _limits(max_ram, allow_nonfinite),
         _foreign_options(tokenizer, config, vocab_size, rotary),
     )
+    _require_foreign(ckpt_dir, options)
     is_foreign = is_foreign_directory(ckpt_dir)
-    if options is not None and not is_foreign:
-        raise UserError(
-            f"{ckpt_dir} is no checkpoint of Megatron-LM or Megatron-LLM: --tokenizer, --config, --vocab-size and "
-            "--rotary are for those. Leave them out."
-        )
     has_tokenizer = True
     with _ranks() as ranks, _progress("converting", hidden=not _is_first(ranks)) as advance:
         arguments: dict[str, Any] = {
@@ -152,6 +148,7 @@ def reshard_command(
     from meditron_train.convert.reshard import reshard
 
     options = _foreign_options(tokenizer, config, vocab_size, rotary)
+    _require_foreign(source, options)
     with _progress("writing") as advance:
         result = reshard(
             source, target, tp=tp, pp=pp, with_optimizer=optimizer, options=options, progress=advance
@@ -227,6 +224,16 @@ def _foreign_options(
         raise UserError(f"--rotary is {rotary!r}. Write auto, half or interleaved.")
     options = ForeignOptions(tokenizer, config, vocab_size, rotary)  # type: ignore[arg-type]
     return None if options == ForeignOptions() else options
+
+
+def _require_foreign(checkpoint: Path, options: ForeignOptions | None) -> None:
+    from meditron_train.checkpoint.foreign import is_foreign_directory
+
+    if options is not None and not is_foreign_directory(checkpoint):
+        raise UserError(
+            f"{checkpoint} is no checkpoint of Megatron-LM or Megatron-LLM: --tokenizer, --config, --vocab-size and "
+            "--rotary are for those. Leave them out."
+        )
 
 
 def _comparison_json(a: Path, b: Path, result: Comparison) -> dict[str, Any]:

@@ -6,7 +6,6 @@ purpose, or by a fault that a new start mends, wants to be requeued; 130 interru
 
 from __future__ import annotations
 
-import errno
 import sys
 from typing import Annotated, Any
 
@@ -21,14 +20,8 @@ from meditron_train.cli.generate import generate
 from meditron_train.cli.preflight import preflight
 from meditron_train.cli.submit import submit
 from meditron_train.cli.train import train
-from meditron_train.errors import MeditronError, UserError
+from meditron_train.errors import WRONG_PATH, MeditronError, UserError
 from meditron_train.log import setup_logging
-
-# A path that cannot be what it was given for is the user's to correct; a full or failing disk is not.
-_WRONG_PATH = {
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG),
-}
 
 
 class _Verbs(TyperGroup):
@@ -52,7 +45,7 @@ class _Verbs(TyperGroup):
                 file=sys.stderr,
                 flush=True,
             )
-            raise typer.Exit(2 if error.errno in _WRONG_PATH else 1) from None
+            raise typer.Exit(2 if error.errno in WRONG_PATH else 1) from None
         except KeyboardInterrupt:
             if ctx.params.get("debug"):
                 raise

@@ -52,10 +52,3 @@ class BitComparison:
             f"{self._num_different} of {math.prod(self._shape)} elements differ, first at {where}: "
             f"{value_a!r} against {value_b!r}, max |Δ| {self._largest:.6g}"
         )
-
-
-def compare_bits(a: torch.Tensor, b: torch.Tensor) -> str:
-    """Empty when two tensors of one shape and dtype have the same bits; else where they first differ, by how much."""
-    comparison = BitComparison(tuple(a.shape))
-    comparison.add(a, b)
-    return str(comparison)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from meditron_train.checkpoint.conversion import Limits, Progress
-from meditron_train.checkpoint.export import check_generation_config, parse_dtype, write_hf_model
+from meditron_train.checkpoint.export import parse_dtype, read_generation_config, write_hf_model
 from meditron_train.checkpoint.foreign import ForeignOptions, ForeignSource
 from meditron_train.checkpoint.hf_write import parse_num_bytes
 from meditron_train.checkpoint.tokenizer_files import check_tokenizer
@@ -34,8 +34,8 @@ def foreign_to_hf(
     source = ForeignSource(checkpoint, options)
     if source.tokenizer is not None:
         check_tokenizer(source.tokenizer, source.model.vocab_size)
-        check_generation_config(source.tokenizer)
-    require_absent(hf_directory)
+        read_generation_config(source.tokenizer)
+    require_absent(hf_directory, checkpoint)
     write_hf_model(
         source,
         hf_directory,

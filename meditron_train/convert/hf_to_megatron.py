@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,13 +13,15 @@ from meditron_train.checkpoint.export import (
     HF_SUBDIRECTORY,
     common_dtype,
     describe_conversion,
+    describe_hf_files,
     dtype_name,
     parse_dtype,
+    require_convertible,
     write_hf_files,
 )
 from meditron_train.checkpoint.hf_map import TensorSpec, megatron_pieces, tensor_specs
 from meditron_train.checkpoint.hf_read import HFSource, open_hf_model
-from meditron_train.checkpoint.manifest import TensorEntry
+from meditron_train.checkpoint.manifest import TensorEntry, read_tensor_hashes
 from meditron_train.checkpoint.megatron_write import meta_json, plan_distcp, write_index
 from meditron_train.checkpoint.stream import PlannedTensor
 from meditron_train.checkpoint.tokenizer_files import check_tokenizer
@@ -45,11 +48,13 @@ def hf_to_megatron(
     """
     hf_directory = Path(hf_directory)
     target = parse_dtype(dtype)
-    require_absent(checkpoint)
+    require_absent(checkpoint, hf_directory)
     model, source = open_hf_model(hf_directory, read_once=True)
     check_tokenizer(hf_directory, model.vocab_size)
     padded_vocab_size = model.padded_vocab_size(tp=1, multiple=vocab_multiple)
     specs = tensor_specs(model)
+    for name in (name for spec in specs for name in spec.hf_names):
+        require_convertible(name, source.dtype(name), target)
     dtypes = [target or _dtype_of(spec, source) for spec in specs]
     model = model.model_copy(update={"dtype": common_dtype(dtypes)})
     files = plan_distcp(
@@ -67,12 +72,13 @@ def hf_to_megatron(
         for name, shape in zip(spec.hf_names, spec.hf_shapes, strict=True)
     }
 
-    def complete(directory: Path) -> None:
+    def complete(directory: Path) -> dict[str, Any]:
         write_index(directory, files)
         meta = json.dumps(meta_json(model, padded_vocab_size), indent=2) + "\n"
         (directory / "meta.json").write_text(meta, encoding="utf-8")
         (directory / HF_SUBDIRECTORY).mkdir(exist_ok=True)
         write_hf_files(directory / HF_SUBDIRECTORY, model, hf_directory)
+        return describe_hf_files(directory / HF_SUBDIRECTORY)
 
     convert_files(
         checkpoint,
@@ -80,8 +86,9 @@ def hf_to_megatron(
         source,
         identity={"to": "sharded", "dtype": dtype or "keep", "source": files_identity(hf_directory)},
         complete=complete,
-        manifest=describe_conversion(hf_directory, model, hf_directory, target, format="hugging-face"),
+        manifest=describe_conversion(hf_directory, model, target, format="hugging-face"),
         entries=entries,
+        expected=read_tensor_hashes(hf_directory),  # where an earlier conversion has left them
         limits=limits,
         ranks=ranks,
         progress=progress,

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from meditron_train.checkpoint.conversion import Progress
+from meditron_train.checkpoint.export import read_generation_config
 from meditron_train.checkpoint.foreign import ForeignOptions
 from meditron_train.checkpoint.hf_map import check_source
 from meditron_train.checkpoint.manifest import MANIFEST_NAME, describe_file, verify_manifest
+from meditron_train.checkpoint.tokenizer_compare import contradictory_ids
 from meditron_train.checkpoint.tokenizer_files import check_tokenizer
 from meditron_train.convert.scan import in_parallel, scan_tensor
 from meditron_train.convert.side import ForeignSide, FullSide, HFSide, MegatronSide, open_full_side
@@ -44,10 +46,7 @@ def inspect_directory(
         problems += [f"manifest: {problem}" for problem in verify_manifest(directory, check_hashes=hashes)]
     if hashes:
         problems += _tensor_problems(side, manifest or {}, progress)
-    try:
-        check_tokenizer(side.hf_files, side.model.vocab_size)
-    except UserError as error:
-        problems.append(str(error))
+    problems += _beside_the_weights(side)
     return {
         **description,
         "intact": not problems,
@@ -61,6 +60,22 @@ def inspect_directory(
         "tensors": tensors,
         "files": _files(directory, hashes, manifest or {}),
     }
+
+
+def _beside_the_weights(side: FullSide) -> list[str]:
+    """What is wrong with the tokenizer and the generation settings."""
+    problems = []
+    try:
+        check_tokenizer(side.hf_files, side.model.vocab_size)
+        if contradiction := contradictory_ids(side.hf_files):
+            problems.append(f"{side.hf_files}: {contradiction}")
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        read_generation_config(side.hf_files)
+    except UserError as error:
+        problems.append(str(error))
+    return problems
 
 
 def _sharded(side: MegatronSide) -> tuple[list[str], list[dict[str, Any]], dict[str, Any]]:
@@ -110,9 +125,13 @@ def _tensor(name: str, shape: tuple[int, ...], dtype: str, itemsize: int, files:
 
 
 def _tensor_problems(side: FullSide, manifest: dict[str, Any], progress: Progress | None) -> list[str]:
-    """Tensors that cannot be read, hold NaN or infinity, or differ from the manifest: each is read once."""
-    recorded = manifest.get("tensors") or {}
+    """Tensors that cannot be read, hold NaN or infinity, or differ from the manifest: each is read once, apart from
+    the hashes of whole files."""
     problems = []
+    recorded = manifest.get("tensors") or {}
+    if not isinstance(recorded, dict) or not all(isinstance(entry, dict) for entry in recorded.values()):
+        problems.append(f"manifest: {MANIFEST_NAME} is damaged: its tensors are no objects")
+        recorded = {}
     sizes = {name: _num_bytes_of(side, name) for name in side.names}
     for name, found in in_parallel(lambda name: scan_tensor(side, name), side.names):
         if found.problem:

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
+from meditron_train.checkpoint.hf_map import hf_shapes
+from meditron_train.checkpoint.stored import Range
 from meditron_train.checkpoint.tokenizer_files import has_tokenizer
 from meditron_train.convert.forward import our_logits
 from meditron_train.convert.side import FullSide
+from meditron_train.errors import UserError
 
 _TEXT = (
     "A 62-year-old woman with type 2 diabetes mellitus presents with a three-week history of exertional dyspnoea and "
@@ -53,15 +56,49 @@ class LogitComparison:
         ]
 
 
-def compare_logits(side_a: FullSide, side_b: FullSide) -> LogitComparison:
+def compare_logits(side_a: FullSide, side_b: FullSide, cast: torch.dtype | None = None) -> LogitComparison:
     """Run both models over one medical text (without a tokenizer, over spread-out token ids).
 
-    Memory: one layer, the output layer and the logits in fp32. Raises UserError when a tensor cannot be read.
+    cast: the declared cast of one side's tensors, through which both go. Memory: one layer, the output layer and the
+    logits in fp32. Raises UserError when a tensor is not that of the configuration, or cannot be read.
     """
+    for side in (side_a, side_b):
+        _check_shapes(side)
     ids = _token_ids(side_a)
+    if cast is not None:
+        side_a, side_b = _Cast(side_a, cast), _Cast(side_b, cast)
     a, b = transformers_logits(side_a, ids), transformers_logits(side_b, ids)
     ours = our_logits(side_b, ids[0])[None]
     return LogitComparison(*_difference(a, b), *_difference(a, ours), a.abs().max().item())
+
+
+class _Cast:
+    """A side whose tensors go through a dtype on their way."""
+
+    def __init__(self, side: FullSide, dtype: torch.dtype) -> None:
+        self._side, self._dtype = side, dtype
+        self.directory, self.hf_files, self.model = side.directory, side.hf_files, side.model
+        self.names, self.shape, self.tokenizer, self.generation = (
+            side.names,
+            side.shape,
+            side.tokenizer,
+            side.generation,
+        )
+        self.cast, self.made_from = side.cast, side.made_from
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype
+
+    def read(self, name: str, rows: Range | None = None) -> torch.Tensor:
+        return self._side.read(name, rows).to(self._dtype)
+
+
+def _check_shapes(side: FullSide) -> None:
+    for name, shape in hf_shapes(side.model).items():
+        if name not in side.names or side.shape(name) != shape:
+            raise UserError(
+                f"{side.directory}: {name} is missing or has another shape than the configuration says"
+            )
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
@@ -112,5 +149,8 @@ def _token_ids(side: FullSide) -> torch.Tensor:
     if has_tokenizer(side.hf_files):
         from transformers import AutoTokenizer
 
-        return torch.tensor([AutoTokenizer.from_pretrained(side.hf_files).encode(_TEXT)[:length]])
+        try:
+            return torch.tensor([AutoTokenizer.from_pretrained(side.hf_files).encode(_TEXT)[:length]])
+        except Exception as error:  # a damaged tokenizer raises nearly anything
+            raise UserError(f"{side.hf_files}: the tokenizer cannot be loaded: {error}") from None
     return (torch.arange(length) * 7919 % side.model.vocab_size).unsqueeze(0)

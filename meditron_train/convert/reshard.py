@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from meditron_train.checkpoint.export import HF_SUBDIRECTORY, check_generation_config
+from meditron_train.checkpoint.export import HF_SUBDIRECTORY, read_generation_config
 from meditron_train.checkpoint.foreign import (
     TRACKER,
     ForeignOptions,
@@ -85,7 +85,7 @@ def reshard(
     optimizer = None
     if with_optimizer and isinstance(source, MegatronSource):
         optimizer = _Optimizer.open(source, Path(checkpoint))
-    require_absent(target)
+    require_absent(target, checkpoint)
     iteration = f"iter_{step:07d}" if step else "release"
     places = [(rank, stage) for rank in range(tp) for stage in range(pp)]
     num_bytes = sum(_part_num_bytes(source, spec) for spec in tensor_specs(model))
@@ -101,7 +101,7 @@ def reshard(
             if progress is not None:
                 progress(plan.name, plan.num_bytes, num_bytes)
         if hf_files is not None:
-            check_generation_config(hf_files)
+            read_generation_config(hf_files)
             copy_tokenizer(hf_files, work.directory)
         (work.directory / TRACKER).write_text(str(step) if step else "release", encoding="utf-8")
         publish(work, target, {}, {"source": {"directory": Path(checkpoint).resolve().name}})

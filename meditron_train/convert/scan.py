@@ -13,7 +13,7 @@ import torch
 
 from meditron_train.checkpoint.stream import Block, PlannedTensor, byte_view, first_nonfinite, index_text
 from meditron_train.convert.side import FullSide, row_blocks
-from meditron_train.errors import UserError
+from meditron_train.errors import MeditronError
 
 _T = TypeVar("_T")
 
@@ -38,7 +38,7 @@ def scan_tensor(side: FullSide, name: str, dtype: torch.dtype | None = None) -> 
             digest.update(byte_view(data))
             if nonfinite is None and (index := first_nonfinite(data)) is not None:
                 nonfinite = index_text(Block(plan, data, data, name, rows[0] if rows else 0, False), index)
-    except UserError as error:
+    except MeditronError as error:
         return ScannedTensor(problem=str(error))
     return ScannedTensor(digest.hexdigest(), nonfinite)
 

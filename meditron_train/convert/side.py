@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from pydantic import ValidationError
 
-from meditron_train.checkpoint.export import HF_SUBDIRECTORY
+from meditron_train.checkpoint.export import HF_SUBDIRECTORY, read_generation_config
 from meditron_train.checkpoint.foreign import ForeignOptions, ForeignSource, is_foreign_directory
 from meditron_train.checkpoint.hf_config import read_hf_config
 from meditron_train.checkpoint.hf_map import Piece, TensorSpec, hf_pieces, is_ignored, tensor_specs
@@ -29,12 +29,15 @@ _BLOCK_BYTES = 8 << 20
 class Side(Protocol):
     """One side of a comparison. Methods raise UserError for a damaged tensor; `read` may be called by many threads.
 
-    cast: the dtype ("bfloat16") that the side's manifest says all its tensors were cast to.
+    directory: of the model, or of the manifest alone. cast: the dtype ("bfloat16") that the side's manifest says all
+    its tensors were cast to; made_from: the name of the directory that it says they come from.
     """
 
+    directory: Path
     model: ModelConfig
     names: list[str]
     cast: str | None
+    made_from: str | None
 
     def shape(self, name: str) -> Shape: ...
 
@@ -43,11 +46,13 @@ class Side(Protocol):
     def tokenizer(self) -> dict[str, Any] | None:
         """The tokenizer's fingerprint."""
 
+    def generation(self) -> dict[str, Any] | None:
+        """What generation_config.json says."""
+
 
 class FullSide(Side, Protocol):
     """A side whose tensors are there. hf_files: where config.json and the tokenizer lie."""
 
-    directory: Path
     hf_files: Path
 
     def read(self, name: str, rows: Range | None = None) -> torch.Tensor: ...
@@ -62,7 +67,7 @@ class HFSide:
         self.directory = self.hf_files = directory
         self.source = HFSource(directory)
         self.model = read_hf_config(directory)
-        self.cast = _stated_cast(directory)
+        self.cast, self.made_from = _origin(directory / MANIFEST_NAME)
         self.names = [name for name in self.source.names if not is_ignored(name)]
         if self.model.tie_embeddings and _HEAD in self.names and self._head_is_the_embedding():
             self.names.remove(_HEAD)  # stored or left out, it is the same model
@@ -87,6 +92,9 @@ class HFSide:
 
     def tokenizer(self) -> dict[str, Any] | None:
         return tokenizer_fingerprint(self.hf_files)
+
+    def generation(self) -> dict[str, Any] | None:
+        return read_generation_config(self.hf_files)
 
 
 class _JointSide:
@@ -127,6 +135,9 @@ class _JointSide:
     def tokenizer(self) -> dict[str, Any] | None:
         return tokenizer_fingerprint(self.hf_files)
 
+    def generation(self) -> dict[str, Any] | None:
+        return read_generation_config(self.hf_files)
+
 
 class MegatronSide(_JointSide):
     """A sharded checkpoint."""
@@ -137,7 +148,7 @@ class MegatronSide(_JointSide):
         self.directory = directory
         self.source = MegatronSource(directory, check=False)
         super().__init__(self.source, set(self.source.all_names), directory / HF_SUBDIRECTORY)
-        self.cast = _stated_cast(directory)
+        self.cast, self.made_from = _origin(directory / MANIFEST_NAME)
 
 
 class ForeignSide(_JointSide):
@@ -145,6 +156,7 @@ class ForeignSide(_JointSide):
 
     format = "megatron"
     cast: str | None = None
+    made_from: str | None = None
 
     def __init__(self, directory: Path, options: ForeignOptions) -> None:
         self.directory = directory
@@ -167,14 +179,22 @@ class ManifestSide:
                 )
             self.model = ModelConfig.model_validate(manifest["model"])
             self._tensors = {
-                name: (getattr(torch, entry["dtype"]), tuple(map(int, entry["shape"])), str(entry["sha256"]))
+                name: (_dtype(entry["dtype"]), tuple(map(int, entry["shape"])), str(entry["sha256"]))
                 for name, entry in manifest["tensors"].items()
             }
-            self.cast: str | None = manifest.get("cast")
-            self._tokenizer: dict[str, Any] | None = manifest.get("tokenizer")
+            self._tokenizer = _object(manifest, "tokenizer")
+            self._generation = _object(manifest, "generation")
+            fingerprint = self._tokenizer or {}
+            for key in ("named_tokens", "special_settings"):
+                _object(fingerprint, key)
+            files = _object(fingerprint, "files") or {}
+            for name in files:
+                _object(files, name)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
             raise UserError(f"{path} is not the manifest of a converted directory: {error!r}") from None
         self.names = list(self._tensors)
+        self.directory = path.parent
+        self.cast, self.made_from = _origin(path)
 
     def shape(self, name: str) -> Shape:
         return self._tensors[name][1]
@@ -187,6 +207,9 @@ class ManifestSide:
 
     def tokenizer(self) -> dict[str, Any] | None:
         return self._tokenizer
+
+    def generation(self) -> dict[str, Any] | None:
+        return self._generation
 
 
 def row_blocks(shape: Shape, dtype: torch.dtype) -> list[Range | None]:
@@ -232,9 +255,25 @@ def open_full_side(
     )
 
 
-def _stated_cast(directory: Path) -> str | None:
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name} is no dtype")
+    return dtype
+
+
+def _object(manifest: dict[str, Any], key: str) -> dict[str, Any] | None:
+    value = manifest.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{key} is no object")
+    return value
+
+
+def _origin(path: Path) -> tuple[str | None, str | None]:
+    """(cast, name of the directory it was made from) as the manifest of a converted directory says."""
     try:
-        manifest = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
-        return manifest.get("cast")
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        cast, source = manifest.get("cast"), (manifest.get("source") or {}).get("directory")
     except (OSError, ValueError, AttributeError):
-        return None  # none, or damaged, which its hashes tell
+        return None, None  # none, or damaged, which its hashes tell
+    return (cast if isinstance(cast, str) else None), (source if isinstance(source, str) else None)

@@ -1,12 +1,12 @@
 """Compare two models on disk, in either format, exactly: every tensor bit for bit, config, tokenizer.
 
-Each side is read once, in blocks of rows, so that no tensor has to fit in memory; a side may also be a manifest alone,
-whose hashes then stand for its tensors.
+Tensors are read in blocks of rows, so that none has to fit in memory. The files of a side that has a manifest are read
+once more, for their hashes: these see what no tensor shows. A side may also be a manifest alone, whose hashes then
+stand for its tensors.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ from meditron_train.convert.side import (
     open_side,
     row_blocks,
 )
-from meditron_train.errors import UserError
+from meditron_train.errors import MeditronError, UserError
 
 AnySide = HFSide | MegatronSide | ForeignSide | ManifestSide
 
@@ -91,13 +91,16 @@ def verify(
     if contradictions:
         return Comparison(tuple(contradictions), 0, 0)
     side_a, side_b = _open_sides(a, b)
+    if logits and (isinstance(side_a, ManifestSide) or isinstance(side_b, ManifestSide)):
+        raise UserError("--logits needs the weights of both sides, and one of them is only a manifest.")
     cast = declared or _stated_cast(side_a, side_b)
     differences = _compare_configs(side_a, side_b)
     names = _names(side_a, side_b)
     sizes = {name: _num_bytes(side_a, name) for name in names}
-    num_cast = 0
+    num_cast, comparable = 0, not differences
     for name, found in in_parallel(lambda name: _compare_tensor(side_a, side_b, name, cast), names):
         num_cast += found.was_cast
+        comparable &= found.was_compared
         if found.message:
             differences.append(Difference("tensor", name, found.message))
         if progress is not None:
@@ -106,8 +109,10 @@ def verify(
     differences += _compare_generation(side_a, side_b)
     differences += [*_changed_files("A", side_a), *_changed_files("B", side_b)]
     compared = None
-    if logits:
-        compared, more = _compare_logits(side_a, side_b)
+    if logits and not comparable:
+        differences.append(Difference("logits", "fp32", "not computed, see above"))
+    elif logits:
+        compared, more = _compare_logits(side_a, side_b, cast if num_cast else None)
         differences += more
     cast_name = str(cast).removeprefix("torch.") if num_cast else None
     return Comparison(tuple(differences), len(names), sum(sizes.values()), cast_name, compared)
@@ -128,11 +133,18 @@ def _completed_by(side: AnySide) -> ForeignOptions:
     return ForeignOptions(tokenizer=tokenizer, vocab_size=side.model.vocab_size)
 
 
-def _stated_cast(side_a: Side, side_b: Side) -> torch.dtype | None:
-    """The cast that the manifests declare; none when they declare two."""
-    stated = {side.cast for side in (side_a, side_b)} - {None}
+def _stated_cast(side_a: AnySide, side_b: AnySide) -> torch.dtype | None:
+    """The cast that a manifest declares; when both do, that of the side which was made from the other."""
+    stated = {
+        a.cast for a, b in ((side_a, side_b), (side_b, side_a)) if b.cast is None or _is_made_from(a, b)
+    }
+    stated.discard(None)
     found = getattr(torch, str(stated.pop()), None) if len(stated) == 1 else None
     return found if isinstance(found, torch.dtype) else None
+
+
+def _is_made_from(side: AnySide, other: AnySide) -> bool:
+    return side.made_from is not None and side.made_from == other.directory.resolve().name
 
 
 def _names(side_a: Side, side_b: Side) -> list[str]:
@@ -151,13 +163,16 @@ def _num_bytes(side: AnySide, name: str) -> int:
 
 @dataclass(frozen=True)
 class _TensorResult:
+    """was_compared: both sides have the tensor, in the same shape."""
+
     message: str = ""
     was_cast: bool = False
+    was_compared: bool = True
 
 
 def _compare_tensor(side_a: AnySide, side_b: AnySide, name: str, cast: torch.dtype | None) -> _TensorResult:
     if message := _without_reading(side_a, side_b, name):
-        return _TensorResult(message)
+        return _TensorResult(message, was_compared=False)
     dtype_a, dtype_b = side_a.dtype(name), side_b.dtype(name)
     if dtype_a == dtype_b:
         return _TensorResult(_compare_values(side_a, side_b, name, dtype_a))
@@ -194,10 +209,12 @@ def _compare_values(side_a: AnySide, side_b: AnySide, name: str, dtype: torch.dt
         for rows in row_blocks(
             side_a.shape(name), max(side_a.dtype(name), side_b.dtype(name), key=_itemsize)
         ):
-            label, block_a = "A", side_a.read(name, rows).to(dtype)
-            label, block_b = "B", side_b.read(name, rows).to(dtype)
+            label = "A"
+            block_a = side_a.read(name, rows).to(dtype)
+            label = "B"
+            block_b = side_b.read(name, rows).to(dtype)
             comparison.add(block_a, block_b, rows[0] if rows else 0)
-    except UserError as error:
+    except MeditronError as error:
         return f"{label}: {error}"
     return str(comparison)
 
@@ -234,14 +251,15 @@ def _compare_tokenizers(side_a: AnySide, side_b: AnySide) -> list[Difference]:
     return [Difference("tokenizer", what, message) for what, message in found]
 
 
-def _compare_logits(side_a: AnySide, side_b: AnySide) -> tuple[LogitComparison | None, list[Difference]]:
+def _compare_logits(
+    side_a: AnySide, side_b: AnySide, cast: torch.dtype | None
+) -> tuple[LogitComparison | None, list[Difference]]:
     from meditron_train.convert.logits import compare_logits  # imports the model and transformers
 
-    if isinstance(side_a, ManifestSide) or isinstance(side_b, ManifestSide):
-        raise UserError("--logits needs the weights of both sides, and one of them is only a manifest.")
+    assert not isinstance(side_a, ManifestSide) and not isinstance(side_b, ManifestSide)
     try:
-        compared = compare_logits(side_a, side_b)
-    except UserError as error:  # a damaged side: what was found above must still be told
+        compared = compare_logits(side_a, side_b, cast)
+    except MeditronError as error:  # a damaged side: what was found above must still be told
         return None, [Difference("logits", "fp32", f"cannot be computed: {error}")]
     return compared, [Difference("logits", what, message) for what, message in compared.problems()]
 
@@ -288,15 +306,12 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _compare_generation(side_a: AnySide, side_b: AnySide) -> list[Difference]:
     """Keys of generation_config.json, when both sides have one."""
-    if isinstance(side_a, ManifestSide) or isinstance(side_b, ManifestSide):
-        return []
-    paths = [side.hf_files / "generation_config.json" for side in (side_a, side_b)]
-    if not all(path.is_file() for path in paths):
-        return []
     try:
-        a, b = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
-    except ValueError as error:
-        return [Difference("generation", "generation_config.json", f"not valid JSON: {error}")]
+        a, b = side_a.generation(), side_b.generation()
+    except UserError as error:
+        return [Difference("generation", "generation_config.json", str(error))]
+    if a is None or b is None:
+        return []
     keys = sorted((a.keys() | b.keys()) - {"transformers_version", "_from_model_config"})
     return [
         Difference("generation", key, f"{a.get(key)!r} against {b.get(key)!r}")

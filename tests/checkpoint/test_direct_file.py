@@ -23,6 +23,8 @@ def is_direct(descriptor: int) -> bool:
 class System:
     """`os` with an `open` and a `write` as some file systems have them. written: whether each write was direct."""
 
+    error = errno.EINVAL
+
     def __init__(self, refuses: str, most: int) -> None:
         self.refuses, self.most, self.written = refuses, most, []
 
@@ -31,12 +33,12 @@ class System:
 
     def open(self, path: Path, flags: int, mode: int) -> int:
         if self.refuses == "open" and flags & O_DIRECT:
-            raise OSError(errno.EINVAL, "Invalid argument")
+            raise OSError(self.error, os.strerror(self.error))
         return os.open(path, flags, mode)
 
     def write(self, descriptor: int, data: memoryview) -> int:
         if self.refuses == "write" and is_direct(descriptor):
-            raise OSError(errno.EINVAL, "Invalid argument")
+            raise OSError(self.error, os.strerror(self.error))
         self.written.append(is_direct(descriptor))
         return os.write(descriptor, data[: self.most])
 
@@ -104,3 +106,24 @@ def test_errors_are_passed_on(tmp_path: Path, system, monkeypatch, error: int) -
 def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         DirectFile(tmp_path / "absent" / "f")
+
+
+@pytest.mark.parametrize("refuses", ["open", "write"])
+def test_another_way_to_say_that_there_is_no_direct_writing(tmp_path: Path, system, refuses: str) -> None:
+    system(refuses).error = errno.EOPNOTSUPP
+    with DirectFile(tmp_path / "f") as file:
+        file.append(memoryview(b"1" * (5 << 20)))
+        file.sync()
+    assert (tmp_path / "f").read_bytes() == b"1" * (5 << 20)
+
+
+def test_without_memory_nothing_stays_open(tmp_path: Path, monkeypatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("mmap.mmap", refuse)
+    for _ in range(3):
+        with pytest.raises(OSError):
+            DirectFile(tmp_path / "f")
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -16,10 +16,11 @@ from meditron_train.checkpoint.foreign import (
     is_foreign_directory,
 )
 from meditron_train.checkpoint.hf_config import read_hf_config
-from meditron_train.checkpoint.hf_map import tensor_specs, to_hf
+from meditron_train.checkpoint.hf_map import tensor_specs
 from tests.checkpoint.foreign_fixtures import edited, llm_args, lm_args, write_legacy
 from tests.checkpoint.tiny_llama import assert_same_bits, read_tensors, write_tiny_llama
 from tests.checkpoint.tiny_tokenizer import VOCAB_SIZE, write_tokenizer_model
+from tests.checkpoint.whole import to_hf
 from tests.refusal import refused
 
 VOCAB = ForeignOptions(vocab_size=131)

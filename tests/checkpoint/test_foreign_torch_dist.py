@@ -12,9 +12,10 @@ import torch
 
 from meditron_train.checkpoint.foreign import ForeignOptions, ForeignSource, is_foreign_directory
 from meditron_train.checkpoint.hf_config import read_hf_config
-from meditron_train.checkpoint.hf_map import tensor_specs, to_hf
+from meditron_train.checkpoint.hf_map import tensor_specs
 from tests.checkpoint.foreign_fixtures import lm_args
 from tests.checkpoint.test_foreign_legacy import Evil, assert_gives, make_hf
+from tests.checkpoint.whole import to_hf
 from tests.distributed import run_ranks
 from tests.refusal import refused
 

@@ -11,11 +11,10 @@ from meditron_train.checkpoint.hf_map import (
     hf_shapes,
     rank_slice,
     tensor_specs,
-    to_hf,
-    to_megatron,
 )
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import UserError
+from tests.checkpoint.whole import to_hf, to_megatron
 
 
 def make_model(**changes) -> ModelConfig:

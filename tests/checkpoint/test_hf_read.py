@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from meditron_train.checkpoint.hf_read import HFSource, is_hf_directory, open_hf_model
+from meditron_train.checkpoint.stored import ReadError
 from meditron_train.errors import UserError
 from tests.checkpoint.tiny_llama import (
     assert_same_bits,
@@ -20,6 +24,7 @@ from tests.checkpoint.tiny_llama import (
     rewrite_tensors,
     write_tiny_llama,
 )
+from tests.refusal import refused
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
@@ -266,3 +271,56 @@ def test_damaged_bin(tmp_path: Path) -> None:
     torch.save([torch.zeros(1)], path)
     with pytest.raises(UserError, match="does not hold a state dict, but a list"):
         HFSource(directory)
+
+
+UP, GATE = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "gate"))
+LIES: dict[str, tuple[Callable[[dict], Any], str]] = {
+    "another's-bytes": (lambda h: h[UP].update(data_offsets=h[GATE]["data_offsets"]), "overlaps"),
+    "shifted": (lambda h: h[UP].update(data_offsets=[x - 2 for x in h[UP]["data_offsets"]]), "overlaps"),
+    "gap": (lambda h: h.pop(UP), "does not begin at the end of"),
+    "offsets-text": (lambda h: h[UP].update(data_offsets=["a", 5]), f"{UP} is malformed"),
+    "offsets-floats": (lambda h: h[UP].update(data_offsets=[0.0, 15360.0]), f"{UP} is malformed"),
+    "offsets-null": (lambda h: h[UP].update(data_offsets=[None, 5]), f"{UP} is malformed"),
+    "offsets-one": (lambda h: h[UP].update(data_offsets=[5]), f"{UP} is malformed"),
+    "dtype-list": (lambda h: h[UP].update(dtype=["F32"]), f"{UP} is malformed"),
+    "entry-list": (lambda h: h.update({UP: [1]}), f"{UP} is malformed"),
+    "shape-text": (lambda h: h[UP].update(shape=["80", "48"]), f"{UP} is malformed"),
+    "shape-floats": (lambda h: h[UP].update(shape=[80.0, 48.0]), f"{UP} is malformed"),
+    "shape-null": (lambda h: h[UP].update(shape=None), f"{UP} is malformed"),
+    "shape-negative": (lambda h: h[UP].update(shape=[-80, -48]), f"the header says {UP} is F32"),
+    "list": (lambda h: b"[1]", "no JSON object"),
+    "deep": (lambda h: b'{"a":' + b"[" * 100_000, "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("case", LIES)
+def test_a_header_that_the_format_forbids(copy: Path, case: str) -> None:
+    change, said = LIES[case]
+    path = copy / "model.safetensors"
+    raw = path.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + size])
+    changed = change(header)
+    text = changed if isinstance(changed, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+    with refused("model.safetensors", said):
+        open_hf_model(copy)
+
+
+def test_bytes_that_belong_to_no_tensor(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b"\0" * 100)
+    with refused("model.safetensors: 100 bytes after the last tensor"):
+        open_hf_model(copy)
+
+
+def test_a_disk_that_cannot_be_read(copy: Path, monkeypatch) -> None:
+    def preadv(*arguments: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    source = HFSource(copy)
+    monkeypatch.setattr("os.preadv", preadv)
+    with refused(
+        "model.safetensors", "model.norm.weight cannot be read (Input/output error)", kind=ReadError
+    ):
+        source.read("model.norm.weight")

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from meditron_train.checkpoint import megatron_write
-from meditron_train.checkpoint.hf_map import rank_slice, tensor_specs, to_megatron
+from meditron_train.checkpoint.hf_map import rank_slice, tensor_specs
 from meditron_train.checkpoint.megatron_read import MegatronSource, is_megatron_directory, read_meta
 from meditron_train.checkpoint.megatron_write import meta_json, plan_distcp, write_index
 from tests.checkpoint.planned import planned, write_planned
 from tests.checkpoint.test_hf_map import make_model, random_source
 from tests.checkpoint.tiny_llama import assert_same_bits, change_json
+from tests.checkpoint.whole import to_megatron
 from tests.distributed import run_ranks
 from tests.refusal import refused
 

@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from meditron_train.checkpoint.tokenizer_compare import compare_tokenizers
+from meditron_train.checkpoint.tokenizer_compare import (
+    compare_fingerprints,
+    compare_tokenizers,
+    tokenizer_fingerprint,
+)
 from meditron_train.checkpoint.tokenizer_files import (
     check_tokenizer,
     copy_tokenizer,
     named_tokens,
+    special_settings,
     vocabularies,
 )
 from tests.checkpoint.tiny_llama import change_json
@@ -254,8 +259,42 @@ def test_comparison_of_merges_and_post_processing(tmp_path: Path, source: Path) 
         (directory / "tokenizer.model").unlink()
     tokenizer = json.loads((b / "tokenizer.json").read_text())
     change_json(b / "tokenizer.json", post_processor=None)
-    assert "becomes" in compare_tokenizers(a, b)[0][1]
+    assert [what for what, _ in compare_tokenizers(a, b)] == ["add_bos_token", "tokenizer.json"]
+    assert "becomes" in compare_tokenizers(a, b)[1][1]
     merges = tokenizer["model"]["merges"]
     tokenizer["model"]["merges"] = [merges[1], merges[0], *merges[2:]]
     change_json(b / "tokenizer.json", **tokenizer)
     assert compare_tokenizers(a, b) == [("tokenizer.json", "the merges differ")]
+
+
+@pytest.mark.parametrize("with_json", [False, True])
+@pytest.mark.parametrize(("bos", "eos"), [(True, True), (False, True), (False, False), (True, False)])
+def test_what_encoding_adds_is_what_the_source_says(
+    source: Path, target: Path, tmp_path: Path, with_json: bool, bos: bool, eos: bool
+) -> None:
+    from transformers import AutoTokenizer
+
+    if with_json:  # whose post-processor adds bos, which LlamaTokenizer overrides
+        copy_tokenizer(source, target)
+        (target / "tokenizer.json").rename(source / "tokenizer.json")
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": bos, "add_eos_token": eos}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    copy_tokenizer(source, target)
+    assert compare_tokenizers(source, target) == []
+    assert compare_fingerprints(tokenizer_fingerprint(source), tokenizer_fingerprint(target)) == []
+    ids = SentencePieceProcessor(model_file=str(source / "tokenizer.model")).encode("ka mo")
+    assert AutoTokenizer.from_pretrained(target).encode("ka mo") == [*[1] * bos, *ids, *[2] * eos]
+
+
+def test_a_tokenizer_json_against_its_own_settings_is_left_as_it_is(source: Path, target: Path) -> None:
+    """4.x goes by the one, 5.x by the other: there is nothing to be right."""
+    copy_tokenizer(source, target)
+    change_json(target / "tokenizer_config.json", add_bos_token=False)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (target / name).rename(source / name)
+    kept = (source / "tokenizer.json").read_bytes()
+    copy_tokenizer(source, target)
+    assert (target / "tokenizer.json").read_bytes() == kept
+    assert special_settings(source)["add_bos_token"] == "contradictory"
+    assert special_settings(target)["add_bos_token"] is True
+    assert compare_tokenizers(source, target) == [("add_bos_token", "'contradictory' against True")]

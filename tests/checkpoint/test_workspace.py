@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from meditron_train.checkpoint.manifest import verify_manifest
+from meditron_train.checkpoint.stored import ReadError
 from meditron_train.checkpoint.stream import PlannedFile, WrittenFile
-from meditron_train.checkpoint.workspace import Alone, Workspace, publish, workspace
+from meditron_train.checkpoint.workspace import Alone, Workspace, publish, require_absent, workspace
 from meditron_train.errors import MeditronError
 from tests.refusal import refused
 
@@ -129,3 +130,82 @@ def test_two_at_a_time_and_somebody_elses_directory(tmp_path: Path) -> None:
     with refused("other.tmp is in the way"), workspace(tmp_path / "other", PLANS, {}, Alone()):
         pass
     assert (somebody / "thesis").exists()
+
+
+@pytest.mark.parametrize("kept", ["manifest.json", ".lock", ".conversion.json"])
+def test_somebody_elses_directory_that_looks_like_ours(tmp_path: Path, kept: str) -> None:
+    """A finished conversion moved out of the way, a directory of another program: neither is an interrupted one."""
+    with workspace(tmp_path / "model", PLANS, {}, Alone()) as work:
+        write(work)
+        publish(work, tmp_path / "model", {"a": WRITTEN}, {})
+    backup = tmp_path / "model.tmp"
+    (tmp_path / "model").rename(backup)
+    if kept != "manifest.json":
+        (backup / "manifest.json").rename(backup / kept)
+    before = sorted(path.name for path in backup.iterdir())
+    with refused("model.tmp is in the way"), workspace(tmp_path / "model", PLANS, {}, Alone()):
+        pass
+    assert sorted(path.name for path in backup.iterdir()) == before
+
+
+def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "model.tmp").symlink_to(tmp_path / "elsewhere")
+    with refused("model.tmp is in the way"), workspace(tmp_path / "model", PLANS, {}, Alone()):
+        pass
+
+
+def test_what_was_killed_at_once_is_ours(tmp_path: Path) -> None:
+    (tmp_path / "model.tmp").mkdir()
+    for name in (".lock", ".conversion.json.tmp"):
+        (tmp_path / "model.tmp" / name).touch()
+        with workspace(tmp_path / "model", PLANS, {}, Alone()) as work:
+            write(work)
+            publish(work, tmp_path / "model", {"a": WRITTEN}, {})
+        assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["a", "manifest.json"]
+        (tmp_path / "model").rename(tmp_path / name)
+        (tmp_path / "model.tmp").mkdir()
+
+
+def test_a_link_to_an_empty_directory(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with workspace(tmp_path / "link", PLANS, {}, Alone()) as work:
+        write(work)
+        publish(work, tmp_path / "link", {"a": WRITTEN}, {})
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "a").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_a_mount_point_is_refused_before_any_work(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "volume")
+    with refused("volume is a mount point", "inside it"), workspace(tmp_path / "volume", PLANS, {}, Alone()):
+        pass
+    assert not (tmp_path / "volume.tmp").exists()
+
+
+def test_a_path_that_cannot_be_one_is_the_users(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with refused("model cannot be written"), workspace(tmp_path / "file" / "model", PLANS, {}, Alone()):
+        pass
+
+
+def test_a_source_that_cannot_be_read_keeps_the_work(tmp_path: Path) -> None:
+    with (
+        refused("cannot be read", kind=ReadError),
+        workspace(tmp_path / "model", PLANS, {}, Alone()) as work,
+    ):
+        write(work)
+        raise ReadError("x: w cannot be read")
+    with workspace(tmp_path / "model", PLANS, {}, Alone()) as work:
+        assert work.finished(PLANS[0]) == WRITTEN
+
+
+def test_inside_the_source(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "source")
+    for target in (tmp_path / "source" / "new", tmp_path / "link" / "a" / "b", tmp_path / "source"):
+        with refused("lies inside", "source"):
+            require_absent(target, tmp_path / "source")
+    require_absent(tmp_path / "source2", tmp_path / "source")

@@ -101,7 +101,14 @@ def main_exit_code(*arguments: str) -> int:
         (["megatron-to-hf", "hf", "new"], "meta.json does not exist"),
         (["hf-to-megatron", "hf", "new", "--dtype", "int8"], "'int8' is unknown"),
         (["hf-to-megatron", "hf", "new", "--max-ram", "1KB"], "--max-ram is"),
+        (["hf-to-megatron", "hf", "new", "--max-ram", "9" * 400 + "GB"], "is not a size"),
         (["megatron-to-hf", "checkpoint", "new", "--max-shard-size", "much"], "'much' is not a size"),
+        (
+            ["megatron-to-hf", "checkpoint", "new", "--vocab-size", "5"],
+            "--vocab-size and --rotary are for those",
+        ),
+        (["reshard", "checkpoint", "new", "--rotary", "half"], "--vocab-size and --rotary are for those"),
+        (["hf-to-megatron", "hf", "hf/new"], "lies inside"),
     ],
 )
 def test_mistakes(models: Path, arguments: list[str], message: str) -> None:
@@ -110,6 +117,11 @@ def test_mistakes(models: Path, arguments: list[str], message: str) -> None:
     assert isinstance(result.exception, UserError)
     assert message in str(result.exception)
     assert not (models / "new").exists()
+
+
+def test_an_output_path_that_cannot_be_is_the_users_mistake(models: Path) -> None:
+    for target in (models / "hf" / "config.json" / "new", Path("/proc/new"), models / ("n" * 300)):
+        assert main_exit_code("convert", "hf-to-megatron", str(models / "hf"), str(target)) == 2
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,10 +16,14 @@ from typing import Any
 import pytest
 import torch
 
+from meditron_train.checkpoint import megatron_write
 from meditron_train.checkpoint.conversion import Limits
 from meditron_train.checkpoint.export import export_hf
+from meditron_train.checkpoint.stored import ReadError
+from meditron_train.checkpoint.stream import byte_view
 from meditron_train.convert.hf_to_megatron import hf_to_megatron
 from meditron_train.convert.inspect import inspect_directory
+from meditron_train.convert.reshard import reshard
 from meditron_train.convert.verify import verify
 from meditron_train.errors import MeditronError
 from tests.checkpoint.tiny_llama import change_json, read_tensors, rewrite_tensors, write_tiny_llama
@@ -226,3 +231,91 @@ def test_links_as_the_hub_cache_makes_them(shards: Path, tmp_path: Path) -> None
     hf_to_megatron(snapshot, tmp_path / "checkpoint")
     assert verify(snapshot, tmp_path / "checkpoint").differences == ()
     assert inspect_directory(snapshot)["intact"]
+
+
+@pytest.mark.parametrize("stored", [torch.int32, torch.int8, torch.uint8, torch.bool])
+def test_weights_that_are_no_floats(source: Path, tmp_path: Path, stored: torch.dtype) -> None:
+    tensors = read_tensors(source)
+    tensors[UP] = (tensors[UP] * 100).to(stored)
+    rewrite_tensors(source, tensors)
+    for dtype in (None, "fp32"):
+        with refused(f"{UP} is", "only floating-point weights"):
+            hf_to_megatron(source, tmp_path / "target", dtype=dtype)
+
+
+def test_double_precision_needs_a_dtype(source: Path, tmp_path: Path) -> None:
+    rewrite_tensors(source, {name: tensor.double() for name, tensor in read_tensors(source).items()})
+    with refused("model.embed_tokens.weight is float64: choose bf16, fp16 or fp32 with --dtype"):
+        hf_to_megatron(source, tmp_path / "target")
+    hf_to_megatron(source, tmp_path / "target", dtype="fp32")
+    export_hf(tmp_path / "target", tmp_path / "back")
+    assert verify(source, tmp_path / "target").differences == ()
+
+
+def test_an_output_inside_the_source(source: Path, tmp_path: Path) -> None:
+    hf_to_megatron(source, tmp_path / "checkpoint")
+    with refused("lies inside"):
+        hf_to_megatron(source, source / "megatron")
+    with refused("lies inside"):
+        export_hf(tmp_path / "checkpoint", tmp_path / "checkpoint" / "back")
+    with refused("lies inside"):
+        reshard(tmp_path / "checkpoint", tmp_path / "checkpoint" / "ranks", tp=1, pp=1)
+    assert inspect_directory(tmp_path / "checkpoint")["intact"]
+
+
+@pytest.mark.parametrize("direction", ["to", "from"])
+def test_a_disk_that_cannot_be_read_is_survived(
+    source: Path, tmp_path: Path, direction: str, monkeypatch
+) -> None:
+    """The message names the source; what is finished stays, and the same command completes it."""
+    monkeypatch.setattr(megatron_write, "_MAX_FILE_BYTES", 30_000)
+    hf_to_megatron(source, tmp_path / "checkpoint")
+    convert: Callable[[], None] = {
+        "to": lambda: hf_to_megatron(source, tmp_path / "target"),
+        "from": lambda: export_hf(tmp_path / "checkpoint", tmp_path / "target", max_shard_size="30KB"),
+    }[direction]
+    preadv, calls = os.preadv, []
+
+    def fail(*arguments: Any) -> int:
+        calls.append(arguments)
+        if len(calls) > 16:
+            raise OSError(errno.EIO, "Input/output error")
+        return preadv(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.preadv", fail)
+        with refused("source" if direction == "to" else "checkpoint", "Input/output error", kind=ReadError):
+            convert()
+    assert any((tmp_path / "target.tmp").glob("model*" if direction == "from" else "*.distcp"))
+    convert()
+    assert verify(source, tmp_path / "target").differences == ()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.preadv", fail)
+        problems = inspect_directory(source)["problems"]
+        assert len(problems) == 21 and "cannot be read (Input/output error)" in problems[0]
+        different = verify(source, tmp_path / "target").differences
+    assert {difference.message.partition(":")[0] for difference in different} == {"A"}
+
+
+def test_the_source_is_held_to_its_own_manifest(source: Path, tmp_path: Path) -> None:
+    hf_to_megatron(source, tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "back")
+    raw = bytearray((tmp_path / "back" / "model.safetensors").read_bytes())
+    raw[-1001] ^= 1
+    (tmp_path / "back" / "model.safetensors").write_bytes(raw)
+    with refused("has changed since the checkpoint was written"):
+        hf_to_megatron(tmp_path / "back", tmp_path / "again")
+
+
+def test_a_tensor_without_a_hash_in_the_manifest(source: Path, tmp_path: Path) -> None:
+    """Its file is hashed as a whole, then."""
+    hf_to_megatron(source, tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "__0_0.distcp"
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(bytes(byte_view(read_tensors(source)[UP].contiguous()))) + 1001] ^= 1
+    path.write_bytes(raw)
+    manifest = json.loads((tmp_path / "checkpoint" / "manifest.json").read_text())
+    del manifest["tensors"][UP]
+    change_json(tmp_path / "checkpoint" / "manifest.json", **manifest)
+    with refused("__0_0.distcp has changed"):
+        export_hf(tmp_path / "checkpoint", tmp_path / "back")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from meditron_train.checkpoint.foreign import ForeignSource
-from meditron_train.checkpoint.hf_map import tensor_specs, to_hf
+from meditron_train.checkpoint.hf_map import tensor_specs
 from meditron_train.convert.hf_to_megatron import hf_to_megatron
 from meditron_train.convert.reshard import reshard
 from meditron_train.convert.verify import verify
@@ -17,6 +17,7 @@ from tests.checkpoint.foreign_fixtures import lm_args, write_legacy
 from tests.checkpoint.test_foreign_legacy import make_hf
 from tests.checkpoint.tiny_llama import assert_same_bits, write_tiny_llama
 from tests.checkpoint.tiny_tokenizer import VOCAB_SIZE, write_tokenizer_model
+from tests.checkpoint.whole import to_hf
 from tests.distributed import run_ranks
 from tests.refusal import refused
 from tests.train.ranks import make_config, start_engine, take_steps

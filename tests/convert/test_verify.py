@@ -12,35 +12,15 @@ import pytest
 import torch
 
 from meditron_train.checkpoint.export import export_hf
-from meditron_train.convert.bits import compare_bits
+from meditron_train.convert.bits import BitComparison
 from meditron_train.convert.hf_to_megatron import hf_to_megatron
 from meditron_train.convert.verify import Comparison, verify
 from tests.checkpoint.tiny_llama import change_json, read_tensors, rewrite_tensors, write_tiny_llama
-from tests.checkpoint.tiny_tokenizer import write_tokenizer_model
 from tests.refusal import refused
 
 UP = "model.layers.1.mlp.up_proj.weight"
 Q = "model.layers.0.self_attn.q_proj.weight"
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    """hf/, the same as checkpoint/ and exported again as back/"""
-    directory = tmp_path_factory.mktemp("models")
-    write_tokenizer_model(write_tiny_llama(directory / "hf", vocab_size=400, dtype="bfloat16"))
-    hf_to_megatron(directory / "hf", directory / "checkpoint")
-    export_hf(directory / "checkpoint", directory / "back")
-    return directory
-
-
-@pytest.fixture
-def back(models: Path, tmp_path: Path) -> Path:
-    """A copy of back/ to spoil, without its manifest, which would see every change of a file."""
-    target = tmp_path / "back"
-    shutil.copytree(models / "back", target)
-    (target / "manifest.json").unlink()
-    return target
 
 
 def named(result: Comparison) -> dict[str, str]:
@@ -329,41 +309,6 @@ def test_a_declared_cast(tmp_path: Path, dtype: str, stored: torch.dtype) -> Non
     assert len(verify(source, tmp_path / "back", dtype=other).differences) == 21
 
 
-def test_logits(models: Path, back: Path) -> None:
-    result = verify(models / "checkpoint", back, logits=True)
-    assert result.differences == ()
-    assert result.logits is not None
-    assert (result.logits.max_difference, result.logits.kl_divergence) == (0.0, 0.0)
-    assert result.logits.ours_max_difference < 1e-5 * result.logits.largest
-    spoil(back, lambda t: t[UP].zero_())
-    result = verify(models / "hf", back, logits=True)
-    assert result.logits is not None
-    assert result.logits.max_difference > 1e-3 and result.logits.ours_max_difference > 1e-3
-    assert result.logits.kl_divergence > 0 and result.logits.ours_kl_divergence > 0
-    assert [difference.kind for difference in result.differences] == ["tensor", "logits", "logits"]
-
-
-def test_logits_draw_no_progress_bar(models: Path, back: Path, capfd) -> None:
-    from transformers.utils.logging import enable_progress_bar
-
-    enable_progress_bar()
-    verify(models / "hf", back, logits=True)
-    assert "%|" not in capfd.readouterr().err
-
-
-def test_logits_of_a_damaged_checkpoint_do_not_hide_the_other_differences(
-    models: Path, tmp_path: Path
-) -> None:
-    checkpoint = tmp_path / "checkpoint"
-    shutil.copytree(models / "checkpoint", checkpoint)
-    path = checkpoint / "__0_0.distcp"
-    path.write_bytes(path.read_bytes()[:-3000])
-    result = verify(models / "hf", checkpoint, logits=True)
-    assert result.logits is None
-    assert "instead of" in named(result)["of B"]
-    assert "cannot be computed" in named(result)["fp32"]
-
-
 def test_what_is_not_a_model(models: Path, tmp_path: Path) -> None:
     with refused("nothing is not a directory"):
         verify(models / "hf", tmp_path / "nothing")
@@ -373,6 +318,12 @@ def test_what_is_not_a_model(models: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_00000010" / "meta.json").write_text("{}")
     with refused("Did you mean", "step_00000010"):
         verify(tmp_path, models / "hf")
+
+
+def compare_bits(a: torch.Tensor, b: torch.Tensor) -> str:
+    comparison = BitComparison(tuple(a.shape))
+    comparison.add(a, b)
+    return str(comparison)
 
 
 def test_bits_not_values() -> None:

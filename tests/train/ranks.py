@@ -57,7 +57,8 @@ def assemble(
     model: Any, pieces: list[dict[tuple[str, int], torch.Tensor]], tp: int
 ) -> dict[str, torch.Tensor]:
     """Hugging Face tensors from all ranks' pieces, independently of the checkpoint code's own reader."""
-    from meditron_train.checkpoint.hf_map import tensor_specs, to_hf
+    from meditron_train.checkpoint.hf_map import tensor_specs
+    from tests.checkpoint.whole import to_hf
 
     merged = {key: tensor for piece in pieces for key, tensor in piece.items()}
     weights = {}

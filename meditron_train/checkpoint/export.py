@@ -54,7 +54,7 @@ def export_hf(
     checkpoint = Path(checkpoint)
     target = parse_dtype(dtype)
     max_num_bytes = parse_num_bytes(max_shard_size)
-    source = MegatronSource(checkpoint)
+    source = MegatronSource(checkpoint, read_once=True)
     specs = tensor_specs(source.model)
     hf_files = checkpoint / HF_SUBDIRECTORY
     check_tokenizer(hf_files, source.model.vocab_size)

@@ -93,7 +93,7 @@ class ForeignSource:
         else:
             common = load_common(self.directory)
             args, self.iteration = common.args, common.iteration
-            self._tensors = _renamed(TorchDistTensors(self.directory))
+            self._tensors = _renamed(TorchDistTensors(self.directory, read_once=True))
         self.args = args
         where = str(self.directory)
         without_args = not args and isinstance(self._tensors, LegacyTensors) and self._tensors.has_lm_head

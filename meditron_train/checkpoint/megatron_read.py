@@ -24,10 +24,10 @@ class MegatronSource:
     model: the ModelConfig in meta.json; meta: the whole of it; padded_vocab_size: rows of the embedding as stored.
     Opening reads `.metadata` and checks that every file is there and long enough, and that the tensors are those of
     the model; all problems come in one UserError (with check=False, `problems()` lists them). Optimizer state is
-    ignored.
+    ignored. read_once: what was read need not stay in the page cache.
     """
 
-    def __init__(self, directory: str | Path, *, check: bool = True) -> None:
+    def __init__(self, directory: str | Path, *, check: bool = True, read_once: bool = False) -> None:
         self.directory = Path(directory)
         self.meta = read_meta(self.directory)
         try:
@@ -35,7 +35,7 @@ class MegatronSource:
             self.padded_vocab_size = int(self.meta["padded_vocab_size"])
         except (KeyError, TypeError, ValueError, ValidationError) as error:
             raise UserError(f"{self.directory / 'meta.json'} does not describe a model: {error}") from None
-        self._tensors = TorchDistTensors(self.directory)
+        self._tensors = TorchDistTensors(self.directory, read_once=read_once)
         if check and (problems := self.problems()):
             raise not_intact(self.directory, problems)
 

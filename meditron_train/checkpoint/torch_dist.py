@@ -32,8 +32,8 @@ class TorchDistTensors:
     `decoder.layers.0.mlp.linear_fc2.weight` [H, F] and so on. Raises UserError when `.metadata` is missing or damaged.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, *, read_once: bool) -> None:
+        self.directory, self._read_once = directory, read_once
         self._tensors = _find_tensors(_read_metadata(directory))
         self._found: dict[_Chunk, StoredTensor] = {}
 
@@ -100,7 +100,7 @@ class TorchDistTensors:
     def _read_chunk(self, name: str, chunk: _Chunk, rows: Range | None) -> torch.Tensor:
         path = self.directory / chunk.file
         try:
-            return read_stored(path, self._find(chunk), name, rows, read_once=True)
+            return read_stored(path, self._find(chunk), name, rows, read_once=self._read_once)
         except (OSError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
             cause = error.__context__ or error  # zipfile calls what the system cannot read a bad file
             if isinstance(cause, OSError):

@@ -74,8 +74,10 @@ case "$what" in
     preflight)
         code=0
         python -m meditron_train preflight --report-dir "$LOG_DIR/preflight" --timeout "${PREFLIGHT_TIMEOUT_S:-60}" "$@" || code=$?
-        # 1 is a verdict on some node; anything else is this node's own failure, unless the configuration is wrong (2).
-        if ((code <= 2)); then rm -f "$LOG_DIR/preflight/unfinished-$node"; fi
+        case "$code" in
+            0 | 4) rm -f "$LOG_DIR/preflight/unfinished-$node" ;; # 4: this node is well, the first does not answer
+            2) mv "$LOG_DIR/preflight/unfinished-$node" "$LOG_DIR/preflight/wrong-$node" ;; # the configuration
+        esac
         exit "$code"
         ;;
     convert) exec python -m meditron_train convert "$@" ;;

@@ -18,7 +18,7 @@ help:
 	@echo "make test-slurm  a Slurm cluster on this machine and the short fault campaign on it (as root)"
 	@echo "make faults      the long fault campaign, an hour or more; writes its table into docs/reliability.md"
 	@echo "make bench       the measurements of docs/benchmarks.md"
-	@echo "make lint        ruff, mypy and clang-format"
+	@echo "make lint        ruff, mypy, clang-format and shellcheck"
 	@echo "make format      let ruff and clang-format write the layout of the code"
 	@echo "make docs        check every command and file the documents name"
 	@echo "make install     only make $(VENV)"
@@ -66,6 +66,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/shellcheck -x launch/*.sh launch/*.sbatch .ci/run
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

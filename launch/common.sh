@@ -13,9 +13,11 @@ fail() {
     exit 2
 }
 
+ranks_of_job=${NPROC_PER_NODE:-} # of this job: counts more than what is usual on the cluster
 if [ -f "${CLUSTER_ENV:-$LAUNCH_DIR/cluster.env}" ]; then
     # shellcheck source=/dev/null
     source "${CLUSTER_ENV:-$LAUNCH_DIR/cluster.env}"
+    if [ -n "$ranks_of_job" ]; then NPROC_PER_NODE=$ranks_of_job; fi
 elif [ -n "${CLUSTER_ENV:-}" ]; then
     fail "CLUSTER_ENV is $CLUSTER_ENV, but there is no such file"
 fi

@@ -10,8 +10,10 @@
 set -euo pipefail
 
 cluster_env=${CLUSTER_ENV:-$LAUNCH_DIR/cluster.env}
+ranks_of_job=${NPROC_PER_NODE:-} # what a job says of itself counts more than what is usual on its cluster
 # shellcheck source=/dev/null
 if [ -f "$cluster_env" ]; then source "$cluster_env"; fi
+NPROC_PER_NODE=${ranks_of_job:-${NPROC_PER_NODE:-}}
 
 what=$1
 shift
@@ -34,7 +36,9 @@ if [ -n "${MODULES:-}" ]; then
     # shellcheck disable=SC2086 # a list of modules
     module load $MODULES
 fi
-if [ -z "${VENV:-}" ] && [ -f "$LAUNCH_DIR/../.venv/bin/activate" ]; then VENV=$LAUNCH_DIR/../.venv; fi
+if [ -z "${VENV:-}" ] && [ "${CONTAINER:-none}" = none ] && [ -f "$LAUNCH_DIR/../.venv/bin/activate" ]; then
+    VENV=$LAUNCH_DIR/../.venv # a container has an environment of its own
+fi
 # shellcheck source=/dev/null
 if [ -n "${VENV:-}" ]; then source "$VENV/bin/activate"; fi
 
@@ -70,14 +74,18 @@ case "$what" in
     preflight)
         code=0
         python -m meditron_train preflight --report-dir "$LOG_DIR/preflight" --timeout "${PREFLIGHT_TIMEOUT_S:-60}" "$@" || code=$?
-        # 1 is a verdict on some node; anything else is this node's own failure, unless the configuration is wrong (2).
-        if ((code <= 2)); then rm -f "$LOG_DIR/preflight/unfinished-$node"; fi
+        case "$code" in
+            0 | 4) rm -f "$LOG_DIR/preflight/unfinished-$node" ;; # 4: this node is well, the first does not answer
+            2) mv "$LOG_DIR/preflight/unfinished-$node" "$LOG_DIR/preflight/wrong-$node" ;; # the configuration
+        esac
         exit "$code"
         ;;
     convert) exec python -m meditron_train convert "$@" ;;
     train)
-        # USR1 asks the ranks to save, and kills a torchrun that does not ignore it. The ranks set handlers of their own.
-        trap '' USR1
+        # USR1 and TERM ask the ranks to save. USR1 kills a torchrun that does not ignore it, and on TERM it would end
+        # its ranks after 30 s, saved or not. Slurm signals the ranks too, and they set handlers of their own.
+        trap '' USR1 TERM
+        export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
         exec torchrun --nnodes "$SLURM_STEP_NUM_NODES" --nproc-per-node "$NPROC_PER_NODE" --max-restarts 0 \
             --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$RENDEZVOUS_ID" \
             --no-python "$LAUNCH_DIR/node.sh" rank "$@"

@@ -6,7 +6,10 @@ purpose, or by a fault that a new start mends, wants to be requeued; 130 interru
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -31,6 +34,8 @@ class _Verbs(TyperGroup):
         try:
             result = super().invoke(ctx)
         except MeditronError as error:
+            if isinstance(error, UserError) and ctx.invoked_subcommand == "train":
+                _tell_batch_script(error)
             if ctx.params.get("debug"):
                 raise
             if message := _message(error):
@@ -71,6 +76,18 @@ def _message(error: MeditronError) -> str:
             return ""
         text = text.partition("\n")[0]
     return f"[rank {rank}] error: {text}"
+
+
+def _tell_batch_script(error: UserError) -> None:
+    """Leave LOG_DIR/user_error for launch/train.sbatch, which cannot see the exit code through torchrun: starting again
+    would not help.
+
+    Rank 0 alone, as a mistake of the run's is met by it too; a file that only another rank misses is that node's fault.
+    """
+    log_dir = os.environ.get("LOG_DIR")
+    if log_dir and "SLURM_JOB_ID" in os.environ and _place()[0] == 0:
+        with suppress(OSError):
+            (Path(log_dir) / "user_error").write_text(f"{error}\n", encoding="utf-8")
 
 
 def _place() -> tuple[int, int]:

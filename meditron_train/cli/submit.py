@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -70,9 +71,10 @@ def submit(
     from meditron_train.config.load import load_config
     from meditron_train.launcher import sbatch
 
-    settings = load_config(config, overrides or [])
     launch_dir = sbatch.find_launch_dir()
-    options = sbatch.cluster_options(launch_dir)
+    os.environ.update(sbatch.cluster_environment(launch_dir))  # the presets name files by variables
+    settings = load_config(config, overrides or [])
+    options = sbatch.cluster_options(os.environ)
     options |= {k: v for k, v in {"partition": partition, "account": account}.items() if v is not None}
     ranks = ranks_per_node or max(gpus_per_node, 1)
     if gpus_per_node and ranks > gpus_per_node:

@@ -41,7 +41,7 @@ def check_config(
         problems += _batch_problems(config, layout)
     problems += _schedule_problems(config)
     if check_files:
-        problems += _file_problems(config)
+        problems += missing_files(config)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         listed = "\n".join(f"  - {problem}" for problem in problems)
@@ -169,8 +169,8 @@ def _schedule_problems(config: Config) -> list[str]:
     return found
 
 
-def _file_problems(config: Config) -> list[str]:
-    """Files the run needs and that are not there."""
+def missing_files(config: Config) -> list[str]:
+    """Files the run needs and that are not there, each with the key that names it."""
     found = []
     tokenizer = config.data.tokenizer
     if not tokenizer.is_dir():

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,11 @@ _UNKNOWN = ("", "[N/A]", "N/A", "[Not Supported]", "[Unknown Error]")
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a node tells the others. `problems` alone make it unfit; the rest is for comparing nodes.
+    """What a node tells the others. Problems alone make it unfit; the rest is for comparing nodes.
 
     Attributes:
+        problems: what is wrong with the node itself.
+        file_problems: what is wrong with the run's files as the node sees them: they may be the same on all nodes.
         gpu: name of its GPUs, or None on a CPU node.
         matmul_tflops: dense matrix products of the slowest GPU (bf16), or of one process on the CPU (fp32).
         local_bandwidth_gb_s: all-reduce over the node's GPUs, bus bandwidth in GB/s; None below two GPUs.
@@ -57,27 +60,30 @@ class NodeFacts:
     shared_memory_gib: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    file_problems: tuple[str, ...] = ()
+
+    @property
+    def all_problems(self) -> tuple[str, ...]:
+        return self.problems + self.file_problems
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> NodeFacts:
-        return cls(**{**values, "problems": tuple(values["problems"])})
+        tuples = {name: tuple(values[name]) for name in ("problems", "file_problems")}
+        return cls(**{**values, **tuples})
 
 
-def examine_node(node: str, run_dir: Path, *, num_ranks: int) -> NodeFacts:
+def examine_node(node: str, run_dir: Path, *, num_ranks: int, missing_files: Sequence[str] = ()) -> NodeFacts:
     """Examine this node for a run of `num_ranks` ranks on it that writes to `run_dir`."""
     problems: list[str] = []
+    file_problems = list(missing_files)
     gpus, driver = gpu_health(problems)
     if gpus and len(gpus) < num_ranks:
         problems.append(f"{num_ranks} ranks are to run here, but there are {len(gpus)} GPUs")
-    free_disk_gib = _free_gib(run_dir, problems)
+    free_disk_gib = _free_gib(run_dir, file_problems)
     shared_memory_gib = shutil.disk_usage("/dev/shm").free / _GIB
-    if free_disk_gib < _LEAST_DISK_GIB:
-        problems.append(
-            f"{free_disk_gib:.1f} GiB of disk are free at {run_dir}, {_LEAST_DISK_GIB} are needed"
-        )
     least = _LEAST_SHARED_MEMORY_GIB["gpu" if gpus else "cpu"]
     if shared_memory_gib < least:
         problems.append(
@@ -98,6 +104,7 @@ def examine_node(node: str, run_dir: Path, *, num_ranks: int) -> NodeFacts:
         shared_memory_gib=shared_memory_gib,
         versions={**package_versions(), **({"driver": driver} if driver else {}), "our code": code_hash()},
         problems=tuple(problems),
+        file_problems=tuple(file_problems),
     )
 
 
@@ -227,14 +234,19 @@ def code_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-def _free_gib(path: Path, problems: list[str]) -> float:
-    """Free space where `path` is or will be made; a test file proves that this node may write there."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    probe = path / f".preflight-{platform.node()}"
+def _free_gib(run_dir: Path, problems: list[str]) -> float:
+    """Free space where `run_dir` is or will be made; a test file proves that this node may write there."""
+    path = run_dir
     try:
+        while not path.exists() and path != path.parent:
+            path = path.parent
+        free_gib = shutil.disk_usage(path).free / _GIB
+        if free_gib < _LEAST_DISK_GIB:  # in the same words on all nodes, which may see it change meanwhile
+            problems.append(f"less than {_LEAST_DISK_GIB} GiB of disk are free at {run_dir}")
+        probe = path / f".preflight-{platform.node()}"
         probe.write_text("can this node write here?\n")
         probe.unlink()
     except OSError as error:
         problems.append(f"cannot write to {path}: {error.strerror}")
-    return shutil.disk_usage(path).free / _GIB
+        return 0.0
+    return free_gib

@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,9 @@ import meditron_train
 from meditron_train.errors import MeditronError, UserError
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
-_SBATCH_VARIABLE = re.compile(r"^\s*export\s+SBATCH_(PARTITION|ACCOUNT|QOS|RESERVATION|CONSTRAINT)=(.+)$")
+_SBATCH_VARIABLES = tuple(
+    f"SBATCH_{name}" for name in ("PARTITION", "ACCOUNT", "QOS", "RESERVATION", "CONSTRAINT")
+)
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,12 @@ def batch_script(job: Job, *, directory: Path, launch_dir: Path) -> str:
     }
     lines = ["#!/usr/bin/env bash"]
     lines += [
-        f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}" for name, value in options.items()
+        f"#SBATCH --{name}={shlex.quote(value)}" if value else f"#SBATCH --{name}"
+        for name, value in options.items()
     ]
     lines += [
         "",
+        "# Slurm makes no directory for the output: mkdir -p logs, before sbatch.",
         "set -euo pipefail",
         f"export TRAIN_NODES={job.num_nodes} NPROC_PER_NODE={job.ranks_per_node}",
     ]
@@ -115,7 +119,8 @@ def submit(job: Job, script: Path) -> list[str]:
     ids: list[str] = []
     for number in range(job.chain):
         environment = dict(os.environ)
-        for name in ("CHAINED", "CHAIN_REST"):
+        # Slurm would take its variables for more than the options in the script, which they were read into.
+        for name in ("CHAINED", "CHAIN_REST", *_SBATCH_VARIABLES):
             environment.pop(name, None)
         if job.chain > 1:
             environment.update(CHAINED="yes" if number else "", CHAIN_REST=str(job.chain - 1 - number))
@@ -158,15 +163,29 @@ def find_launch_dir() -> Path:
     )
 
 
-def cluster_options(launch_dir: Path) -> dict[str, str]:
-    """The `export SBATCH_PARTITION=...` lines of the cluster's settings, as sbatch options; {} without a file."""
-    path = Path(os.environ.get("CLUSTER_ENV") or launch_dir / "cluster.env")
+def cluster_environment(launch_dir: Path) -> dict[str, str]:
+    """This process's environment as the cluster's settings change it: bash reads them, as it does in the job.
+
+    So a variable that is set already loses, unless the file asks for it (`export X=${X:-...}`), here as there. Raises
+    UserError where CLUSTER_ENV names no file.
+    """
+    chosen = os.environ.get("CLUSTER_ENV")
+    path = Path(chosen or launch_dir / "cluster.env").absolute()
     if not path.is_file():
-        return {}
-    found: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        match = _SBATCH_VARIABLE.match(line)
-        if match:
-            values: Sequence[str] = shlex.split(match[2], comments=True)
-            found[match[1].lower()] = values[0] if values else ""
-    return {name: value for name, value in found.items() if value}
+        if chosen:
+            raise UserError(f"CLUSTER_ENV is {chosen}, but there is no such file")
+        return dict(os.environ)
+    done = subprocess.run(
+        ["bash", "-c", 'source "$1" >&2; env -0', "bash", str(path)], stdout=subprocess.PIPE, check=True
+    )
+    pairs = (pair.partition("=") for pair in os.fsdecode(done.stdout).split("\0") if pair)
+    return {name: value for name, _, value in pairs}
+
+
+def cluster_options(environment: Mapping[str, str]) -> dict[str, str]:
+    """Slurm's own variables (SBATCH_PARTITION ...) as sbatch options."""
+    return {
+        name.removeprefix("SBATCH_").lower(): environment[name]
+        for name in _SBATCH_VARIABLES
+        if environment.get(name)
+    }

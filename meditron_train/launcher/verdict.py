@@ -1,4 +1,4 @@
-"""Which nodes are bad: each by its own facts, and by how it compares with the others."""
+"""What is wrong, and with whom: a node by its own facts and by how it compares with the others, or the whole run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,19 @@ _LEAST_NODES_FOR_SPEED = 3  # of two, nobody can say which one is wrong
 _MOST_CLOCK_SKEW_S = 2.0
 
 
+def problems_of_the_run(facts: Mapping[str, NodeFacts]) -> list[str]:
+    """Problems that all nodes report, in the same words: leaving nodes out would not help.
+
+    Where one node alone has answered, they are what it sees of the run's files; the rest may well be its own.
+    """
+    if len(facts) == 1:
+        return [problem for known in facts.values() for problem in known.file_problems]
+    first, *others = facts.values()
+    return [
+        problem for problem in first.all_problems if all(problem in other.all_problems for other in others)
+    ]
+
+
 def bad_nodes(
     nodes: Sequence[str],
     facts: Mapping[str, NodeFacts],
@@ -30,8 +43,12 @@ def bad_nodes(
     """
     found: dict[str, list[str]] = {node: [] for node in nodes}
     for node in nodes:
-        found[node] += facts[node].problems if node in facts else ["no answer"]
+        found[node] += facts[node].all_problems if node in facts else ["no answer"]
     answered = [node for node in nodes if node in facts]
+    if (
+        len(answered) == 1 and len(nodes) > 2
+    ):  # the one that collects the answers: rather that one than all others
+        return {answered[0]: "; ".join((*found[answered[0]], "no other node reaches it"))}
     _compare_versions(answered, facts, found)
     _compare_gpus(answered, facts, found)
     gpu_nodes = [node for node in answered if facts[node].num_gpus]

@@ -7,6 +7,7 @@ rest goes on without it, so that one bad node cannot hang the check.
 from __future__ import annotations
 
 import json
+import socket
 import statistics
 import time
 from dataclasses import dataclass
@@ -39,22 +40,26 @@ def meet(
 ) -> tuple[Any, dict[int, dict[str, Any]], list[int]]:
     """Exchange facts. Returns (store, facts by rank on rank 0, ranks that go on to `measure_links`).
 
+    `timeout_s`: on rank 0, how long it waits for all the others together; on these, how long they wait for rank 0.
+
     Raises:
         RuntimeError: the first node, which keeps the table, cannot be reached (torch's own message).
     """
+    deadline = time.monotonic() + timeout_s
+    if rank != 0:
+        _wait_for_server(address, port, deadline)
     store = dist.TCPStore(  # type: ignore[attr-defined]
         address,
         port,
         None,
         rank == 0,
-        timedelta(seconds=timeout_s),
+        timedelta(seconds=max(1.0, deadline - time.monotonic())),
         wait_for_workers=False,
     )
     store.set(f"facts/{rank}", json.dumps({"fit": fit, "facts": facts}))
     if rank != 0:
         return store, {}, json.loads(store.get("members"))
     answers: dict[int, dict[str, Any]] = {}
-    deadline = time.monotonic() + timeout_s * 0.8  # the others wait for us, a little longer
     for other in range(world_size):
         try:
             left = max(0.01, deadline - time.monotonic())
@@ -65,6 +70,19 @@ def meet(
     members = [other for other in answers if answers[other]["fit"]]
     store.set("members", json.dumps(members))
     return store, {other: answer["facts"] for other, answer in answers.items()}, members
+
+
+def _wait_for_server(address: str, port: int, deadline: float) -> None:
+    """torch itself tries again at intervals that double, so it would come late to a first node that is late."""
+    while True:
+        left = max(0.1, deadline - time.monotonic())
+        try:
+            socket.create_connection((address, port), timeout=left).close()
+            return
+        except OSError as error:
+            if time.monotonic() + 0.5 > deadline:
+                raise RuntimeError(f"{address}:{port}: {error}") from None
+        time.sleep(0.5)
 
 
 def measure_links(store: Any, rank: int, members: list[int], *, on_gpu: bool, timeout_s: float) -> Links:
@@ -100,12 +118,12 @@ def measure_links(store: Any, rank: int, members: list[int], *, on_gpu: bool, ti
             dist.destroy_process_group()
 
 
-def farewell(store: Any, rank: int, members: list[int], *, timeout_s: float) -> None:
-    """The first node keeps the table until everybody has read it."""
+def farewell(store: Any, rank: int, answered: list[int], *, timeout_s: float) -> None:
+    """The first node keeps the table until everybody who has `answered` has read it, unfit nodes too."""
     store.set(f"bye/{rank}", "1")
     if rank == 0:
         try:
-            store.wait([f"bye/{member}" for member in members], timedelta(seconds=timeout_s))
+            store.wait([f"bye/{other}" for other in answered], timedelta(seconds=timeout_s))
         except RuntimeError:
             return
 

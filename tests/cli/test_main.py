@@ -167,3 +167,25 @@ def test_help_loads_nothing_heavy():
     assert done.returncode == 0, done.stderr
     for verb in ("demo", "doctor", "data", "train", "convert", "generate"):
         assert f"  {verb} " in done.stdout
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", True), ("1", False)])
+def test_rank_0_tells_the_batch_script_of_a_mistake_in_the_configuration(tmp_path, rank, told):
+    """torchrun turns the exit code into 1; another rank's mistake may be its node's alone."""
+    place = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    done = run_command(
+        "train",
+        "/nowhere/config.yaml",
+        LOG_DIR=str(tmp_path),
+        SLURM_JOB_ID="1",
+        LOCAL_WORLD_SIZE="1",
+        **place,
+    )
+    assert done.returncode == 2
+    assert (tmp_path / "user_error").exists() is told
+    assert not told or "/nowhere/config.yaml" in (tmp_path / "user_error").read_text()
+
+
+def test_other_verbs_leave_no_word_for_the_batch_script(tmp_path):
+    done = run_command("preflight", "/nowhere/config.yaml", LOG_DIR=str(tmp_path), SLURM_JOB_ID="1")
+    assert done.returncode == 2 and not list(tmp_path.iterdir())

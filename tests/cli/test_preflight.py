@@ -98,6 +98,43 @@ def test_three_nodes_of_which_one_is_unfit_and_one_is_silent(config, tmp_path):
     assert "BAD: no answer" in output
 
 
+def test_two_nodes_that_lack_the_same_file_are_not_called_bad(config, tmp_path):
+    """The mistake is the user's: exit code 2 from the node that speaks, and the file's name."""
+    (tmp_path / "corpus.bin").unlink()
+    port, report = free_port(), tmp_path / "report"
+    words = ("--report-dir", str(report), "--timeout", "150")
+    processes = [start(config, *words, **as_node(number, 2, port)) for number in range(2)]
+    outputs = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [2, 0], outputs
+    assert "corpus.bin" in (report / "problems").read_text()
+    assert f"on all nodes: data.train 'c': missing {tmp_path}/corpus.bin" in outputs[0][0]
+
+
+def test_a_network_check_that_fails_is_a_problem_of_the_run(config, tmp_path):
+    """Both nodes are well, and cannot talk over the interface that gloo is told to take."""
+    port, report = free_port(), tmp_path / "report"
+    words = ("--report-dir", str(report), "--timeout", "150")
+    processes = [
+        start(config, *words, **as_node(number, 2, port, GLOO_SOCKET_IFNAME="none0")) for number in range(2)
+    ]
+    outputs = [process.communicate(timeout=200) for process in processes]
+    assert processes[0].returncode == 1, outputs
+    assert "the network check failed: " in (report / "problems").read_text()
+
+
+def test_a_node_without_a_first_node_says_so(config, tmp_path):
+    process = start(config, "--timeout", "60", **as_node(1, 2, free_port()))
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 4 and "no answer from the first node" in errors
+
+
+def test_a_missing_file_on_one_node_alone(config, tmp_path):
+    (tmp_path / "corpus.bin").unlink()
+    process = start(config, "--report-dir", str(tmp_path / "report"))
+    process.communicate(timeout=120)
+    assert process.returncode == 2 and "corpus.bin" in (tmp_path / "report" / "problems").read_text()
+
+
 def test_a_finished_run_is_recognised(config, tmp_path):
     checkpoints = tmp_path / "runs" / "tiny" / "checkpoints"
     checkpoints.mkdir(parents=True)

@@ -99,6 +99,18 @@ def test_a_model_that_is_not_here_is_not_checked_and_that_is_said(submit, monkey
     assert done.exit_code == 0 and "memory: not checked, as /not/here is not on this machine" in done.stderr
 
 
+def test_the_files_that_the_clusters_settings_name_are_known(submit, tmp_path, monkeypatch):
+    """The presets read LLAMA2_70B and GAP_REPLAY, which launch/cluster.env sets."""
+    model = tmp_path / "Llama-2-70b-hf"
+    monkeypatch.setenv("GAP_REPLAY", "")  # put back afterwards
+    for name in ("LLAMA2_70B", "GAP_REPLAY"):
+        monkeypatch.delenv(name)
+    (tmp_path / "our.env").write_text(f"export LLAMA2_70B={model}\nexport GAP_REPLAY=/data/gap\n")
+    monkeypatch.setenv("CLUSTER_ENV", str(tmp_path / "our.env"))
+    done = submit(PRESET, "--nodes", "16", "--gpu", "a100-80gb", "--dry-run")
+    assert done.exit_code == 0 and "memory: about" in done.stderr, done.output
+
+
 def test_more_ranks_than_gpus(submit):
     done = submit(PRESET, "--gpus-per-node", "4", "--ranks-per-node", "8", "--dry-run")
     assert done.exit_code == 2 and "at most one process per GPU" in done.stderr

@@ -121,5 +121,20 @@ def test_no_space_and_no_permission(tmp_path, monkeypatch):
     monkeypatch.setattr(node_check.shutil, "disk_usage", lambda path: usage(1, 1, 2**20))
     blocked = tmp_path / "file"
     blocked.write_text("")
-    problems = "; ".join(examine_node("n1", blocked / "run", num_ranks=1).problems)
-    assert "of disk are free" in problems and "/dev/shm" in problems
+    facts = examine_node("n1", blocked / "run", num_ranks=1, missing_files=["missing corpus.bin"])
+    assert facts.file_problems == (
+        "missing corpus.bin",
+        f"less than 5 GiB of disk are free at {blocked / 'run'}",
+        f"cannot write to {blocked}: Not a directory",
+    )
+    assert any("/dev/shm" in problem for problem in facts.problems)
+
+
+def test_a_directory_that_cannot_be_looked_at_is_a_problem(tmp_path, monkeypatch):
+    def stale(path):
+        raise OSError(116, "Stale file handle", str(path))
+
+    problems: list[str] = []
+    monkeypatch.setattr(node_check.shutil, "disk_usage", stale)
+    assert node_check._free_gib(tmp_path / "run", problems) == 0
+    assert problems == [f"cannot write to {tmp_path}: Stale file handle"]

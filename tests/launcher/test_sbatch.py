@@ -13,6 +13,7 @@ from meditron_train.launcher import sbatch
 from meditron_train.launcher.sbatch import (
     Job,
     batch_script,
+    cluster_environment,
     cluster_options,
     submit,
     submit_commands,
@@ -77,6 +78,11 @@ def test_spare_nodes_are_allocated_and_not_trained_on():
     assert options(text)["nodes"] == "3" and "TRAIN_NODES=2" in text
 
 
+def test_values_with_spaces_stay_one_value():
+    text = batch_script(JOB, directory=Path("/my runs/a"), launch_dir=Path("/repo/launch"))
+    assert "#SBATCH --chdir='/my runs/a'\n" in text
+
+
 def test_nodes_without_gpus_ask_for_none():
     assert "gpus-per-node" not in options(script(gpus_per_node=0, ranks_per_node=4))
 
@@ -128,12 +134,37 @@ def test_no_slurm(tmp_path, monkeypatch):
 
 
 def test_the_clusters_own_options(tmp_path, monkeypatch):
-    monkeypatch.delenv("CLUSTER_ENV", raising=False)
-    assert cluster_options(tmp_path) == {}
+    for name in ("CLUSTER_ENV", "SBATCH_PARTITION", "SBATCH_ACCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert cluster_options(cluster_environment(tmp_path)) == {}
     (tmp_path / "cluster.env").write_text(
         "#export SBATCH_PARTITION=old\nexport SBATCH_PARTITION=gpu # ours\nexport SBATCH_ACCOUNT='my project'\nVENV=x\n"
     )
-    assert cluster_options(tmp_path) == {"partition": "gpu", "account": "my project"}
+    assert cluster_options(cluster_environment(tmp_path)) == {"partition": "gpu", "account": "my project"}
+
+
+def test_the_clusters_variables_are_what_they_are_in_the_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("MODELS", "/mine")
+    monkeypatch.setenv("DATA", "/mine")
+    monkeypatch.setenv("CLUSTER_ENV", str(tmp_path / "our.env"))
+    (tmp_path / "our.env").write_text(
+        "echo hello\nROOT=/scratch\nexport MODELS=$ROOT/models DATA=${DATA:-$ROOT/data}\nfalse\n"
+    )
+    found = cluster_environment(tmp_path)
+    assert (found["MODELS"], found["DATA"]) == ("/scratch/models", "/mine") and "ROOT" not in found
+    monkeypatch.setenv("CLUSTER_ENV", str(tmp_path / "none.env"))
+    with pytest.raises(UserError, match="CLUSTER_ENV is .*none.env"):
+        cluster_environment(tmp_path)
+
+
+def test_the_options_of_the_script_win_over_slurms_variables(tmp_path, monkeypatch):
+    fake = tmp_path / "sbatch"
+    fake.write_text(f'#!/bin/sh\necho "${{SBATCH_PARTITION-unset}}" >{tmp_path}/seen\necho 1\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SBATCH_PARTITION", "slow")
+    submit(replace(JOB, options=(("partition", "fast"),)), Path("x.sbatch"))
+    assert (tmp_path / "seen").read_text() == "unset\n"
 
 
 def test_the_launch_scripts_are_found_here_or_beside_the_package(tmp_path, monkeypatch):

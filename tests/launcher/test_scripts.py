@@ -5,19 +5,25 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from tests.distributed import free_port
+
 REPOSITORY = Path(__file__).parents[2]
 LAUNCH = REPOSITORY / "launch"
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_shellcheck():
-    words = ["shellcheck", "-x", *(str(path) for path in SCRIPTS)]
+    words = [str(SHELLCHECK), "-x", *(str(path) for path in SCRIPTS)]
     done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -125,3 +131,110 @@ def test_what_stands_between_srun_and_the_program(tmp_path, settings, words):
     given = [Path(word).name if word.endswith("node.sh") else word for word in done.stdout.splitlines()]
     assert [word for word in given if word in words] == words
     assert given[-3:] == ["convert", "verify", "a b"]
+
+
+def run_node(directory: Path, what: str, program: str, settings: str = "", **environment: str) -> str:
+    """What `program`, started by launch/node.sh, sees of its environment."""
+    programs = directory / "bin"
+    programs.mkdir(parents=True)
+    (programs / program).write_text("#!/bin/sh\nenv\n")
+    (programs / program).chmod(0o755)
+    (directory / "cluster.env").write_text(settings)
+    launch = directory / "launch"
+    shutil.copytree(LAUNCH, launch)
+    (directory / ".venv" / "bin").mkdir(parents=True)
+    (directory / ".venv" / "bin" / "activate").write_text("export ACTIVATED=yes\n")
+    done = subprocess.run(
+        [launch / "node.sh", what, "x.yaml"],
+        capture_output=True,
+        text=True,
+        env={
+            "PATH": f"{programs}:/usr/bin:/bin",
+            "LAUNCH_DIR": str(launch),
+            "LOG_DIR": str(directory),
+            "CLUSTER_ENV": str(directory / "cluster.env"),
+            "SLURM_STEP_NUM_NODES": "1",
+            **dict.fromkeys(("MASTER_ADDR", "MASTER_PORT", "RENDEZVOUS_ID"), "1"),
+            **environment,
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_ranks_of_the_job_win_over_those_of_the_cluster(tmp_path):
+    settings = "NPROC_PER_NODE=4\n"
+    assert "NPROC_PER_NODE=4\n" in run_node(tmp_path / "a", "train", "torchrun", settings)
+    own = run_node(tmp_path / "b", "train", "torchrun", settings, NPROC_PER_NODE="8")
+    assert "NPROC_PER_NODE=8\n" in own
+    assert "NPROC_PER_NODE=1\n" in run_node(tmp_path / "c", "train", "torchrun")
+
+
+def test_the_batch_script_hands_on_the_ranks_of_the_job(tmp_path):
+    (tmp_path / "cluster.env").write_text("NPROC_PER_NODE=4\n")
+    words = f"LAUNCH_DIR={LAUNCH}; source {LAUNCH}/common.sh; env"
+    environment = {
+        "PATH": os.environ["PATH"],
+        "SLURM_JOB_ID": "1",
+        "CLUSTER_ENV": str(tmp_path / "cluster.env"),
+        "NPROC_PER_NODE": "8",
+    }
+    done = subprocess.run(
+        ["bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert "NPROC_PER_NODE=8\n" in done.stdout
+
+
+def test_the_hosts_environment_is_not_used_in_a_container(tmp_path):
+    assert "ACTIVATED=yes" in run_node(tmp_path / "a", "train", "torchrun")
+    for kind in ("apptainer", "pyxis"):
+        assert "ACTIVATED" not in run_node(tmp_path / kind, "train", "torchrun", f"CONTAINER={kind}\n")
+
+
+SAVES_FOR_THREE_SECONDS = f"""#!{sys.executable}
+import os, pathlib, signal, sys, time
+
+def save(*_):
+    time.sleep(3)
+    pathlib.Path("saved").touch()
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, save)
+pathlib.Path("pid.tmp").write_text(str(os.getpid()))
+os.rename("pid.tmp", "pid")
+time.sleep(100)
+"""
+
+
+def test_torchrun_leaves_its_ranks_the_time_that_slurm_gives(tmp_path):
+    """Slurm's TERM reaches torchrun too, which would kill a rank that saves for longer than its own patience."""
+    rank = tmp_path / "rank.py"
+    rank.write_text(SAVES_FOR_THREE_SECONDS)
+    rank.chmod(0o755)
+    launch = tmp_path / "launch"
+    shutil.copytree(LAUNCH, launch)
+    script = (LAUNCH / "node.sh").read_text()
+    assert '"$LAUNCH_DIR/node.sh" rank' in script
+    (launch / "node.sh").write_text(script.replace('"$LAUNCH_DIR/node.sh" rank', str(rank)))
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "LAUNCH_DIR": str(launch),
+        "LOG_DIR": str(tmp_path),
+        "NPROC_PER_NODE": "1",
+        "SLURM_STEP_NUM_NODES": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "RENDEZVOUS_ID": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1",
+    }
+    process = subprocess.Popen([launch / "node.sh", "train"], cwd=tmp_path, env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "pid").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        for pid in (process.pid, int((tmp_path / "pid").read_text())):
+            os.kill(pid, signal.SIGTERM)
+        assert process.wait(60) == 0 and (tmp_path / "saved").exists()
+    finally:
+        process.kill()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from meditron_train.launcher.node_check import NodeFacts
-from meditron_train.launcher.verdict import bad_nodes
+from meditron_train.launcher.verdict import bad_nodes, problems_of_the_run
 
 NODES = ("a", "b", "c", "d")
 GPU_NODE = NodeFacts(
@@ -37,6 +37,7 @@ def test_healthy_nodes_that_differ_a_little():
     ("change", "said"),
     [
         ({"problems": ("GPU 3: too hot",)}, "GPU 3: too hot"),
+        ({"file_problems": ("missing corpus.bin",)}, "missing corpus.bin"),
         ({"versions": {"torch": "2.12"}}, "torch is 2.12, elsewhere 2.13"),
         ({"versions": {}}, "torch is missing, elsewhere 2.13"),
         ({"num_gpus": 7}, "7 GPUs (H100), elsewhere 8 (H100)"),
@@ -52,6 +53,33 @@ def test_a_node_that_does_not_answer():
     known = facts()
     del known["d"]
     assert verdict(known) == {"d": "no answer"}
+
+
+def test_where_nobody_reaches_the_first_node_it_is_not_all_the_others():
+    known = {"a": facts()["a"]}
+    assert verdict(known) == {"a": "no other node reaches it"}
+    assert bad_nodes(("a", "b"), known, {}, {}) == {"b": "no answer"}  # of two, nobody can say
+
+
+FULL, SICK = "less than 5 GiB of disk are free at /runs", "GPU 3: too hot"
+
+
+@pytest.mark.parametrize(
+    ("by_node", "expected"),
+    [
+        ({"a": ((), (FULL,)), "b": ((SICK,), (FULL,)), "c": ((), (FULL,))}, [FULL]),
+        ({"a": ((SICK,), ()), "b": ((SICK,), ())}, [SICK]),
+        ({"a": ((), (FULL,)), "b": ((), ())}, []),
+        ({"a": ((SICK,), (FULL,))}, [FULL]),  # alone: its GPU may be its own fault, the run's disk is not
+        ({"a": ((), ()), "b": ((), ())}, []),
+    ],
+)
+def test_what_all_nodes_report_is_the_runs(by_node, expected):
+    known = {
+        node: replace(GPU_NODE, node=node, problems=problems, file_problems=file_problems)
+        for node, (problems, file_problems) in by_node.items()
+    }
+    assert problems_of_the_run(known) == expected
 
 
 def test_a_slow_link_and_a_wrong_clock():

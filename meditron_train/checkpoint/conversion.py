@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import threading
@@ -36,6 +37,7 @@ Progress = Callable[[str, int, int], None]
 
 _BLOCK_BYTES, _MIN_BLOCK_BYTES = 8 << 20, 1 << 20
 _MAX_WORKERS = 8
+_M_MMAP_THRESHOLD = -3  # <malloc.h>
 _SLACK_BYTES = 96 << 20  # what allocators keep, and the tokenizer's files
 
 
@@ -110,10 +112,11 @@ def convert_files(
 def plan_memory(
     tensors: Iterable[PlannedTensor], source: RowSource, num_files: int, limits: Limits
 ) -> Schedule:
-    """As many files at a time as there are cores and memory for. Raises UserError when there is not enough for one."""
+    """As many files at a time as there is memory for, up to two for each core, as they wait for the disk half of the
+    time. Raises UserError when there is not enough for one."""
     row_bytes = max(_row_num_bytes(tensor, source) for tensor in tensors)
     base = resident_num_bytes() + _SLACK_BYTES
-    most = max(1, min(_MAX_WORKERS, num_files, max(2, os.cpu_count() or 1)))
+    most = max(1, min(_MAX_WORKERS, num_files, 2 * (os.cpu_count() or 1)))
     limit = limits.max_ram_num_bytes
     for num_workers, wanted in [
         *((n, _BLOCK_BYTES) for n in range(most, 0, -1)),
@@ -137,6 +140,16 @@ def resident_num_bytes() -> int:
     except (OSError, ValueError, IndexError):
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _return_freed_blocks() -> None:
+    """Have blocks go back to the system when they are freed.
+
+    glibc learns to keep memory of their size in a heap for each thread, which grows as long as a conversion runs.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MIN_BLOCK_BYTES // 4)
 
 
 def files_identity(directory: Path) -> list[list[Any]]:
@@ -194,6 +207,7 @@ def _write_all(
         work.record(plan.name, written)
         return written
 
+    _return_freed_blocks()
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers are the parallelism
     pool = ThreadPoolExecutor(schedule.num_workers, thread_name_prefix="convert")

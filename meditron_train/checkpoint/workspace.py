@@ -147,9 +147,8 @@ def publish(
         path.unlink()
     for parent, _, _ in os.walk(temporary, topdown=False):
         sync_directory(Path(parent))
-    (temporary / _LOCK).unlink(
-        missing_ok=True
-    )  # late: from here on another process could take it for abandoned
+    # Late: from here on another process could take it for abandoned.
+    (temporary / _LOCK).unlink(missing_ok=True)
     temporary.rename(target)  # an empty directory of that name is replaced
     (target / CONVERSION_NAME).unlink()
     sync_directory(target)

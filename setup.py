@@ -23,6 +23,7 @@ from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 WARNINGS = ["-Wall", "-Wextra"] + (["-Werror"] if os.environ.get("MEDITRON_WERROR") == "1" else [])
@@ -143,6 +144,17 @@ def operators(torch: Path, with_cuda: bool) -> Extension:
     )
 
 
+class ShipFiles(build_py):
+    """A wheel brings presets and launch scripts; a clone has them beside the package."""
+
+    def run(self) -> None:
+        super().run()
+        for name in () if self.editable_mode else ("configs", "launch"):
+            target = Path(self.build_lib, "meditron_train", "shipped", name)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(ROOT / name, target)
+
+
 torch = torch_folder()
 packing = Pybind11Extension(
     "meditron_train.native._packing",
@@ -154,7 +166,7 @@ packing = Pybind11Extension(
 ParallelCompile("MEDITRON_BUILD_JOBS", default=2).install()
 setup(
     ext_modules=[packing] + ([operators(torch, wants_cuda(torch))] if torch else []),
-    cmdclass={"build_ext": BuildCore},
+    cmdclass={"build_ext": BuildCore, "build_py": ShipFiles},
     # Where the environment has no torch yet, pip fetches one to build with before this file is run again.
     setup_requires=[] if torch else ["torch>=2.10"],
 )

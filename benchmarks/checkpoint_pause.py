@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint: saved at once, and saved in the background.
+"""How long training pauses for a checkpoint: saved synchronously, and saved in the background.
 
     python -m benchmarks.checkpoint_pause [--size tiny|100m] [--ranks N] [--rounds N] [--dir DIR] [--json FILE]
 
@@ -35,7 +35,7 @@ def make_plan(size: str, precision: str, directory: Path, world_size: int) -> An
     """A run's plan without its data: what saving needs to know."""
     from tokenizers import Tokenizer, models
 
-    from meditron_train.checkpoint.hf_config import model_config_from_hf
+    from meditron_train.checkpoint.hf.config import model_config_from_hf
     from meditron_train.config.schema import Config
     from meditron_train.train.setup import Plan
 
@@ -72,8 +72,11 @@ def measure_rank(
     from meditron_train.checkpoint.weight_sources import RandomSource
     from meditron_train.parallel import destroy, initialize
     from meditron_train.report.status import RunStatus
-    from meditron_train.train.engine import Engine, invented_batch
-    from meditron_train.train.saving import Progress, RunCheckpoints
+    from meditron_train.train.dry_run import invented_batch
+    from meditron_train.train.engine import Engine
+    from meditron_train.train.guard.step import StepGuard
+    from meditron_train.train.progress import Progress
+    from meditron_train.train.saving.run_checkpoints import RunCheckpoints
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
@@ -85,12 +88,13 @@ def measure_rank(
         for mode in ("sync", "async")
     }
     engine = Engine(plan.config, plan.model, mesh, RandomSource(plan.model, 1))
+    guard = StepGuard(engine, plan.config.resilience, ["host"] * world_size, ())
     batch = invented_batch(SEQ_LEN[options.size], 1, plan.model.vocab_size)
     step, times = 0, {"sync": [], "async": [], "step": [], "step while writing": []}  # type: ignore[var-annotated]
 
     def train() -> float:
         start = time.monotonic()
-        engine.train_step([batch], 1e-4)
+        guard.take_step(1, [batch], 1e-4, seconds_waited_for_data=0.0, is_saved=False)
         return time.monotonic() - start
 
     def slowest(seconds: float) -> float:

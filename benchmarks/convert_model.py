@@ -22,22 +22,20 @@ from unittest import mock
 import torch
 
 from benchmarks.convert import MODELS
-from meditron_train.checkpoint.conversion import Limits
-from meditron_train.checkpoint.export import export_hf, write_hf_files
-from meditron_train.checkpoint.hf_map import Piece, hf_shapes, megatron_pieces, tensor_specs
-from meditron_train.checkpoint.hf_write import (
-    INDEX_NAME,
-    parse_num_bytes,
-    plan_safetensors,
-    safetensors_index,
-)
-from meditron_train.checkpoint.megatron_read import MegatronSource
-from meditron_train.checkpoint.megatron_write import plan_distcp
-from meditron_train.checkpoint.stored import Range, Shape
-from meditron_train.checkpoint.stream import PlannedFile, PlannedTensor, WrittenFile, write_file
-from meditron_train.checkpoint.workspace import Workspace
+from meditron_train.checkpoint.convert.engine import Limits
+from meditron_train.checkpoint.convert.from_hf import hf_to_sharded
+from meditron_train.checkpoint.convert.stream import WrittenFile, write_file
+from meditron_train.checkpoint.convert.to_hf import export_hf
+from meditron_train.checkpoint.convert.workspace import Workspace
+from meditron_train.checkpoint.files.stored import Range, Shape
+from meditron_train.checkpoint.hf.directory import write_hf_files
+from meditron_train.checkpoint.hf.plan import INDEX_NAME, plan_safetensors, safetensors_index
+from meditron_train.checkpoint.planned import PlannedFile, PlannedTensor
+from meditron_train.checkpoint.sharded.plan import plan_distcp
+from meditron_train.checkpoint.sharded.read import ShardedSource
+from meditron_train.checkpoint.tensor_map import Piece, hf_shapes, sharded_pieces, tensor_specs
 from meditron_train.config.model_config import ModelConfig
-from meditron_train.convert.hf_to_megatron import hf_to_megatron
+from meditron_train.units import parse_num_bytes
 
 
 class Pattern:
@@ -94,7 +92,7 @@ def create(name: str, directory: Path, *, sparse: bool) -> None:
 
 
 def write_holes(path: Path, plan: PlannedFile) -> None:
-    """The planned file with all its tensors zero, as holes. The CRC-32 of the data is left out: nobody reads it."""
+    """The planned file with all its tensors zero, as holes. The CRC-32 of the data is left out: nothing reads it."""
     with path.open("wb") as file:
         for tensor in plan.tensors:
             file.write(tensor.before)
@@ -115,21 +113,21 @@ def emptying_files() -> Iterator[None]:
 
     with (
         mock.patch.object(Workspace, "record", record_and_empty),
-        mock.patch("meditron_train.checkpoint.workspace._check_free_space"),
+        mock.patch("meditron_train.checkpoint.convert.workspace._check_free_space"),
     ):
         yield
 
 
 def to_sharded(hf_directory: Path, checkpoint: Path, max_ram: str) -> None:
     with emptying_files():
-        hf_to_megatron(hf_directory, checkpoint, limits=Limits(parse_num_bytes(max_ram)))
-    source = MegatronSource(checkpoint, check=False)
+        hf_to_sharded(hf_directory, checkpoint, limits=Limits(parse_num_bytes(max_ram)))
+    source = ShardedSource(checkpoint, check=False)
     files = plan_distcp(
         PlannedTensor(
             spec.name,
             source.dtype(spec.name),
             source.shape(spec.name),
-            tuple(megatron_pieces(spec, source.padded_vocab_size)),
+            tuple(sharded_pieces(spec, source.padded_vocab_size)),
         )
         for spec in tensor_specs(source.model)
     )

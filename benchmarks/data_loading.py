@@ -3,7 +3,7 @@
     python -m benchmarks.data_loading [--tiny] [--rounds N] [--json FILE]
 
 Everything runs in this one process on one thread, in turns. Rates are per second of CPU time, of the fastest round
-and of the median one; a ratio compares the fastest rounds. Files lie in a temporary directory and are in the page
+and of the median one; a ratio compares the fastest rounds. Files are in a temporary directory and in the page
 cache. Bandwidth counts bytes read and bytes written: a token of two bytes becomes 13 (three int32 and a bool), a
 copied byte counts twice.
 """
@@ -27,11 +27,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from meditron_train.data.batch_schedule import BatchSchedule
 from meditron_train.data.index_file import bin_path, idx_path, write_index
 from meditron_train.data.indexed import IndexedDataset
 from meditron_train.data.loader import StepLoader
 from meditron_train.data.packed import BYTES_PER_TOKEN, PackedDataset
+from meditron_train.data.packing.batch_schedule import BatchSchedule
 from meditron_train.data.sources import Source
 from meditron_train.native import packing
 
@@ -172,7 +172,7 @@ class Loader:
         dataset = IndexedDataset(prefix)
         source = Source("source", dataset, np.arange(dataset.num_documents))
         self.dataset = PackedDataset(
-            [source], [1], packing=method, seq_len=SEQ_LEN, seed=1, vocab_size=VOCAB_SIZE
+            [source], [(0, [1])], packing=method, seq_len=SEQ_LEN, seed=1, vocab_size=VOCAB_SIZE
         )  # type: ignore[arg-type]
         schedule = BatchSchedule(MICRO_BATCH_SIZE * MICRO_BATCHES)
         self.steps = StepLoader(self.dataset, schedule, MICRO_BATCH_SIZE, prefetch=0)

@@ -8,24 +8,41 @@ Legend: B sequences, S tokens per sequence, T = B * S packed tokens.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from meditron_train.checkpoint.hf_config import model_config_from_hf
+from meditron_train.checkpoint.hf.config import model_config_from_hf
 from meditron_train.config.schema import Config
 from meditron_train.data.packed import PackedBatch
 from meditron_train.parallel import initialize
 from meditron_train.train.engine import Engine
+from meditron_train.train.guard.step import StepGuard
 
 LR, BETAS, EPS, WEIGHT_DECAY, MAX_NORM = 1e-4, (0.9, 0.95), 1e-5, 0.1, 1.0
+
+
+def step_options(description: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark whose tools take turns with training steps on the CPU."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tiny", action="store_true", help="a toy model: does it run at all?")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="timed steps a round")
+    parser.add_argument("--json", type=Path, help="also write every step here")
+    return parser
 
 
 @dataclass(frozen=True)
@@ -50,12 +67,15 @@ class StepTime:
     loss: float
 
 
+Step = Callable[[int], float]
+"""Takes step number n (from 0) and returns its loss."""
+
 Round = Callable[[int], list[StepTime]]
 """Takes that many further steps and times each."""
 
 
-def timed(step: Callable[[int], float]) -> Round:
-    """A Round from a function that takes step number n (from 0) and returns its loss."""
+def timed(step: Step) -> Round:
+    """A Round of such steps."""
     steps_done = 0
 
     def run(num_steps: int) -> list[StepTime]:
@@ -71,17 +91,21 @@ def timed(step: Callable[[int], float]) -> Round:
     return run
 
 
-def plain_loop(workload: Workload, model: LlamaForCausalLM) -> Round:
-    """LlamaForCausalLM and torch's fused AdamW, in the fewest lines."""
-    model = copy.deepcopy(model).train()
+def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
+    """torch's fused AdamW; weight decay on matrices only."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True)
+    return torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True)
+
+
+def plain_step(workload: Workload, model: torch.nn.Module, device: str, *, autocast: bool) -> Step:
+    """A step of `model`, which lies on `device`, in the fewest lines."""
+    optimizer = adamw(model)
 
     def step(number: int) -> float:
-        tokens_BS = workload.batches[number % len(workload.batches)]
-        with torch.autocast("cpu", torch.bfloat16, enabled=workload.precision == "bf16"):
+        tokens_BS = workload.batches[number % len(workload.batches)].to(device, non_blocking=True)
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             loss = model(input_ids=tokens_BS, labels=tokens_BS, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
@@ -89,7 +113,13 @@ def plain_loop(workload: Workload, model: LlamaForCausalLM) -> Round:
         optimizer.zero_grad()
         return loss.item()
 
-    return timed(step)
+    return step
+
+
+def plain_loop(workload: Workload, model: LlamaForCausalLM) -> Round:
+    """LlamaForCausalLM and torch's fused AdamW."""
+    model = copy.deepcopy(model).train()
+    return timed(plain_step(workload, model, "cpu", autocast=workload.precision == "bf16"))
 
 
 def hf_trainer(workload: Workload, model: LlamaForCausalLM) -> Round:
@@ -135,7 +165,7 @@ def hf_trainer(workload: Workload, model: LlamaForCausalLM) -> Round:
 
     def run(num_steps: int) -> list[StepTime]:
         nonlocal steps_done
-        # train() again: the model and the optimizer's state go on, and the first step bears the start-up.
+        # train() again: the model and the optimizer state continue, and the first step includes the start-up.
         numbers = range(steps_done, steps_done + num_steps)
         clock.marks.clear()
         losses.clear()
@@ -157,10 +187,10 @@ def hf_trainer(workload: Workload, model: LlamaForCausalLM) -> Round:
     return run
 
 
-def our_engine(workload: Workload, model: LlamaForCausalLM) -> Round:
-    """meditron-train's own training step, one process: packing, megatron-core and our optimizer included."""
+def engine_config(workload: Workload, device: str) -> Config:
+    """The configuration of our step: all sequences of a batch are one micro-batch."""
     num_sequences, seq_len = workload.batches[0].shape
-    config = Config.model_validate(
+    return Config.model_validate(
         {
             "model": {"init": "random", "hf_config": workload.llama.to_dict()},
             "data": {"tokenizer": "none", "train": [{"name": "none", "path": "none"}]},
@@ -176,19 +206,39 @@ def our_engine(workload: Workload, model: LlamaForCausalLM) -> Round:
                 "seq_len": seq_len,
                 "micro_batch_size": num_sequences,
                 "global_batch_size": num_sequences,
-                "device": "cpu",
+                "device": device,
             },
         }
     )
-    mesh = initialize(config.parallel.layout(1), rank=0, local_rank=0, device="cpu")
+
+
+def engine_step(
+    workload: Workload, model: LlamaForCausalLM, device: str, batches: list[PackedBatch] | None = None
+) -> Step:
+    """meditron-train's own training step, one process: packing, megatron-core and our optimizer included.
+
+    Begins the process group, which `meditron_train.parallel.destroy` ends. `batches` are the workload's, or others of
+    the same number of tokens.
+    """
+    packed = batches or [packed_batch(tokens_BS) for tokens_BS in workload.batches]
+    config = engine_config(workload, device)
+    mesh = initialize(config.parallel.layout(1), rank=0, local_rank=0, device=device)
     model_config = model_config_from_hf(workload.llama.to_dict())
-    engine = Engine(config, model_config, mesh, _StateDictSource(model.state_dict()))
+    engine = Engine(config, model_config, mesh, StateDictSource(model.state_dict()))
+    guard = StepGuard(engine, config.resilience, ["host"], ())
 
     def step(number: int) -> float:
-        batch = packed_batch(workload.batches[number % len(workload.batches)])
-        return engine.train_step([batch], LR).loss
+        batch = packed[number % len(packed)]
+        return guard.take_step(
+            number + 1, [batch], LR, seconds_waited_for_data=0.0, is_saved=False
+        ).result.loss
 
-    return timed(step)
+    return step
+
+
+def our_engine(workload: Workload, model: LlamaForCausalLM) -> Round:
+    """meditron-train's own training step."""
+    return timed(engine_step(workload, model, "cpu"))
 
 
 def packed_batch(tokens_BS: torch.Tensor) -> PackedBatch:
@@ -207,7 +257,7 @@ def packed_batch(tokens_BS: torch.Tensor) -> PackedBatch:
     )
 
 
-class _StateDictSource:
+class StateDictSource:
     """A model in memory, where the engine expects a Hugging Face directory."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:

@@ -10,13 +10,11 @@ all compute the same thing.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -24,7 +22,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.peers import PEERS, StepTime, Workload
+from benchmarks.peers import PEERS, StepTime, Workload, step_options
 
 BASELINE, OURS = "plain torch loop", "meditron-train"
 
@@ -92,16 +90,7 @@ def table(speeds: dict[str, dict[str, float]], losses: dict[str, float]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tiny", action="store_true", help="a toy model: does it run at all?")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="timed steps a round")
-    parser.add_argument("--json", type=Path, help="also write every step time here")
-    options = parser.parse_args(arguments)
+    options = step_options(__doc__).parse_args(arguments)
 
     torch.set_num_threads(options.threads)
     work, model = workload(tiny=options.tiny, precision=options.precision)

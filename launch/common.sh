@@ -42,6 +42,15 @@ case "${CONTAINER:-none}" in
     *) fail "CONTAINER is '$CONTAINER'; expected none, pyxis or apptainer" ;;
 esac
 
+# ask COMMAND...: launch/node.sh COMMAND on the node of this script, in the container where there is one.
+ask() {
+    local step=()
+    if [ "${CONTAINER:-none}" = pyxis ]; then
+        step=(srun --overlap --nodes=1 --ntasks=1 --nodelist="${SLURMD_NODENAME:-$(hostname -s)}" "${srun_options[@]}")
+    fi
+    "${step[@]}" "${CONTAINER_COMMAND[@]}" "$LAUNCH_DIR/node.sh" "$@"
+}
+
 # run_on "NODE NODE ..." COMMAND...: launch/node.sh COMMAND once on each of the nodes. Sets srun_pid while it runs;
 # returns srun's exit code. STEP_OPTIONS are srun's: by default one node that ends badly ends the others.
 STEP_OPTIONS=(--kill-on-bad-exit=1 --wait=30)

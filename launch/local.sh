@@ -33,8 +33,8 @@ case "${1:-}" in
     -h | --help ) usage; exit 0 ;;
 esac
 
-torchrun=$(command -v torchrun) || torchrun="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin/torchrun"
-[ -x "$torchrun" ] || fail "there is no torchrun; write: make install && source .venv/bin/activate"
+program=$(command -v meditron-train) || program="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin/meditron-train"
+[ -x "$program" ] || fail "there is no meditron-train; write: make install && source .venv/bin/activate"
 
 num_gpus=$(count_gpus)
 default_nproc=$((num_gpus > 0 ? num_gpus : 1))
@@ -57,4 +57,4 @@ if ((num_gpus > 0)); then
     export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 fi
 
-exec "$torchrun" --standalone --nproc-per-node "$nproc_per_node" -m meditron_train train "$@"
+exec "$program" train --processes "$nproc_per_node" "$@"

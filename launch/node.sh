@@ -4,7 +4,10 @@
 #     node.sh preflight CONFIG.yaml [section.field=value ...]   check this node, alone and together with the others
 #     node.sh train CONFIG.yaml [section.field=value ...]       torchrun: this node's ranks
 #     node.sh rank ...                                          one rank, started by torchrun
+#     node.sh evaluate MODEL ...                                torchrun: this node's ranks of meditron-train evaluate
 #     node.sh convert ...                                       meditron-train convert
+#     node.sh corpus ...                                        meditron-train corpus
+#     node.sh job-end LOG_DIR RUN_DIR                           what follows from how the ranks ended
 #
 # From the batch script it gets LAUNCH_DIR, LOG_DIR, MASTER_ADDR, MASTER_PORT and RENDEZVOUS_ID.
 set -euo pipefail
@@ -22,7 +25,7 @@ if [ "$what" = rank ]; then # its environment is torchrun's
     log=$LOG_DIR/${SLURMD_NODENAME:-$(hostname)}-$RANK.log
     printf '\n==== %s rank %s of %s, rendezvous %s ====\n' "$(date '+%F %T')" "$RANK" "$WORLD_SIZE" "$RENDEZVOUS_ID" >>"$log"
     if [ "$RANK" = 0 ]; then # the log of the job shows it too; tee must outlive the signals that ask the rank to save
-        exec > >(trap '' TERM USR1 INT; exec tee -a "$log") 2>&1
+        exec > >(trap '' TERM USR1 USR2 INT; exec tee -a "$log") 2>&1
     else
         exec >>"$log" 2>&1
     fi
@@ -80,18 +83,28 @@ case "$what" in
         esac
         exit "$code"
         ;;
-    convert) exec python -m meditron_train convert "$@" ;;
+    job-end)
+        trap '' TERM USR1 # Slurm ends the job with them, and its end is what is asked for
+        exec python -m meditron_train.flows.job_end "$@"
+        ;;
+    convert | corpus) exec python -m meditron_train "$what" "$@" ;;
     train)
         # USR1 and TERM ask the ranks to save. USR1 kills a torchrun that does not ignore it, and on TERM it would end
-        # its ranks after 30 s, saved or not. Slurm signals the ranks too, and they set handlers of their own.
-        trap '' USR1 TERM
+        # its ranks after 30 s, saved or not. Slurm signals the ranks too, and they set handlers of their own; USR2 asks
+        # them for their stacks.
+        trap '' USR1 USR2 TERM
         export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
         exec torchrun --nnodes "$SLURM_STEP_NUM_NODES" --nproc-per-node "$NPROC_PER_NODE" --max-restarts 0 \
             --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$RENDEZVOUS_ID" \
             --no-python "$LAUNCH_DIR/node.sh" rank "$@"
         ;;
+    evaluate)
+        exec torchrun --nnodes "$SLURM_STEP_NUM_NODES" --nproc-per-node "$NPROC_PER_NODE" --max-restarts 0 \
+            --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$RENDEZVOUS_ID" \
+            --module meditron_train evaluate "$@"
+        ;;
     *)
-        echo "launch/node.sh: '$what' is none of preflight, train, rank, convert" >&2
+        echo "launch/node.sh: '$what' is not one of preflight, train, evaluate, rank, convert, corpus, job-end" >&2
         exit 2
         ;;
 esac

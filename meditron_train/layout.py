@@ -8,6 +8,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# The parallel plan: which dimension of a tensor is split over the tensor-parallel ranks, under megatron-core's names;
+# None: every rank holds the whole. Matrices are [outputs, inputs]: the first of two is split by outputs, the second by
+# inputs, so that between them nothing is communicated (Shoeybi et al. 2019, section 3).
+SPLIT_DIMS: dict[str, int | None] = {
+    "embedding.word_embeddings.weight": 0,  # rows of the vocabulary
+    "input_layernorm.weight": None,
+    "self_attention.linear_qkv.weight": 0,  # KV heads, each with its query heads
+    "self_attention.linear_qkv.bias": 0,
+    "self_attention.linear_proj.weight": 1,
+    "pre_mlp_layernorm.weight": None,
+    "mlp.linear_fc1.weight": 0,  # feed-forward channels, of gate and of up
+    "mlp.linear_fc2.weight": 1,
+    "final_layernorm.weight": None,
+    "output_layer.weight": 0,  # rows of the vocabulary
+    # Adapters (`model/lora.py`): whatever lies between A and B is small and whole on every rank.
+    **{f"{name}_proj_lora_B": 0 for name in ("q", "k", "v", "gate", "up")},
+    **{f"{name}_proj_lora_A": 1 for name in ("o", "down")},
+}
+
+
+def split_dim(name: str) -> int | None:
+    """The entry of SPLIT_DIMS for a tensor, whatever stands before (`decoder.layers.3.`); None for one without."""
+    return next((d for suffix, d in SPLIT_DIMS.items() if f".{name}".endswith(f".{suffix}")), None)
+
 
 @dataclass(frozen=True)
 class RankCoordinates:
@@ -71,7 +95,11 @@ class ParallelLayout:
         return found
 
     def coordinates(self, rank: int) -> RankCoordinates:
-        """Place of a global rank, in megatron-core's default order "tp-cp-ep-dp-pp" (tp varies fastest)."""
+        """Place of a global rank, in megatron-core's default order "tp-cp-ep-dp-pp" (tp varies fastest).
+
+        Raises:
+            ValueError: the rank is outside the world.
+        """
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside the world of {self.world_size} ranks")
         rank, tensor = divmod(rank, self.tensor)
@@ -84,13 +112,40 @@ class ParallelLayout:
 
         Chunks are dealt to the stages in turn, as Megatron's interleaved schedule wants them: with 2 stages
         and 2 chunks each, 8 layers go [0,1] [2,3] to the first chunks of stages 0 and 1, then [4,5] [6,7] to
-        the second.
+        the second. Layers that do not divide (with one chunk for each stage only) go to the stages in the
+        middle first, then to the first one: the last one has the output layer.
+
+        Raises:
+            ValueError: there is no such chunk.
         """
-        num_chunks = self.pipeline * self.virtual_pipeline
-        if num_layers % num_chunks:
-            raise ValueError(f"{num_layers} layers do not divide into {num_chunks} equal chunks")
         if not (0 <= pipeline_rank < self.pipeline and 0 <= virtual_rank < self.virtual_pipeline):
             raise ValueError(f"there is no chunk {virtual_rank} on stage {pipeline_rank} in {self}")
-        layers_per_chunk = num_layers // num_chunks
-        first = (virtual_rank * self.pipeline + pipeline_rank) * layers_per_chunk
-        return range(first, first + layers_per_chunk)
+        counts = self.layer_counts(num_layers)
+        chunk = virtual_rank * self.pipeline + pipeline_rank
+        first = sum(counts[:chunk])
+        return range(first, first + counts[chunk])
+
+    def layer_counts(self, num_layers: int) -> list[int]:
+        """Layers of each model chunk, in the order in which a sample passes them.
+
+        Raises:
+            ValueError: `layer_problem` has one.
+        """
+        if problem := self.layer_problem(num_layers):
+            raise ValueError(problem)
+        num_chunks = self.pipeline * self.virtual_pipeline
+        each, rest = divmod(num_layers, num_chunks)
+        larger = [*range(1, num_chunks - 1), 0][:rest]
+        return [each + (chunk in larger) for chunk in range(num_chunks)]
+
+    def layer_problem(self, num_layers: int) -> str | None:
+        """Why the layers cannot be dealt to the stages, in words; None where they can."""
+        num_chunks = self.pipeline * self.virtual_pipeline
+        if self.virtual_pipeline > 1 and num_layers % num_chunks:
+            return (
+                f"{num_layers} layers are not divisible by parallel.pipeline x parallel.virtual_pipeline = "
+                f"{self.pipeline} x {self.virtual_pipeline} = {num_chunks}"
+            )
+        if num_layers < num_chunks:
+            return f"{num_layers} layers are fewer than parallel.pipeline = {self.pipeline} stages"
+        return None

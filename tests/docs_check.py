@@ -3,18 +3,20 @@
 For every command in a ```bash block: verbs and options of meditron-train must exist, configurations and their
 overrides must load, make targets, scripts and modules must exist. A block after `<!-- docs-check: run -->` is
 also executed. For the text: relative links, and `paths/in/backticks` that start with a directory of this
-repository, must exist. Words in CAPITALS, <like this> and ... are placeholders.
+repository, must exist. Words in CAPITALS, <like this> and ... are placeholders. Prose fits into 120 columns.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,18 @@ from meditron_train.errors import UserError
 
 RUN_MARK = "<!-- docs-check: run -->"
 RUN_TIMEOUT_S = 300
+MAX_WIDTH = 120
 _PLACEHOLDER = re.compile(r"[<>{}*$…]|\.\.\.|\b[A-Z][A-Z0-9_]{2,}\b")
+_HERE_DOCUMENT = re.compile(r"<<'?(?P<end>\w+)'?$")
+_WRITTEN = re.compile(r"> (\S+\.ya?ml) <<")
 _SEPARATORS = {"&&", "||", ";", "|", "&"}
 # Programs of other people whose arguments are theirs.
 _FOREIGN = {
     *("git", "cd", "pip", "source", "export", "curl", "tar", "echo", "trap", "wait", "module"),
-    *("ls", "cat", "tail", "head", "mkdir", "cp", "mv", "rm", "du", "df", "watch", "jq", "column"),
+    *("kill", "ls", "cat", "tail", "head", "mkdir", "cp", "mv", "rm", "du", "df", "watch", "jq", "column"),
     *("docker", "scontrol", "squeue", "sacct", "sinfo", "scancel", "salloc", "nvidia-smi"),
     *("tensorboard", "wandb", "pre-commit", "huggingface-cli", "hf"),
+    *("openssl", "model_signing"),
 }
 
 
@@ -75,7 +81,14 @@ def commands(block: Block) -> Iterator[tuple[int, list[str]]]:
             line.strip()[2:] if line.strip().startswith("$ ") else "" for line in text.splitlines()
         )
     pending, first = "", 0
+    here_document_ends = None
     for offset, line in enumerate(text.splitlines()):
+        if here_document_ends is not None:
+            here_document_ends = None if line == here_document_ends else here_document_ends
+            continue
+        if opened := _HERE_DOCUMENT.search(line):
+            here_document_ends = opened["end"]
+            line = line[: opened.start()]
         first = first if pending else block.line + offset
         pending += line.removesuffix("\\") + " "
         if line.endswith("\\"):
@@ -167,7 +180,11 @@ def config_problem(arguments: list[str], root: Path) -> str | None:
         if not (root / word).is_file():
             return f"there is no {word}"
         if arguments[0] == "train":
-            overrides = [other for other in arguments[position + 1 :] if not other.startswith("-")]
+            overrides = [
+                other
+                for before, other in pairwise(arguments[position:])
+                if not other.startswith("-") and before != "--processes"
+            ]
             try:
                 load_config(root / word, overrides)
             except UserError as error:
@@ -225,6 +242,16 @@ def text_problems(file: Path, root: Path) -> Iterator[str]:
                 yield f"{file.relative_to(root)}:{number}: there is no {path}"
 
 
+def long_lines(file: Path, root: Path) -> Iterator[str]:
+    """Lines of prose that are wider than the page. Tables, headings and code are as wide as they must be."""
+    in_code = False
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            in_code = not in_code
+        if len(line) > MAX_WIDTH and not in_code and not line.lstrip().startswith(("|", "#")):
+            yield f"{file.relative_to(root)}:{number}: {len(line)} columns are more than {MAX_WIDTH}"
+
+
 def run_problem(block: Block, root: Path) -> str | None:
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text],
@@ -232,25 +259,33 @@ def run_problem(block: Block, root: Path) -> str | None:
         capture_output=True,
         text=True,
         timeout=RUN_TIMEOUT_S,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
     )
     if done.returncode == 0:
         return None
     return f"exit code {done.returncode}: {done.stderr.strip()[-500:]}"
 
 
-def check(root: Path) -> list[str]:
-    """Everything wrong with the documents below `root`."""
+def check(root: Path, *, run: bool = True) -> list[str]:
+    """Everything wrong with the documents below `root`; with `run`, marked blocks are run, too."""
     problems = []
     for file in documents(root):
+        written = set(_WRITTEN.findall(file.read_text(encoding="utf-8")))
         for block in blocks(file):
             where = block.file.relative_to(root)
             for line, words in commands(block):
-                problem = command_problem(words, root)
+                if words[0] == "meditron-train" and (block.run or written.intersection(words)):
+                    # Its files are made by the page: running it is the check of those.
+                    problem = parse_problem(typer.main.get_command(app), words[1:])
+                else:
+                    problem = None if block.run else command_problem(words, root)
                 if problem:
                     problems.append(f"{where}:{line}: `{shlex.join(words)}`: {problem}")
-            if block.run and (problem := run_problem(block, root)):
+            if run and block.run and (problem := run_problem(block, root)):
                 problems.append(f"{where}:{block.line}: {problem}")
         problems += text_problems(file, root)
+    for file in (*documents(root), *sorted(root.glob("C*.md"))):  # also CHANGELOG.md and CONTRIBUTING.md
+        problems += long_lines(file, root)
     return problems
 
 

@@ -3,9 +3,13 @@
 | floor   | rooms                                                              |
 |---------|--------------------------------------------------------------------|
 | cli     | cli                                                                |
-| compose | train convert evaluate                                             |
-| rooms   | model parallel data corpus checkpoint planner report launcher      |
-| ground  | errors log layout config native mcore, each using those left of it |
+| flows   | flows                                                              |
+| compose | train verify evaluate                                              |
+| rooms   | model parallel data corpus tasks checkpoint planner report launcher |
+| ground  | errors log files processes units layout tokenizer config native mcore        |
+
+A room of the ground may use those left of it. Within a room, a sub-folder counts as one: sub-folders and the files
+beside them do not import each other in circles.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,11 +25,12 @@ import pytest
 PACKAGE = "meditron_train"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
-GROUND = ("errors", "log", "layout", "config", "native", "mcore")
+GROUND = ("errors", "log", "files", "processes", "units", "layout", "tokenizer", "config", "native", "mcore")
 FLOORS = (
     GROUND,
-    ("model", "parallel", "data", "corpus", "checkpoint", "planner", "report", "launcher"),
-    ("train", "convert", "evaluate"),
+    ("model", "parallel", "data", "corpus", "tasks", "checkpoint", "planner", "report", "launcher"),
+    ("train", "verify", "evaluate"),
+    ("flows",),
     ("cli",),
 )
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
@@ -39,6 +45,17 @@ GROUP_MAKERS = {
     "init_device_mesh",
     "initialize_model_parallel",
 }
+# What runs the program in a pickle, and the one file that may use it (None: no file).
+_READING = "mcore.reading"
+LOADERS: dict[tuple[str, str], str | None] = {
+    ("dist_checkpointing", "load"): _READING,
+    **{("dist_checkpointing", f"load_{what}"): None for what in ("common_state_dict", "content_metadata")},
+    **{("dist_checkpointing", f"load_{what}"): None for what in ("plain_tensors", "tensors_metadata")},
+    **{("pickle", reader): None for reader in ("load", "loads", "Unpickler", "_Unpickler")},
+    **{("torch", reader): None for reader in ("load", "package", "jit", "hub")},
+    **{(module, "load"): None for module in ("np", "numpy")},
+}
+LOADER_PACKAGES = {"_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +113,7 @@ def unknown_rooms(root: Path) -> list[str]:
 
 
 def floor_problems(root: Path) -> list[str]:
-    """Imports that go up, or to a neighbour."""
+    """Imports that go up, or to a neighbor."""
     problems = []
     for found in all_imports(root):
         here, there = room_of(found.file), room_of(found.module)
@@ -133,6 +150,33 @@ def owner_problems(root: Path) -> list[str]:
     return problems
 
 
+def loader_problems(root: Path) -> list[str]:
+    """Calls that run what a file says, outside of the one place that hands megatron-core a reader of ours."""
+    problems = []
+    for name, path in modules_in(root).items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            found = None
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                found = (node.value.id, node.attr)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found = next(
+                    ((node.module, a.name) for a in node.names if (node.module, a.name) in LOADERS), None
+                )
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            if found in LOADERS and LOADERS[found] != name.removeprefix(PACKAGE + "."):
+                problems.append(
+                    f"{name} (line {node.lineno}) uses {'.'.join(found)}, which runs what a file says: "
+                    "read it by checkpoint.files.pickled"
+                )
+    problems += [
+        f"{found}, which runs what a file says"
+        for found in all_imports(root)
+        if found.module.split(".")[0] in LOADER_PACKAGES
+    ]
+    return problems
+
+
 def circles(root: Path) -> list[str]:
     """Files of one room that import each other in a circle, the shortest way to say it."""
     modules = modules_in(root)
@@ -140,6 +184,38 @@ def circles(root: Path) -> list[str]:
     for found in all_imports(root):
         if found.module in modules and room_of(found.file) == room_of(found.module):
             graph[found.file].append(found.module)
+    return circles_of(graph)
+
+
+def parts_below(file: str, module: str) -> tuple[str, str] | None:
+    """The two neighbors that an import connects, at the folder where file and module part: `room.a.x` that imports
+    `room.b.y` connects `room.a` and `room.b`. None when it stays within one file or leaves the room."""
+    here, there = file.split("."), module.split(".")
+    depth = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), None)
+    if depth is None or depth < 2:
+        return None
+    return ".".join(here[: depth + 1]), ".".join(there[: depth + 1])
+
+
+def folder_circles(root: Path) -> list[str]:
+    """Sub-folders (and files beside them) of a room that import each other in a circle, with the imports that do."""
+    modules = modules_in(root)
+    graph: dict[str, list[str]] = {}
+    imports: dict[tuple[str, str], Import] = {}
+    for found in all_imports(root):
+        if found.module in modules and (parts := parts_below(found.file, found.module)):
+            here, there = parts
+            graph.setdefault(here, []).append(there)
+            graph.setdefault(there, [])
+            imports.setdefault(parts, found)
+    return [
+        f"{circle}: "
+        + "; ".join(str(imports[pair]) for pair in pairwise(circle.split(" -> ")) if pair in imports)
+        for circle in circles_of(graph)
+    ]
+
+
+def circles_of(graph: dict[str, list[str]]) -> list[str]:
     problems, done = [], set()
 
     def visit(name: str, path: list[str]) -> None:
@@ -148,8 +224,8 @@ def circles(root: Path) -> list[str]:
             return
         if name in done:
             return
-        for neighbour in graph[name]:
-            visit(neighbour, [*path, name])
+        for neighbor in graph[name]:
+            visit(neighbor, [*path, name])
         done.add(name)
 
     for name in graph:
@@ -157,7 +233,9 @@ def circles(root: Path) -> list[str]:
     return problems
 
 
-@pytest.mark.parametrize("check", [unknown_rooms, floor_problems, owner_problems, circles])
+@pytest.mark.parametrize(
+    "check", [unknown_rooms, floor_problems, owner_problems, loader_problems, circles, folder_circles]
+)
 def test_the_package(check):
     problems = check(ROOT)
     assert not problems, "\n" + "\n".join(problems)
@@ -173,7 +251,7 @@ PLANTED = [
     ),
     (
         floor_problems,
-        {"train/a.py": "from meditron_train import convert", "convert/__init__.py": ""},
+        {"train/a.py": "from meditron_train import verify", "verify/__init__.py": ""},
         "do not know",
     ),
     (
@@ -188,10 +266,36 @@ PLANTED = [
         {"model/a.py": "import torch\nfrom megatron.core import x"},
         "a (line 2) imports megatron.core: only",
     ),
-    (owner_problems, {"convert/a.py": "import safetensors.torch"}, "only meditron_train.checkpoint may"),
+    (owner_problems, {"verify/a.py": "import safetensors.torch"}, "only meditron_train.checkpoint may"),
     (owner_problems, {"train/a.py": "import torch\ntorch.distributed.new_group([0])"}, "calls new_group"),
     (owner_problems, {"train/a.py": "init_process_group('gloo')"}, "calls init_process_group"),
+    (loader_problems, {"train/a.py": "import torch\ntorch.load('x')"}, "a (line 2) uses torch.load"),
+    (loader_problems, {"train/a.py": "from pickle import loads"}, "uses pickle.loads"),
+    (loader_problems, {"train/a.py": "def f():\n    import dill"}, "imports dill"),
+    (
+        loader_problems,
+        {"checkpoint/a.py": "from x import dist_checkpointing as d\ndist_checkpointing.load({}, 'x')"},
+        "uses dist_checkpointing.load",
+    ),
     (circles, {"data/a.py": "from . import b", "data/b.py": "from meditron_train.data.a import x"}, "a -> "),
+    (
+        folder_circles,
+        {
+            "train/guard/a.py": "from meditron_train.train.life import b",
+            "train/life/b.py": "",
+            "train/life/c.py": "import meditron_train.train.guard.d",
+            "train/guard/d.py": "",
+        },
+        "train.life.c (line 1) imports meditron_train.train.guard.d",
+    ),
+    (
+        folder_circles,
+        {
+            "train/a.py": "from meditron_train.train.life import b",
+            "train/life/b.py": "import meditron_train.train.a",
+        },
+        "train.life.b (line 1) imports meditron_train.train.a",
+    ),
     (
         circles,
         {
@@ -219,6 +323,8 @@ def test_what_is_allowed_passes(tmp_path):
         "config/load.py": "from meditron_train.errors import x\nfrom meditron_train import __version__",
         "data/a.py": "from meditron_train.config import load\nfrom meditron_train.data.b import x",
         "data/b.py": "import torch",
+        "data/packing/c.py": "from meditron_train.data import b",
+        "data/d.py": "from meditron_train.data.packing import c",
         "parallel/mesh.py": "torch.distributed.new_group([0])",
         "mcore/__init__.py": "import megatron.core",
         "train/loop.py": "from meditron_train.data import a\nfrom meditron_train.parallel import mesh",
@@ -228,5 +334,29 @@ def test_what_is_allowed_passes(tmp_path):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    for check in (unknown_rooms, floor_problems, owner_problems, circles):
+    for check in (unknown_rooms, floor_problems, owner_problems, circles, folder_circles):
         assert check(tmp_path) == []
+
+
+MAX_FUNCTION_LINES = 80
+
+
+def long_functions(package: Path) -> list[str]:
+    """Functions that are too long to be read at once; the docstring does not count."""
+    problems = []
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                num_lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if ast.get_docstring(node) is not None:
+                    docstring = node.body[0]
+                    num_lines -= (docstring.end_lineno or docstring.lineno) - docstring.lineno + 1
+                if num_lines > MAX_FUNCTION_LINES:
+                    problems.append(f"{path.relative_to(package)}: {node.name} has {num_lines} lines")
+    return problems
+
+
+def test_functions_can_be_read_at_once(tmp_path):
+    assert long_functions(ROOT) == []
+    (tmp_path / "a.py").write_text('def f():\n    """One\n    two."""\n' + "    pass\n" * 80)
+    assert long_functions(tmp_path) == ["a.py: f has 81 lines"]

@@ -1,4 +1,4 @@
-"""Every command of docs/convert.md runs, in the order in which it stands there, on a tiny model."""
+"""Every command of docs/guides/convert.md runs, in the order in which it stands there, on a tiny model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from meditron_train.cli.main import app
 from tests import docs_check
-from tests.checkpoint.foreign_fixtures import llm_args, write_legacy
-from tests.checkpoint.test_foreign_legacy import make_hf
+from tests.checkpoint.megatron.fixtures import llm_args, write_legacy
+from tests.checkpoint.megatron.test_rank_files import make_hf
 from tests.checkpoint.tiny_tokenizer import VOCAB_SIZE, write_tokenizer_model
 
-GUIDE = Path(__file__).parents[1] / "docs/convert.md"
+GUIDE = Path(__file__).parents[1] / "docs/guides/convert.md"
 MADE = ("HF_DIR", "RUN_DIR", "TOKENIZER_DIR")  # the others are made by the commands
 
 

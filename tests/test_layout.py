@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from meditron_train.layout import ParallelLayout, RankCoordinates
+from meditron_train.layout import SPLIT_DIMS, ParallelLayout, RankCoordinates, split_dim
 
 
 def test_ranks_are_numbered_tensor_fastest_pipeline_slowest():
@@ -50,10 +50,24 @@ def test_every_layer_has_exactly_one_home(pipeline, virtual):
     assert sorted(layers) == list(range(12))
 
 
-def test_layers_that_do_not_divide_and_unknown_chunks_are_refused():
+@pytest.mark.parametrize(
+    ("pipeline", "num_layers", "counts"),
+    [(2, 7, [4, 3]), (4, 9, [2, 3, 2, 2]), (4, 11, [3, 3, 3, 2]), (4, 80, [20] * 4), (3, 3, [1] * 3)],
+)
+def test_layers_that_do_not_divide_go_to_the_middle_and_never_to_the_last_stage(pipeline, num_layers, counts):
+    layout = ParallelLayout(world_size=pipeline, pipeline=pipeline)
+    assert layout.layer_counts(num_layers) == counts
+    stages = [list(layout.layers_of(stage, 0, num_layers)) for stage in range(pipeline)]
+    assert [len(stage) for stage in stages] == counts
+    assert [layer for stage in stages for layer in stage] == list(range(num_layers))
+
+
+def test_layers_that_cannot_be_dealt_and_unknown_chunks_are_refused():
     layout = ParallelLayout(world_size=2, pipeline=2)
-    with pytest.raises(ValueError, match="7 layers do not divide into 2"):
-        layout.layers_of(0, 0, 7)
+    with pytest.raises(ValueError, match="1 layers are fewer than parallel.pipeline = 2"):
+        layout.layers_of(0, 0, 1)
+    with pytest.raises(ValueError, match="6 layers are not divisible by .* 2 x 2 = 4"):
+        ParallelLayout(world_size=2, pipeline=2, virtual_pipeline=2).layers_of(0, 0, 6)
     with pytest.raises(ValueError, match="no chunk 1 on stage 0"):
         layout.layers_of(0, 1, 8)
 
@@ -67,3 +81,15 @@ def test_problems():
     assert "parallel.virtual_pipeline is 2 but parallel.pipeline is 1" in problem
     (problem,) = ParallelLayout(world_size=4, tensor=0).problems()
     assert "parallel.tensor is 0" in problem
+
+
+def test_every_tensor_of_a_model_stands_in_the_parallel_plan() -> None:
+    from meditron_train.checkpoint.tensor_map import LAYER_ROWS
+
+    rows = {row.name for rows in LAYER_ROWS.values() for row in rows}
+    outside = {"embedding.word_embeddings.weight", "final_layernorm.weight", "output_layer.weight"}
+    assert rows | outside == {name for name in SPLIT_DIMS if "_lora_" not in name}
+    assert split_dim("decoder.layers.31.self_attention.linear_proj.weight") == 1
+    assert split_dim("decoder.layers.3.mlp.linear_fc1.weight") == split_dim("output_layer.weight") == 0
+    assert split_dim("decoder.final_layernorm.weight") is None
+    assert split_dim("other_output_layer.weight") is None

@@ -1,5 +1,5 @@
 // The instructions that CUDA C++ has no words for, one small function each. A kernel written with these alone is plain
-// C++ besides: without nvcc, csrc/emu/ptx.h takes their place and the kernel runs on a CPU.
+// C++ besides: without nvcc, tests/native/emu/ptx.h takes their place and the kernel runs on a CPU.
 //
 // mma fragments, for lane = 4 * g + t of a warp (PTX ISA, "matrix fragments for mma.m16n8k16"):
 //   A [16, 16]: a[0] row g, columns 2t, 2t+1; a[1] row g + 8; a[2], a[3] the same 8 columns further
@@ -29,7 +29,7 @@ struct alignas(16) Vec16 {
 }  // namespace meditron
 
 #ifndef __CUDACC__
-#include "../emu/ptx.h"
+#include "emu/ptx.h"  // tests/native/emu
 #else
 
 namespace meditron {

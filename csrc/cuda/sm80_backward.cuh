@@ -1,4 +1,4 @@
-// Backward pass for sm_80 and later, with mma.sync, without atomic additions: repeated runs are equal to the bit.
+// Backward pass for sm_80 and later, with mma.sync, without atomic additions: repeated runs are bit-identical.
 //
 // Three kernels. The first sums out * grad_out by rows. The second takes a tile of keys of one kv head through all
 // queries that see it, of all heads of its group in order, for dK and dV; it works on transposed scores (keys by
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(KeyGradShape<D>::num_threads)
         cp_async_wait<0>();
         if (step == 0) rotate<T, D, Shape::tile_keys, num_threads>(k_tile, keys, rotation_of_keys(problem));
         rotate<T, D, Shape::block_queries, num_threads>(from.q, queries(given.q, step), rotation_of_queries(problem));
-        block_sync();  // this step's tiles are there for all; and nobody reads the other buffer any more
+        block_sync();  // this step's tiles are complete, and the other buffer is free
         if (step + 1 < num_steps) start_step(step + 1);
 
         const int first_query = first_query_of(step), last_query = first_query + Shape::block_queries - 1;
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(KeyGradShape<D>::num_threads)
     rotate_back<D, split>(dk[0], columns, tile.key_start + first_key + lane / 4, end_token, rotation_of_keys(problem));
 #pragma unroll
     for (int j = 0; j < 4 * columns.n; ++j) dk[0][j / 4][j % 4] *= problem.softmax_scale;
-    // The rows of k and v that a warp multiplies with are read by the `split` warps of these rows alone, and no more.
+    // Only the `split` warps of these rows read the rows of k and v that a warp multiplies with, and they are done.
     if (split > 1) block_sync();
     stage<T, D, split>(k_tile, warp_row, dk[0], columns);
     stage<T, D, split>(v_tile, warp_row, dv[0], columns);
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(QueryGradShape<D>::num_threads, 1)
         if (block == tile.begin)
             rotate<T, D, Shape::tile_queries, num_threads>(q_tile, queries, rotation_of_queries(problem));
         rotate<T, D, Shape::block_keys, num_threads>(k_buffer(block), keys(given.k, block), rotation_of_keys(problem));
-        block_sync();  // this block's tiles are there for all; and nobody reads the other buffer any more
+        block_sync();  // this block's tiles are complete, and the other buffer is free
         if (block + 1 < tile.end) start_block(block + 1);
 
         const int first_key = block * Shape::block_keys, last_key = first_key + Shape::block_keys - 1;
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(QueryGradShape<D>::num_threads, 1)
     rotate_back<D, 1>(dq[0], Columns<D, 1>{0}, token, end_token, rotation_of_queries(problem));
 #pragma unroll
     for (int j = 0; j < D / 2; ++j) dq[0][j / 4][j % 4] *= problem.softmax_scale;
-    // A warp's rows of the tile of queries are read by this warp alone, and no more.
+    // Only this warp reads its query rows, and it is done with them.
     stage<T, D, 1>(q_tile, warp_row, dq[0], Columns<D, 1>{0});
     warp_sync();
     write_rows<D>(given.dq, head, tile.query_start + tile.row, q_tile, warp_row, 16, tile.num_queries - tile.row, lane,
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(QueryGradShape<D>::num_threads, 1)
 
 // ---- launching
 
-// delta, the tiles of keys, the tiles of queries: where they lie in the workspace.
+// delta, the tiles of keys, the tiles of queries: their places in the workspace.
 template <int D>
 struct BackwardWorkspace {
     int64_t key_tiles, query_tiles, end;

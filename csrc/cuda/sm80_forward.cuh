@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(ForwardShape<D>::num_threads)
         if (block == tile.end - 1)
             rotate<T, D, Shape::tile_queries, num_threads>(q_tile, queries, rotation_of_queries(problem));
         rotate<T, D, Shape::block_keys, num_threads>(k_tile, keys(given.k, block), rotation_of_keys(problem));
-        block_sync();  // for all; and nobody reads V any more
+        block_sync();  // all threads are done reading V
         start_copy<D, Shape::block_keys, num_threads>(v_tile, keys(given.v, block));
         cp_async_commit();
 
@@ -99,13 +99,13 @@ __global__ void __launch_bounds__(ForwardShape<D>::num_threads)
         }
 
         cp_async_wait<0>();  // V has arrived
-        block_sync();        // for all; and nobody reads K any more
+        block_sync();        // all threads are done reading K
         if (block > tile.begin) start_copy<D, Shape::block_keys, num_threads>(k_tile, keys(given.k, block - 1));
         cp_async_commit();
         if (useful) accumulate<T, D, 1>(out, weights, v_tile, Columns<D, 1>{0});
     }
 
-    // A warp's rows of the tile of queries are read by this warp alone, and no more: they become those of the output.
+    // Only this warp reads its query rows, and it is done with them: their buffer takes the output.
 #pragma unroll
     for (int i = 0; i < m; ++i) {
 #pragma unroll

@@ -1,7 +1,7 @@
-// Backward pass for sm_90a with wgmma, without atomic additions: repeated runs are equal to the bit. The gradients are
+// Backward pass for sm_90a with wgmma, without atomic additions: repeated runs are bit-identical. The gradients are
 // those of sm80_backward.cuh, with the same delta.
 //
-// One kernel for dK and dV, and one for dQ; they are the same but for who stays and who passes by. A tile of 128 own
+// One kernel for dK and dV, and one for dQ; they differ only in which tile stays and which passes by. A tile of 128 own
 // rows (keys, or queries) stays in shared memory, 64 for each multiplying warpgroup; blocks of 64 other rows pass by.
 // Own rows have two operands x, y (k and v, or q and grad_out), others as well: scores = x x'^T, slopes = y y'^T, and
 // dx += scale * dS x', for keys also dy += P y'.
@@ -233,14 +233,14 @@ __device__ __forceinline__ void sum_gradients(const HopperBackwardArguments& arg
                                      32);
             };
             if (passing.num_steps > 0) {
-                // The group's own rows are read no more: they become those of the gradients.
+                // The group's own rows are no longer needed: their buffer takes the gradients.
                 warpgroup_sync();
                 write(of_keys ? given.dk : given.dq, x_tile, dx);
                 if (of_keys) write(given.dv, y_tile, dy);
                 barrier_arrive(own.empty);
                 ++num_tiles;
             } else {
-                // Keys that nobody sees: zeros, without a buffer.
+                // Keys that no query sees: zeros, without a buffer.
                 for (int i = lane; i < 16 * (D / 8); i += 32) {
                     const int row = warp_row + i / (D / 8);
                     if (row >= num_valid) break;

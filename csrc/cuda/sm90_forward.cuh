@@ -3,7 +3,7 @@
 // As many blocks of threads as there are multiprocessors, each of three warpgroups. The first one copies tiles of q,
 // k and v into a ring of buffers, rotates q and k, and tells the other two, which have 64 queries of the tile each.
 // Softmax of one block of keys goes along with the product of the weights of the block before. Copies are cp.async
-// and not TMA, as they fill what lies beyond a document with zeros: its neighbour's NaN must not reach it.
+// and not TMA, as they fill what lies beyond a document with zeros: its neighbor's NaN must not reach it.
 
 #pragma once
 
@@ -91,102 +91,139 @@ __device__ __forceinline__ void start_output(float (&out)[D / 8][4], const uint3
     wgmma_commit();
 }
 
+// The place of this thread in its warpgroup, one of the two that multiply.
+struct ForwardPlace {
+    int lane, group_row, warp_row;  // rows: of the tile, where the warpgroup and the warp begin
+
+    __device__ static ForwardPlace mine() {
+        const int group_row = (threadIdx.x / 128 - 1) * 64;
+        return {static_cast<int>(threadIdx.x % 32), group_row,
+                group_row + static_cast<int>(threadIdx.x % 128 / 32 * 16)};
+    }
+};
+
+// What a thread holds of 64 queries: scores of one block of keys, their weights, and the sums so far. `keep` is the
+// share of those sums that the block leaves, as its scores may raise the maximum.
+template <class T, int D>
+struct ForwardState {
+    static constexpr int n = HopperForwardShape<D>::rows / 8;
+
+    float out[D / 8][4] = {}, scores[n][4], keep[2];
+    uint32_t weights[n / 2][4];
+    SoftmaxRow rows[2];
+
+    __device__ __forceinline__ void softmax(const Sight& sight, const ForwardPlace& place, int first_query,
+                                            int first_key, float scale_log2) {
+        const int query_of_lane = first_query + place.lane / 4;
+        const bool masked =
+            !sight.sees_all(first_query, first_query + 15, first_key, first_key + HopperForwardShape<D>::rows - 1);
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            if (masked) {
+#pragma unroll
+                for (int j = 0; j < 2 * n; ++j) {
+                    const int key = first_key + j / 2 * 8 + 2 * (place.lane % 4) + j % 2;
+                    float& score = scores[j / 2][2 * side + j % 2];
+                    if (!sight.sees(query_of_lane + 8 * side, key)) score = -INFINITY;
+                }
+            }
+            keep[side] = rows[side].template update<2 * n>(
+                scale_log2, [&](int j) -> float& { return scores[j / 2][2 * side + j % 2]; });
+        }
+    }
+
+    __device__ __forceinline__ void round_weights() {
+#pragma unroll
+        for (int i = 0; i < 2 * n; ++i)
+            weights[i / 4][i % 4] = pack<T>(scores[i / 2][i % 2 * 2], scores[i / 2][i % 2 * 2 + 1]);
+    }
+
+    __device__ __forceinline__ void rescale_output() {
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) out[i / 4][i % 4] *= keep[i % 4 / 2];
+    }
+};
+
+// Once all of the warp have passed the wait for the products that read it.
+__device__ __forceinline__ void give_back(const RingBuffer& buffer, int lane) {
+    if (lane == 0) barrier_arrive(buffer.empty);
+}
+
+// Divides the output by the sums and writes it, with the logarithms of the sums. The group's query rows are no longer
+// needed: their buffer takes the output.
+template <class T, int D>
+__device__ __forceinline__ void finish_tile(const AttentionForward& given, const Tile& tile, int head,
+                                            const ForwardPlace& place, ForwardState<T, D>& state, const RingBuffer& q) {
+    using Tiles = typename HopperForwardShape<D>::Tiles;
+    const AttentionProblem& problem = given.problem;
+    warpgroup_sync();
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+        state.rows[side].finish();
+        const float share = 1 / state.rows[side].sum;
+#pragma unroll
+        for (int j = 0; j < D / 4; ++j) state.out[j / 2][2 * side + j % 2] *= share;
+        const int query = tile.row + place.warp_row + place.lane / 4 + 8 * side;
+        if (place.lane % 4 == 0 && query < tile.num_queries)
+            given.lse[head * problem.num_queries + tile.query_start + query] =
+                state.rows[side].log_sum_exp(problem.softmax_scale);
+    }
+    stage<T, D, 1, Tiles>(q.tile, place.warp_row, state.out, Columns<D, 1>{0});
+    warp_sync();
+    write_rows<D, Tiles>(given.out, head, tile.query_start + tile.row, q.tile, place.warp_row, 16,
+                         tile.num_queries - tile.row, place.lane, 32);
+    barrier_arrive(q.empty);
+}
+
+// One tile of queries and one head; `num_blocks` counts the blocks of keys that all tiles have used.
+template <class T, int D>
+__device__ __forceinline__ void attend_tile(const HopperForwardArguments& arguments, const Tile& tile, int head,
+                                            const ForwardPlace& place, const RingBuffer& q, int& num_blocks) {
+    using Shape = HopperForwardShape<D>;
+    const float scale_log2 = arguments.given.problem.softmax_scale * log2_of_e;
+    const Sight sight = sight_of(tile, arguments.window);
+    const int first_query = tile.row + place.warp_row;
+    ForwardState<T, D> state;
+
+    RingBuffer k = Shape::buffer(Shape::k_ring, num_blocks);
+    barrier_wait(k.full, k.filled());
+    start_scores<T, D>(state.scores, q.tile, place.group_row, k.tile);
+    wgmma_wait<0>(state.scores);
+    give_back(k, place.lane);
+    state.softmax(sight, place, first_query, (tile.end - 1) * Shape::rows, scale_log2);
+    state.round_weights();
+    for (int block = tile.end - 2; block >= tile.begin; --block) {
+        const RingBuffer v = Shape::buffer(Shape::v_ring, num_blocks++);
+        k = Shape::buffer(Shape::k_ring, num_blocks);
+        barrier_wait(k.full, k.filled());
+        start_scores<T, D>(state.scores, q.tile, place.group_row, k.tile);
+        start_output<T, D>(state.out, state.weights, v.tile);
+        wgmma_wait<1>(state.scores);
+        give_back(k, place.lane);
+        state.softmax(sight, place, first_query, block * Shape::rows, scale_log2);
+        wgmma_wait<0>(state.out);
+        give_back(v, place.lane);
+        state.rescale_output();
+        state.round_weights();
+    }
+    const RingBuffer v = Shape::buffer(Shape::v_ring, num_blocks++);
+    barrier_wait(v.full, v.filled());
+    start_output<T, D>(state.out, state.weights, v.tile);
+    wgmma_wait<0>(state.out);
+    give_back(v, place.lane);
+    finish_tile<T, D>(arguments.given, tile, head, place, state, q);
+}
+
 // One of the two warpgroups that multiply.
 template <class T, int D>
 __device__ __forceinline__ void attend(const HopperForwardArguments& arguments) {
     using Shape = HopperForwardShape<D>;
-    using Tiles = typename Shape::Tiles;
-    constexpr int n = Shape::rows / 8;
-    const AttentionForward& given = arguments.given;
-    const AttentionProblem& problem = given.problem;
-    const float scale_log2 = problem.softmax_scale * log2_of_e;
-    const int lane = threadIdx.x % 32, group_row = (threadIdx.x / 128 - 1) * 64;
-    const int warp_row = group_row + threadIdx.x % 128 / 32 * 16;
+    const ForwardPlace place = ForwardPlace::mine();
     int num_tiles = 0, num_blocks = 0;
-
-    for_my_items(arguments.tiles, arguments.num_items, static_cast<int>(problem.num_heads),
+    for_my_items(arguments.tiles, arguments.num_items, static_cast<int>(arguments.given.problem.num_heads),
                  [&](const Tile& tile, int head) {
-                     const Sight sight = sight_of(tile, arguments.window);
-                     const int first_query = tile.row + warp_row, query_of_lane = first_query + lane / 4;
                      const RingBuffer q = Shape::buffer(Shape::q_ring, num_tiles++);
-                     float out[D / 8][4] = {}, scores[n][4], keep[2];
-                     uint32_t weights[n / 2][4];
-                     SoftmaxRow rows[2];
-
-                     // Once all of the warp have passed the wait for the products that read it.
-                     const auto give_back = [&](const RingBuffer& buffer) {
-                         if (lane == 0) barrier_arrive(buffer.empty);
-                     };
-                     const auto softmax = [&](int block) {
-                         const int first_key = block * Shape::rows;
-                         const bool masked =
-                             !sight.sees_all(first_query, first_query + 15, first_key, first_key + Shape::rows - 1);
-#pragma unroll
-                         for (int side = 0; side < 2; ++side) {
-                             if (masked) {
-#pragma unroll
-                                 for (int j = 0; j < 2 * n; ++j) {
-                                     const int key = first_key + j / 2 * 8 + 2 * (lane % 4) + j % 2;
-                                     float& score = scores[j / 2][2 * side + j % 2];
-                                     if (!sight.sees(query_of_lane + 8 * side, key)) score = -INFINITY;
-                                 }
-                             }
-                             keep[side] = rows[side].template update<2 * n>(
-                                 scale_log2, [&](int j) -> float& { return scores[j / 2][2 * side + j % 2]; });
-                         }
-                     };
-                     const auto round_weights = [&] {
-#pragma unroll
-                         for (int i = 0; i < 2 * n; ++i)
-                             weights[i / 4][i % 4] = pack<T>(scores[i / 2][i % 2 * 2], scores[i / 2][i % 2 * 2 + 1]);
-                     };
-
-                     RingBuffer k = Shape::buffer(Shape::k_ring, num_blocks);
-                     barrier_wait(k.full, k.filled());
-                     start_scores<T, D>(scores, q.tile, group_row, k.tile);
-                     wgmma_wait<0>(scores);
-                     give_back(k);
-                     softmax(tile.end - 1);
-                     round_weights();
-                     for (int block = tile.end - 2; block >= tile.begin; --block) {
-                         const RingBuffer v = Shape::buffer(Shape::v_ring, num_blocks++);
-                         k = Shape::buffer(Shape::k_ring, num_blocks);
-                         barrier_wait(k.full, k.filled());
-                         start_scores<T, D>(scores, q.tile, group_row, k.tile);
-                         start_output<T, D>(out, weights, v.tile);
-                         wgmma_wait<1>(scores);
-                         give_back(k);
-                         softmax(block);
-                         wgmma_wait<0>(out);
-                         give_back(v);
-#pragma unroll
-                         for (int i = 0; i < D / 2; ++i) out[i / 4][i % 4] *= keep[i % 4 / 2];
-                         round_weights();
-                     }
-                     const RingBuffer v = Shape::buffer(Shape::v_ring, num_blocks++);
-                     barrier_wait(v.full, v.filled());
-                     start_output<T, D>(out, weights, v.tile);
-                     wgmma_wait<0>(out);
-                     give_back(v);
-
-                     // The group's rows of the tile of queries are read no more: they become those of the output.
-                     warpgroup_sync();
-#pragma unroll
-                     for (int side = 0; side < 2; ++side) {
-                         rows[side].finish();
-                         const float share = 1 / rows[side].sum;
-#pragma unroll
-                         for (int j = 0; j < D / 4; ++j) out[j / 2][2 * side + j % 2] *= share;
-                         const int query = query_of_lane + 8 * side;
-                         if (lane % 4 == 0 && query < tile.num_queries)
-                             given.lse[head * problem.num_queries + tile.query_start + query] =
-                                 rows[side].log_sum_exp(problem.softmax_scale);
-                     }
-                     stage<T, D, 1, Tiles>(q.tile, warp_row, out, Columns<D, 1>{0});
-                     warp_sync();
-                     write_rows<D, Tiles>(given.out, head, tile.query_start + tile.row, q.tile, warp_row, 16,
-                                          tile.num_queries - tile.row, lane, 32);
-                     barrier_arrive(q.empty);
+                     attend_tile<T, D>(arguments, tile, head, place, q, num_blocks);
                  });
 }
 

@@ -118,7 +118,7 @@ MEDITRON_WGMMA(Float16, "f16")
 }  // namespace meditron
 
 #else
-#include "../emu/sm90_ptx.h"
+#include "emu/sm90_ptx.h"  // tests/native/emu
 #endif
 
 namespace meditron {

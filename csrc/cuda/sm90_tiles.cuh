@@ -34,7 +34,7 @@ __device__ __forceinline__ void for_my_items(const Tile* tiles, int num_items, i
 }
 
 // Copies of tiles by the first warpgroup, which also rotates them. Up to three are under way: a buffer is filled, and
-// waited for, while the two before it have not been handed over. So nobody may need these to give that buffer back.
+// waited for, while the two before it have not been handed over. So releasing that buffer must not depend on them.
 // How many chunks are rotated at once is a matter of registers.
 template <class T, int D, int rows, int rotation_unroll>
 class Copies {

@@ -39,7 +39,7 @@ __device__ inline Rows rows_of(const Heads& heads, int64_t head, int32_t token, 
     return {static_cast<const unsigned char*>(heads.data) + 2 * offset, 2 * heads.token_stride, token, num_valid};
 }
 
-// Where functions have a parameter L, it says how the tile lies in shared memory.
+// Where functions have a parameter L, it is the layout of the tile in shared memory.
 
 // Calls visit(row, chunk) for the calling thread's share of a tile's chunk pairs (chunk, chunk + D / 16). Copying and
 // rotating share the work in the same way, so that a thread rotates what it copied itself: no barrier between.

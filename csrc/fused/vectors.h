@@ -8,7 +8,7 @@ namespace meditron::MEDITRON_ISA {
 
 constexpr float log2e = 1.44269504f;
 
-// `count` (at most VL) elements; what lies behind them is `beyond`.
+// `count` (at most VL) elements; the lanes after them are `beyond`.
 template <class Type>
 MEDITRON_INLINE Vec load_some(const typename Type::Element* from, int64_t count, float beyond = 0.0f) {
     if (count == VL) return Type::load(from);

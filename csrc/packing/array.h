@@ -30,7 +30,7 @@ public:
         data_.reset(static_cast<T*>(std::aligned_alloc(alignment, rounded)));
         if (!data_) throw std::bad_alloc();
 #if defined(__linux__)
-        if (alignment == huge_page) madvise(data_.get(), rounded, MADV_HUGEPAGE);  // a wish; may be refused
+        if (alignment == huge_page) madvise(data_.get(), rounded, MADV_HUGEPAGE);  // a hint; the kernel may refuse it
 #endif
     }
 

@@ -243,7 +243,7 @@ Bins write_bins(const Packer& packer, const Sorted<Index>& sorted, int64_t num_e
     const int64_t num_documents = sorted.documents.size();
     Bins result{Array<int64_t>(num_documents), Array<int64_t>(std::max<int64_t>(num_bins, num_empty > 0) + 1)};
     result.bin_offsets[0] = 0;
-    // Neighbouring parts go to one thread together, until they hold enough documents to be worth it.
+    // Neighboring parts go to one thread together, until they hold enough documents to be worth it.
     std::vector<size_t> starts{0};
     int64_t documents = 0;
     for (size_t i = 0; i < parts.size(); ++i) {

@@ -10,6 +10,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "array.h"
 #include "packing.h"
@@ -25,24 +26,17 @@ namespace {
 using Int64Array = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 using ByteArray = py::array_t<uint8_t, py::array::c_style>;
 
-template <class T>
-py::array_t<T> to_numpy(std::vector<T>&& values) {
-    auto owner = std::make_unique<std::vector<T>>(std::move(values));
-    T* data = owner->data();
+// The array owns the values: nothing is copied. `Values` is a std::vector or a meditron::Array.
+template <class Values>
+auto to_numpy(Values&& values) {
+    static_assert(!std::is_lvalue_reference_v<Values>, "they are moved from");
+    auto owner = std::make_unique<Values>(std::move(values));
+    auto* data = owner->data();
+    using Value = std::remove_pointer_t<decltype(data)>;
     const auto size = static_cast<py::ssize_t>(owner->size());
-    py::capsule free_owner(owner.get(), [](void* pointer) { delete static_cast<std::vector<T>*>(pointer); });
+    py::capsule free_owner(owner.get(), [](void* pointer) { delete static_cast<Values*>(pointer); });
     owner.release();
-    return py::array_t<T>({size}, {static_cast<py::ssize_t>(sizeof(T))}, data, free_owner);
-}
-
-template <class T>
-py::array_t<T> to_numpy(meditron::Array<T>&& values) {
-    auto owner = std::make_unique<meditron::Array<T>>(std::move(values));
-    T* data = owner->data();
-    const auto size = static_cast<py::ssize_t>(owner->size());
-    py::capsule free_owner(owner.get(), [](void* pointer) { delete static_cast<meditron::Array<T>*>(pointer); });
-    owner.release();
-    return py::array_t<T>({size}, {static_cast<py::ssize_t>(sizeof(T))}, data, free_owner);
+    return py::array_t<Value>({size}, {static_cast<py::ssize_t>(sizeof(Value))}, data, free_owner);
 }
 
 template <class Values>
@@ -319,7 +313,7 @@ private:
     std::deque<py::tuple> alive_;
 };
 
-// Memory that is used again when nothing refers to it any more: touching fresh pages costs several times the work of
+// Memory that is reused once nothing refers to it: touching fresh pages costs several times the work of
 // writing a batch. Arrays may outlive the pool.
 class BufferPool {
 public:

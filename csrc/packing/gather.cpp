@@ -41,7 +41,7 @@ template <class T>
     const T token = load<T>(from + (count - 1) * static_cast<int64_t>(sizeof(T)));
     tokens[count - 1] = static_cast<int32_t>(token);
     positions[count - 1] = static_cast<int32_t>(count - 1);
-    // As T again, what was negative is so in 64 bits, too.
+    // Through T again, so that a negative value stays negative in 64 bits.
     return static_cast<uint64_t>(static_cast<T>(std::max(largest, static_cast<Unsigned>(token))));
 }
 
@@ -100,7 +100,7 @@ int64_t read_id(int dtype_code, const uint8_t* from) {
 }
 
 void fetch_ahead(const Segment& segment, int64_t item_size) {
-    constexpr int64_t line = 64, most = 16 * line;  // from there on the processor sees the pattern by itself
+    constexpr int64_t line = 64, most = 16 * line;  // beyond it the hardware prefetcher sees the pattern
     const int64_t bytes = std::min(most, segment.length * item_size);
     for (int64_t i = 0; i < bytes; i += line) __builtin_prefetch(segment.from + i);
 }
@@ -175,7 +175,7 @@ std::vector<int32_t> gather(const SampleRef* samples, int64_t num_samples, int64
     if (num_samples < 0 || seq_len < 1 ||
         (num_samples > 0 && seq_len > std::numeric_limits<int32_t>::max() / num_samples))
         throw std::invalid_argument("a micro-batch needs seq_len >= 1 and fewer than 2^31 tokens");
-    // Everything about a sample lies anywhere in memory. While one is copied, what the next ones need is on its way.
+    // The data of a sample is scattered in memory: while one sample is copied, the next ones are prefetched.
     Writer writer(out, vocab_size);
     std::vector<Segment> segments, next;
     const auto sample_at = [&](int64_t i) -> const SampleRef& { return samples[std::min(i, num_samples - 1)]; };

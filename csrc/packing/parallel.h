@@ -37,7 +37,7 @@ void parallel_for(int64_t count, int64_t num_threads, const Work& work) {
         try {
             threads.emplace_back(run);
         } catch (const std::system_error&) {
-            break;  // no more threads to be had: those there are do the work
+            break;  // no more threads available: the existing ones do the work
         }
     }
     run();

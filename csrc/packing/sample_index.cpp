@@ -42,7 +42,7 @@ bool SampleIndex::find(int64_t sample, Range& found) const {
     const int64_t number = samples_[sample];
     if (number < 0 || number >= samples_.size) return false;
     if (is_concat_) {
-        const bool ends_inside = boundaries_[2 * number + 3] > 0;  // its last document goes on in the next sample
+        const bool ends_inside = boundaries_[2 * number + 3] > 0;  // its last document continues in the next sample
         found = {boundaries_[2 * number], boundaries_[2 * number + 2], boundaries_[2 * number + 1]};
         if (found.last > documents_.size - ends_inside) return false;
         found.last += ends_inside;

@@ -47,7 +47,7 @@ private:
     int dtype_code_;
     int64_t item_size_, num_sequences_, num_documents_, num_tokens_;
     // As most tools write them: document i is sequence i, and they follow each other from the .bin's first byte to its
-    // last. Two neighbouring pointers then say all about a document.
+    // last. Two neighboring pointers then say all about a document.
     bool lies_in_order_;
 };
 

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from meditron_train.errors import UserError
+from meditron_train.files import read_json, replace_text
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "meditron-train-manifest/1"
+SIGNATURE_NAME = "model.sig"  # of a published directory: it signs the manifest, which so cannot name it
 CONVERSION_NAME = ".conversion.json"  # of workspace.py; a kill just after its last rename leaves it there
 
+_MAX_BYTES = 256 << 20
 _MAX_LISTED = 10
 _BLOCK_BYTES = 4 * 1024 * 1024
 _NUM_THREADS = min(16, 2 * (os.cpu_count() or 1))  # hashlib and read() both let go of the GIL
@@ -40,11 +43,19 @@ def write_manifest(
 ) -> dict:
     """Hash every file under `directory` (recursively) and write `manifest.json` beside them, atomically.
 
-    Every file is also fsynced, so what the manifest vouches for is on the disk before the manifest is. known: entries
-    of files that were hashed and synced while they were written. extra: further keys of the manifest. leave_out: files
-    that do not belong to the checkpoint.
-    Returns the manifest: {"format", "hash": "sha256", "files": {relative path: {"num_bytes", "sha256"}}, …}.
-    Raises OSError when a file cannot be read or the disk is full.
+    Every file is also fsynced, so what the manifest vouches for is on the disk before the manifest is.
+
+    Args:
+        directory: the checkpoint.
+        known: entries of files that were hashed and synced while they were written.
+        extra: further keys of the manifest.
+        leave_out: files that do not belong to the checkpoint.
+
+    Returns:
+        The manifest: {"format", "hash": "sha256", "files": {relative path: {"num_bytes", "sha256"}}, …}.
+
+    Raises:
+        OSError: a file cannot be read, or the disk is full.
     """
     known = known or {}
     names = sorted(_file_names(directory) - {MANIFEST_NAME, *leave_out})
@@ -54,16 +65,27 @@ def write_manifest(
         entries = {**known, **dict(zip(unknown, described, strict=True))}
     files = {name: dict(entries[name]) for name in names}
     manifest = {"format": MANIFEST_FORMAT, "hash": "sha256", "files": files, **(extra or {})}
-    write_text_atomically(directory / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
+    replace_text(directory / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
     return manifest
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a directory: None without one, empty when it is damaged (which `verify_manifest` says)."""
+    if not (directory / MANIFEST_NAME).is_file():
+        return None
+    try:
+        manifest = read_json(directory / MANIFEST_NAME, _MAX_BYTES)
+        return manifest if isinstance(manifest["files"], dict) else {}
+    except (UserError, KeyError, TypeError):
+        return {}
 
 
 def read_tensor_hashes(directory: Path) -> dict[str, str]:
     """Hugging Face name -> SHA-256 of the tensor's bytes, from a converted directory's manifest; empty without."""
     try:
-        tensors = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))["tensors"]
+        tensors = read_json(directory / MANIFEST_NAME, _MAX_BYTES)["tensors"]
         return {name: str(entry["sha256"]) for name, entry in tensors.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -72,17 +94,21 @@ def verify_manifest(
 ) -> list[str]:
     """What is wrong with a finished checkpoint directory, one line per problem; an empty list means intact.
 
-    Finds missing, additional, cut off and changed files. Sizes are compared first: a file of the wrong size
-    is not hashed. `check_hashes=False` stops there (fast, but blind to flipped bits), for all files or the `unhashed`.
-    Never raises for bad files.
+    Finds missing, additional, cut off and changed files; bad files never cause an exception. Sizes are
+    compared first: a file of the wrong size is not hashed.
+
+    Args:
+        directory: the checkpoint.
+        check_hashes: False: stop after the sizes (fast, but blind to flipped bits).
+        unhashed: files for which to stop there.
     """
-    try:
-        manifest = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
-        expected = {name: (int(e["num_bytes"]), str(e["sha256"])) for name, e in manifest["files"].items()}
-        found = _file_names(directory) - {MANIFEST_NAME, CONVERSION_NAME}
-    except FileNotFoundError:
+    if not os.path.lexists(directory / MANIFEST_NAME):
         return [f"{MANIFEST_NAME} is missing"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    try:
+        manifest = read_json(directory / MANIFEST_NAME, _MAX_BYTES)
+        expected = {name: (int(e["num_bytes"]), str(e["sha256"])) for name, e in manifest["files"].items()}
+        found = _file_names(directory) - {MANIFEST_NAME, SIGNATURE_NAME, CONVERSION_NAME}
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return [f"{MANIFEST_NAME} cannot be read: {error!r}"]
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found)]
     problems += [f"{name} is not in the manifest" for name in sorted(found - expected.keys())]
@@ -105,7 +131,11 @@ def verify_manifest(
 
 
 def require_intact(directory: Path, *, check_hashes: bool = True, unhashed: Collection[str] = ()) -> None:
-    """Raise UserError with the lines of `verify_manifest` unless the finished checkpoint is as it was written."""
+    """Check that the finished checkpoint is as it was written.
+
+    Raises:
+        UserError: it is not; the message has the lines of `verify_manifest`.
+    """
     if problems := verify_manifest(directory, check_hashes=check_hashes, unhashed=unhashed):
         raise not_intact(directory, problems)
 
@@ -116,31 +146,6 @@ def not_intact(directory: Path, problems: Sequence[str]) -> UserError:
     if len(problems) > _MAX_LISTED:
         lines.append(f"and {len(problems) - _MAX_LISTED} more")
     return UserError("\n  ".join(lines))
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`: a reader, or a start after a kill, sees the old file or the new one, never a
-    part."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in `directory` durable: fsync of a file does not cover its directory entry."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _file_names(directory: Path) -> set[str]:

@@ -10,12 +10,11 @@ import hashlib
 
 import torch
 
-from meditron_train.checkpoint.hf_map import Shape, TensorSource, hf_shapes
+from meditron_train.checkpoint.files.stored import Range, Shape, row_blocks
+from meditron_train.checkpoint.tensor_map import TensorSource, hf_shapes
 from meditron_train.config.model_config import ModelConfig
 
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
-
-Range = tuple[int, int]
 
 
 def _part(tensor: torch.Tensor, rows: Range | None, columns: Range | None) -> torch.Tensor:
@@ -85,8 +84,8 @@ class GrownVocabulary:
         if start < num_old:
             parts.append(self._source.read(name, (start, min(stop, num_old)), columns))
         if stop > num_old:
-            mean = (
-                self._source.read(name, None, columns).double().mean(dim=0, keepdim=True).to(self.dtype(name))
-            )
+            blocks = row_blocks(self._source.shape(name), self.dtype(name))
+            sums = [self._source.read(name, block, columns).double().sum(dim=0) for block in blocks]
+            mean = (torch.stack(sums).sum(dim=0, keepdim=True) / num_old).to(self.dtype(name))
             parts.append(mean.expand(stop - max(start, num_old), -1))
         return torch.cat(parts)

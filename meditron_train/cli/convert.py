@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from meditron_train.cli.adapters import add_tokens_command, merge_adapter_command
+from meditron_train.cli.conversion import (
+    AllowNonfinite,
+    Dtype,
+    MaxRam,
+    MaxShardSize,
+    is_first,
+    meet_ranks,
+    read_limits,
+    say,
+    tell,
+)
+from meditron_train.cli.merge import merge
+from meditron_train.cli.progress import progress_bar
 from meditron_train.errors import UserError
+from meditron_train.files import describe_missing_directory
+from meditron_train.units import format_num_bytes
 
 if TYPE_CHECKING:
-    from meditron_train.checkpoint.conversion import Limits, Progress
-    from meditron_train.checkpoint.foreign import ForeignOptions
-    from meditron_train.checkpoint.workspace import Ranks
-    from meditron_train.convert.verify import Comparison
+    from meditron_train.checkpoint.megatron.source import MegatronOptions
+    from meditron_train.verify.verify import Comparison
 
 app = typer.Typer(
     help="Convert, verify and inspect checkpoints.", no_args_is_help=True, rich_markup_mode=None
 )
 
+app.command("merge-adapter")(merge_adapter_command)
+app.command("add-tokens")(add_tokens_command)
+
 _MAX_LISTED = 50
 _SIDE = "Hugging Face directory, sharded checkpoint, or a converted directory's manifest.json alone."
 
-Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16, fp32, or keep: each tensor's own.")]
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-MaxRam = Annotated[
-    str, typer.Option("--max-ram", help="Memory that may be resident, this program's own included.")
-]
-AllowNonfinite = Annotated[
-    bool, typer.Option("--allow-nonfinite", help="Convert weights that hold NaN or infinity, and say so.")
-]
 
 
 @app.command("hf-to-megatron")
@@ -41,20 +50,40 @@ def hf_to_megatron_command(
     hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face model directory.")],
     ckpt_dir: Annotated[Path, typer.Argument(metavar="CKPT_DIR", help="Sharded checkpoint to write.")],
     dtype: Dtype = "keep",
+    for_program: Annotated[
+        str,
+        typer.Option(
+            "--for", help="Who loads it: meditron-train, or megatron-lm, with the names of its own GPTModel."
+        ),
+    ] = "meditron-train",
     max_ram: MaxRam = "4GiB",
     allow_nonfinite: AllowNonfinite = False,
 ) -> None:
     """Write a Hugging Face model as a sharded checkpoint that any parallel layout loads.
 
-    Interrupted, the same command goes on where it was. Under torchrun or srun the processes share the work.
-    """
-    from meditron_train.convert.hf_to_megatron import hf_to_megatron
+    After an interruption, the same command continues where it stopped. Under torchrun or srun, the processes
+    share the work.
 
-    limits = _limits(max_ram, allow_nonfinite)
-    with _ranks() as ranks, _progress("converting", hidden=not _is_first(ranks)) as advance:
-        hf_to_megatron(hf_dir, ckpt_dir, dtype=dtype, limits=limits, ranks=ranks, progress=advance)
-    if _is_first(ranks):
-        _say(f"Wrote {ckpt_dir}. Check it with: meditron-train convert verify {hf_dir} {ckpt_dir}")
+    \b
+    Examples:
+      meditron-train convert hf-to-megatron models/Llama-2-7b-hf llama2-7b
+      meditron-train convert hf-to-megatron models/Llama-2-7b-hf llama2-7b \\
+          --for megatron-lm --dtype bf16
+    """
+    from meditron_train.checkpoint.convert.from_hf import hf_to_megatron_lm, hf_to_sharded
+
+    writers: dict[str, Callable[..., None]] = {
+        "meditron-train": hf_to_sharded,
+        "megatron-lm": hf_to_megatron_lm,
+    }
+    if for_program not in writers:
+        raise UserError(f"--for is {for_program!r}. Write {' or '.join(writers)}")
+    write = writers[for_program]
+    limits = read_limits(max_ram, allow_nonfinite)
+    with meet_ranks() as ranks, progress_bar("converting", hidden=not is_first(ranks)) as advance:
+        write(hf_dir, ckpt_dir, dtype=dtype, limits=limits, ranks=ranks, progress=advance)
+    if is_first(ranks):
+        say(f"Wrote {ckpt_dir}. Check it with: meditron-train convert verify {hf_dir} {ckpt_dir}")
 
 
 Tokenizer = Annotated[
@@ -88,9 +117,7 @@ def megatron_to_hf_command(
     hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face directory to write.")],
     dtype: Dtype = "keep",
     max_ram: MaxRam = "4GiB",
-    max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", help="Largest safetensors file.")
-    ] = "5GB",
+    max_shard_size: MaxShardSize = "5GB",
     allow_nonfinite: AllowNonfinite = False,
     tokenizer: Tokenizer = None,
     config: Config = None,
@@ -99,32 +126,43 @@ def megatron_to_hf_command(
 ) -> None:
     """Write a checkpoint as a Hugging Face directory that transformers loads.
 
-    Interrupted, the same command goes on where it was. Under torchrun or srun the processes share the work.
+    After an interruption, the same command continues where it stopped. Under torchrun or srun, the processes
+    share the work.
+
+    \b
+    Examples:
+      meditron-train convert megatron-to-hf \\
+          runs/llama2-7b/checkpoints/step_00002000 models/ours
+      meditron-train convert megatron-to-hf megatron-lm/run models/ours \\
+          --tokenizer models/Llama-2-7b-hf
     """
-    from meditron_train.checkpoint.export import export_hf
-    from meditron_train.checkpoint.foreign import is_foreign_directory
-    from meditron_train.convert.foreign_to_hf import foreign_to_hf
+    from meditron_train.checkpoint.convert.megatron_to_hf import megatron_to_hf
+    from meditron_train.checkpoint.convert.to_hf import export_hf
+    from meditron_train.checkpoint.megatron.source import is_megatron_directory
 
     limits, options = (
-        _limits(max_ram, allow_nonfinite),
-        _foreign_options(tokenizer, config, vocab_size, rotary),
+        read_limits(max_ram, allow_nonfinite),
+        _megatron_options(tokenizer, config, vocab_size, rotary),
     )
-    _require_foreign(ckpt_dir, options)
-    is_foreign = is_foreign_directory(ckpt_dir)
+    _require_megatron(ckpt_dir, options)
+    is_megatron = is_megatron_directory(ckpt_dir)
     has_tokenizer = True
-    with _ranks() as ranks, _progress("converting", hidden=not _is_first(ranks)) as advance:
+    with meet_ranks() as ranks, progress_bar("converting", hidden=not is_first(ranks)) as advance:
         arguments: dict[str, Any] = {
             "dtype": dtype, "max_shard_size": max_shard_size, "limits": limits, "ranks": ranks, "progress": advance,
         }  # fmt: skip
-        if is_foreign:
-            source = foreign_to_hf(ckpt_dir, hf_dir, options or _foreign_defaults(), **arguments)
+        if is_megatron:
+            source = megatron_to_hf(ckpt_dir, hf_dir, options or _megatron_defaults(), **arguments)
             has_tokenizer = source.tokenizer is not None
         else:
             export_hf(ckpt_dir, hf_dir, **arguments)
-    if _is_first(ranks):
+    if is_first(ranks):
         if not has_tokenizer:
-            _say("No tokenizer was given (--tokenizer DIR): copy its files there before the model is used.")
-        _say(f"Wrote {hf_dir}. Check it with: meditron-train convert verify {ckpt_dir} {hf_dir}")
+            say("No tokenizer was given (--tokenizer DIR): copy its files there before the model is used.")
+        say(f"Wrote {hf_dir}. Check it with: meditron-train convert verify {ckpt_dir} {hf_dir}")
+
+
+app.command("merge")(merge)
 
 
 @app.command("reshard")
@@ -144,17 +182,22 @@ def reshard_command(
     vocab_size: VocabSize = None,
     rotary: Rotary = "auto",
 ) -> None:
-    """Write a checkpoint as Megatron's per-rank files, for other tools; loading here never needs it."""
-    from meditron_train.convert.reshard import reshard
+    """Write a checkpoint as Megatron's per-rank files, for other tools; loading here never needs it.
 
-    options = _foreign_options(tokenizer, config, vocab_size, rotary)
-    _require_foreign(source, options)
-    with _progress("writing") as advance:
+    \b
+    Examples:
+      meditron-train convert reshard llama2-7b llama2-7b-tp8 --tp 8
+    """
+    from meditron_train.checkpoint.convert.to_rank_files import reshard
+
+    options = _megatron_options(tokenizer, config, vocab_size, rotary)
+    _require_megatron(source, options)
+    with progress_bar("writing") as advance:
         result = reshard(
             source, target, tp=tp, pp=pp, with_optimizer=optimizer, options=options, progress=advance
         )
     state = "weights and optimizer state" if result.with_optimizer else "weights"
-    _say(f"Wrote {target}/{result.iteration}: {tp} x {pp} ranks, {state}.")
+    say(f"Wrote {target}/{result.iteration}: {tp} x {pp} ranks, {state}.")
 
 
 @app.command("verify")
@@ -171,10 +214,16 @@ def verify_command(
     ] = False,
     json_output: Json = False,
 ) -> None:
-    """Compare two models bit for bit; exit 0 only if they are equal, else 1 and what differs."""
-    from meditron_train.convert.verify import verify
+    """Compare two models bit for bit; exit 0 only if they are equal, else 1 and what differs.
 
-    with _progress("comparing", hidden=json_output) as advance:
+    \b
+    Examples:
+      meditron-train convert verify models/Llama-2-7b-hf llama2-7b
+      meditron-train convert verify models/ours ours/manifest.json --dtype bf16
+    """
+    from meditron_train.verify.verify import verify
+
+    with progress_bar("comparing", hidden=json_output) as advance:
         result = verify(a, b, dtype=dtype, logits=logits, progress=advance)
     if json_output:
         _print_json(_comparison_json(a, b, result))
@@ -196,10 +245,15 @@ def inspect_command(
     """Show tensors, shapes, dtypes, layout, step and hashes, and whether the directory is intact.
 
     Exit codes: 0 intact; 1 broken, with what is wrong; 2 not a model, or too damaged to be described.
-    """
-    from meditron_train.convert.inspect import inspect_directory
 
-    with _progress("reading", hidden=json_output) as advance:
+    \b
+    Examples:
+      meditron-train convert inspect runs/llama2-7b/checkpoints/step_00002000
+      meditron-train convert inspect models/Llama-2-7b-hf --no-hashes --json
+    """
+    from meditron_train.verify.inspect import inspect_directory
+
+    with progress_bar("reading", hidden=json_output) as advance:
         description = inspect_directory(directory, hashes=hashes, progress=advance)
     if json_output:
         _print_json(description)
@@ -208,31 +262,33 @@ def inspect_command(
     raise typer.Exit(0 if description["intact"] else 1)
 
 
-def _foreign_defaults() -> ForeignOptions:
-    from meditron_train.checkpoint.foreign import ForeignOptions
+def _megatron_defaults() -> MegatronOptions:
+    from meditron_train.checkpoint.megatron.source import MegatronOptions
 
-    return ForeignOptions()
+    return MegatronOptions()
 
 
-def _foreign_options(
+def _megatron_options(
     tokenizer: Path | None, config: Path | None, vocab_size: int | None, rotary: str
-) -> ForeignOptions | None:
+) -> MegatronOptions | None:
     """None when the user gave none of them."""
-    from meditron_train.checkpoint.foreign import ForeignOptions
+    from meditron_train.checkpoint.megatron.source import MegatronOptions
 
     if rotary not in ("auto", "half", "interleaved"):
-        raise UserError(f"--rotary is {rotary!r}. Write auto, half or interleaved.")
-    options = ForeignOptions(tokenizer, config, vocab_size, rotary)  # type: ignore[arg-type]
-    return None if options == ForeignOptions() else options
+        raise UserError(f"--rotary is {rotary!r}. Write auto, half or interleaved")
+    options = MegatronOptions(tokenizer, config, vocab_size, rotary)  # type: ignore[arg-type]
+    return None if options == MegatronOptions() else options
 
 
-def _require_foreign(checkpoint: Path, options: ForeignOptions | None) -> None:
-    from meditron_train.checkpoint.foreign import is_foreign_directory
+def _require_megatron(checkpoint: Path, options: MegatronOptions | None) -> None:
+    from meditron_train.checkpoint.megatron.source import is_megatron_directory
 
-    if options is not None and not is_foreign_directory(checkpoint):
+    if not checkpoint.is_dir():
+        raise UserError(describe_missing_directory(checkpoint))
+    if options is not None and not is_megatron_directory(checkpoint):
         raise UserError(
-            f"{checkpoint} is no checkpoint of Megatron-LM or Megatron-LLM: --tokenizer, --config, --vocab-size and "
-            "--rotary are for those. Leave them out."
+            f"{checkpoint} is not a checkpoint of Megatron-LM or Megatron-LLM: --tokenizer, --config, --vocab-size and "
+            "--rotary are for those. Leave them out"
         )
 
 
@@ -255,121 +311,75 @@ def _comparison_json(a: Path, b: Path, result: Comparison) -> dict[str, Any]:
 
 def _print_comparison(result: Comparison) -> None:
     for difference in result.differences[:_MAX_LISTED]:
-        print(difference)
+        tell(str(difference))
     if len(result.differences) > _MAX_LISTED:
-        print(f"… and {len(result.differences) - _MAX_LISTED} more (all of them with --json)")
+        tell(f"… and {len(result.differences) - _MAX_LISTED} more (all of them with --json)")
     if logits := result.logits:
-        print(
+        tell(
             f"logits: max |Δ| {logits.max_difference:.3e}, KL {logits.kl_divergence:.3e} nats per token\n"
             f"  A by transformers, B by meditron-train: max |Δ| {logits.ours_max_difference:.3e}, "
             f"KL {logits.ours_kl_divergence:.3e}"
         )
     if result.differences:
-        print(
+        tell(
             f"different: {len(result.differences)} differences in {result.num_tensors} tensors, config and tokenizer"
         )
     else:
         cast = f" after the declared cast to {result.cast}" if result.cast else ""
-        print(
-            f"equal: {result.num_tensors} tensors ({_size(result.num_bytes)}) bit for bit{cast}, config, tokenizer"
+        tell(
+            f"equal: {result.num_tensors} tensors ({format_num_bytes(result.num_bytes)}) bit for bit{cast}, config, "
+            "tokenizer"
         )
 
 
 def _print_description(description: dict[str, Any]) -> None:
-    model = description["model"]
-    print(
-        f"{description['directory']}: {description['format']}, {description['num_parameters']:,} parameters"
+    tell(f"{description['directory']}: {description['format']}, {description['num_parameters']:,} parameters")
+    if "model" in description:
+        _print_model(description["model"])
+    keys = (
+        "base",
+        "scale",
+        "step",
+        "tokens",
+        "samples",
+        "layout",
+        "contains",
+        "padded_vocab_size",
+        "versions",
     )
-    print(
+    for key in keys:
+        if key in description:
+            tell(f"  {key}: {description[key]}")
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in description["dtypes"].items())
+    tell(f"  tensors: {description['num_tensors']} ({dtypes}), {format_num_bytes(description['num_bytes'])}")
+    width = max((len(tensor["name"]) for tensor in description["tensors"]), default=0)
+    for tensor in description["tensors"]:
+        tell(
+            f"    {tensor['name']:{width}}  {tensor['dtype']:9} {tensor['shape']!s:18} {', '.join(tensor['files'])}"
+        )
+    tell("  files:")
+    for file in description["files"]:
+        tell(f"    {file.get('sha256', '-')[:16]:16}  {file['num_bytes']:>14,}  {file['name']}")
+    if description["problems"]:
+        tell("BROKEN:")
+        for problem in description["problems"]:
+            tell(f"  {problem}")
+    else:
+        tell("intact")
+
+
+def _print_model(model: dict[str, Any]) -> None:
+    tell(
         f"  model: {model['num_layers']} layers, hidden {model['hidden_size']}, {model['num_heads']} heads "
         f"({model['num_kv_heads']} KV) of {model['head_dim']}, feed-forward {model['intermediate_size']}, "
         f"vocabulary {model['vocab_size']}{', tied' if model['tie_embeddings'] else ''}"
     )
     rope = model["rope"]
-    print(
+    tell(
         f"  RoPE: {rope['kind']}, theta {rope['theta']:g}"
         + (f", factor {rope['factor']:g}" * (rope["kind"] != "default"))
     )
-    for key in ("step", "tokens", "samples", "layout", "contains", "padded_vocab_size", "versions"):
-        if key in description:
-            print(f"  {key}: {description[key]}")
-    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in description["dtypes"].items())
-    print(f"  tensors: {description['num_tensors']} ({dtypes}), {_size(description['num_bytes'])}")
-    width = max((len(tensor["name"]) for tensor in description["tensors"]), default=0)
-    for tensor in description["tensors"]:
-        print(
-            f"    {tensor['name']:{width}}  {tensor['dtype']:9} {tensor['shape']!s:18} {', '.join(tensor['files'])}"
-        )
-    print("  files:")
-    for file in description["files"]:
-        print(f"    {file.get('sha256', '-')[:16]:16}  {file['num_bytes']:>14,}  {file['name']}")
-    if description["problems"]:
-        print("BROKEN:")
-        for problem in description["problems"]:
-            print(f"  {problem}")
-    else:
-        print("intact")
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _limits(max_ram: str, allow_nonfinite: bool) -> Limits:
-    from meditron_train.checkpoint.conversion import Limits
-    from meditron_train.checkpoint.hf_write import parse_num_bytes
-
-    return Limits(parse_num_bytes(max_ram), allow_nonfinite)
-
-
-@contextmanager
-def _ranks() -> Iterator[Ranks | None]:
-    """The processes that convert together under torchrun or srun; None for one."""
-    from meditron_train.launcher.environment import detect_launcher
-    from meditron_train.launcher.rendezvous import meet
-
-    with meet(detect_launcher()) as ranks:
-        yield ranks
-
-
-def _is_first(ranks: Ranks | None) -> bool:
-    return ranks is None or ranks.rank == 0
-
-
-@contextmanager
-def _progress(verb: str, *, hidden: bool = False) -> Iterator[Progress | None]:
-    """Bytes, rate and time left on stderr while the block runs; nothing when stderr is not a terminal."""
-    if hidden or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn(verb),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda name, num_bytes, total: bar.update(
-            task, advance=num_bytes, total=total, description=name
-        )
+    print(json.dumps(value, indent=2))  # ASCII: names in files may be what a terminal cannot show

@@ -10,10 +10,21 @@ from pathlib import Path
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.config.schema import Config
 from meditron_train.errors import UserError
+from meditron_train.files import describe_missing_directory, overlap
 from meditron_train.layout import ParallelLayout
 from meditron_train.log import get_logger
+from meditron_train.tokenizer.files import has_tokenizer
 
-log = get_logger(__name__)
+_log = get_logger(__name__)
+
+RUN_SUBDIRECTORIES = (
+    "checkpoints",
+    "hf",
+    "adapter",
+    "logs",
+    "profile",
+    "tensorboard",
+)  # of a run directory, whose files come and go
 
 
 def check_config(
@@ -21,39 +32,59 @@ def check_config(
     model: ModelConfig | None,
     world_size: int,
     *,
+    model_problem: str | None = None,
     tokenizer_vocab_size: int | None = None,
     check_files: bool = True,
+    with_warnings: bool = True,
 ) -> None:
-    """Raise one UserError that lists every mistake in `config` for `model` on `world_size` ranks.
+    """Check `config` for `model` on `world_size` ranks.
 
-    `model` is the model that will train, its vocabulary already grown by data.special_tokens; None when its
-    files are missing, so that this is told together with everything else that is wrong.
-    `tokenizer_vocab_size` counts the special tokens too. With `check_files`, tokenizer, model and data must
-    be on disk.
+    Args:
+        config: the configuration.
+        model: the model that will train, its vocabulary already extended by data.special_tokens; None when
+            its files are missing, so that this is reported with everything else that is wrong.
+        world_size: number of ranks.
+        model_problem: why there is no model, where its files are there.
+        tokenizer_vocab_size: tokens of the tokenizer, data.special_tokens included.
+        check_files: the tokenizer, the model and the data must be on disk.
+        with_warnings: log what is allowed but probably not intended.
+
+    Raises:
+        UserError: lists every mistake.
     """
     layout = config.parallel.layout(world_size)
     problems = layout.problems()
     sound_layout = not problems
+    problems += [model_problem] if model_problem else []
     if model is not None:
         problems += _model_problems(config, model, layout, tokenizer_vocab_size)
     problems += _sequence_problems(config, layout)
     if sound_layout:
         problems += _batch_problems(config, layout)
+    profile = config.train.profile
+    if profile.from_step is not None and max(profile.ranks) >= world_size:
+        problems.append(
+            f"train.profile.ranks names rank {max(profile.ranks)}: ranks go from 0 to {world_size - 1}"
+        )
     problems += _schedule_problems(config)
     if check_files:
         problems += missing_files(config)
+        problems += overwritten_inputs(config)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise UserError(f"the configuration has {count} on {world_size} ranks\n{listed}")
-    for warning in _warnings(config, model):
-        log.warning("%s", warning)
+        raise UserError(
+            f"the configuration has {count} on {world_size} {'rank' if world_size == 1 else 'ranks'}\n{listed}"
+        )
+    if with_warnings:
+        for warning in _warnings(config, model):
+            _log.warning("%s", warning)
 
 
 def _model_problems(
     config: Config, model: ModelConfig, layout: ParallelLayout, tokenizer_vocab_size: int | None
 ) -> list[str]:
-    """What of the model cannot be split evenly, and a tokenizer that does not fit it."""
+    """Parts of the model that cannot be split evenly, and a tokenizer that does not fit it."""
     found = []
     if tokenizer_vocab_size is not None and tokenizer_vocab_size > model.vocab_size:
         padded = model.padded_vocab_size(config.parallel.tensor, config.parallel.vocab_multiple)
@@ -62,12 +93,18 @@ def _model_problems(
             f"embedding has {model.vocab_size} ({padded} with padding, which holds no token); use the "
             "model's own tokenizer, and name tokens to add under data.special_tokens"
         )
-    num_chunks = layout.pipeline * layout.virtual_pipeline
-    if model.num_layers % num_chunks:
-        found.append(
-            f"{model.num_layers} layers are not divisible by parallel.pipeline x parallel.virtual_pipeline = "
-            f"{layout.pipeline} x {layout.virtual_pipeline} = {num_chunks}; {_divisors(model.num_layers)}"
-        )
+    found += split_problems(model, layout)
+    freeze = config.train.freeze
+    if freeze.first_layers > model.num_layers or max(freeze.all_but_layers, default=0) >= model.num_layers:
+        found.append(f"train.freeze names layers beyond the {model.num_layers} of the model, counted from 0")
+    return found
+
+
+def split_problems(model: ModelConfig, layout: ParallelLayout) -> list[str]:
+    """Parts of the model that cannot be split evenly under a layout."""
+    found = []
+    if problem := layout.layer_problem(model.num_layers):
+        found.append(f"{problem}; {_divisors(model.num_layers)}")
     for name, size in (
         ("attention heads", model.num_heads),
         ("key/value heads", model.num_kv_heads),
@@ -151,6 +188,8 @@ def _schedule_problems(config: Config) -> list[str]:
         found.append(
             f"optimizer.min_lr {config.optimizer.min_lr:g} is above optimizer.lr {config.optimizer.lr:g}"
         )
+    if not config.knows_steps:
+        return found  # the step numbers can be compared only once the data say how many there are
     if warmup_steps > steps:
         found.append(
             f"the warm-up of {warmup_steps} steps (schedule.warmup_steps or warmup_fraction) is longer than "
@@ -172,20 +211,26 @@ def _schedule_problems(config: Config) -> list[str]:
 def missing_files(config: Config) -> list[str]:
     """Files the run needs and that are not there, each with the key that names it."""
     found = []
-    tokenizer = config.data.tokenizer
-    if not tokenizer.is_dir():
-        found.append(f"data.tokenizer: there is no directory {tokenizer}")
-    elif not any((tokenizer / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
-        found.append(f"data.tokenizer: {tokenizer} has neither tokenizer.model nor tokenizer.json")
     source = config.model.from_
     if source is not None:
         if not source.is_dir():
-            found.append(f"model.from: there is no directory {source}")
+            found.append(f"model.from: {describe_missing_directory(source)}")
         elif not any((source / name).is_file() for name in ("config.json", "meta.json")):
             found.append(
-                f"model.from: {source} is no model: it has neither config.json (Hugging Face) nor meta.json "
+                f"model.from: {source} is not a model: it has neither config.json (Hugging Face) nor meta.json "
                 "(sharded checkpoint)"
             )
+    return found + missing_data_files(config)
+
+
+def missing_data_files(config: Config) -> list[str]:
+    """The part of `missing_files` that belongs to the `data` section."""
+    found = []
+    tokenizer = config.data.tokenizer
+    if not tokenizer.is_dir():
+        found.append(f"data.tokenizer: {describe_missing_directory(tokenizer)}")
+    elif not has_tokenizer(tokenizer):
+        found.append(f"data.tokenizer: {tokenizer} has neither tokenizer.model nor tokenizer.json")
     for kind, sources in (("train", config.data.train), ("validation", config.data.validation)):
         for entry in sources:
             missing = [str(file) for file in _dataset_files(entry.path) if not file.is_file()]
@@ -197,13 +242,34 @@ def missing_files(config: Config) -> list[str]:
     return found
 
 
+def overwritten_inputs(config: Config) -> list[str]:
+    """Inputs that lie where the run writes, or the other way around: saving and exporting could change or delete
+    them."""
+    run_dir = config.logging.run_dir
+    models = {"model.from": config.model.from_, "data.tokenizer": config.data.tokenizer}
+    inputs = {name: path for name, path in models.items() if path is not None}
+    found = []
+    for name, path in inputs.items():
+        if name == "model.from" and path.resolve().parent == (run_dir / "checkpoints").resolve():
+            continue  # one of the run's own checkpoints: a resume, which has read it before any is deleted
+        if how := overlap(run_dir, path):
+            found.append(f"logging.run_dir {run_dir} {how} {name} ({path}), which the run could change")
+    for kind, sources in (("train", config.data.train), ("validation", config.data.validation)):
+        for file in {file for entry in sources for file in _dataset_files(entry.path)}:
+            # A directory of a run may hold its data, but not where the run writes.
+            for output in (run_dir / name for name in RUN_SUBDIRECTORIES):
+                if how := overlap(output, file):
+                    found.append(f"data.{kind}: {file} lies where the run writes: {output} {how} it")
+    return [f"{problem}; give another logging.run_dir" for problem in found]
+
+
 def _dataset_files(prefix: Path) -> tuple[Path, Path]:
     # Not with_suffix: a prefix may contain dots of its own ("pubmed.v2").
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
 def _warnings(config: Config, model: ModelConfig | None) -> list[str]:
-    """What may be meant as it is, and should be seen."""
+    """What may be intended but should be noticed."""
     found = []
     # RoPE computes at any position, so this is a choice (context extension by theta), not an error.
     seq_len = config.train.seq_len
@@ -212,6 +278,16 @@ def _warnings(config: Config, model: ModelConfig | None) -> list[str]:
             f"train.seq_len {seq_len} is beyond the {model.max_position_embeddings} positions "
             f"of the model's config.json (RoPE: {model.rope.kind}, factor {model.rope.factor:g}); generation "
             "with the exported model may stop there"
+        )
+    late = [phase.from_step for phase in config.data.phases if phase.from_step > config.train.steps]
+    if late and config.knows_steps:
+        found.append(
+            f"data.phases from step {late[0]} on are never reached: train.steps is {config.train.steps}"
+        )
+    first_profiled = config.train.profile.from_step or 0
+    if first_profiled > config.train.steps and config.knows_steps:
+        found.append(
+            f"train.profile.from_step {first_profiled} is never reached: train.steps is {config.train.steps}"
         )
     if config.parallel.sequence and config.parallel.tensor == 1:
         found.append("parallel.sequence has no effect with parallel.tensor = 1")

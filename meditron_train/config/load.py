@@ -1,8 +1,8 @@
-"""Configuration files: read YAML, fill in the environment, apply overrides, and say every mistake at once.
+"""Configuration files: read YAML, fill in the environment, apply overrides, and report every mistake at once.
 
 Order: parse the file, apply `section.field=value` overrides, replace `${VAR}` and `${VAR:-default}`, drop
-nulls (null means the default), validate. An interpolated value is text that the key's type converts; `$${`
-is a literal `${`.
+nulls (null means the default), validate. An interpolated value is text that the key's type converts; `$${` is
+a literal `${`.
 """
 
 from __future__ import annotations
@@ -10,121 +10,122 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from meditron_train.config.schema import Config
+from meditron_train.config.section import Section
+from meditron_train.config.yaml_file import parse_yaml, read_yaml
 from meditron_train.errors import UserError
+from meditron_train.files import replace_text
 
 _COMMAND_LINE = "the command line"
 _VARIABLE = re.compile(r"(?P<escape>\$)?\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}|\$\{")
+_Root = TypeVar("_Root", bound=Section)
 _FREE_FORM = ("model", "hf_config")  # Hugging Face's own keys, where null carries meaning
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 as people write it: 3e-4 is a number, and a key given twice is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            problem = None
-            if not isinstance(key, Hashable):
-                problem = f"{key!r} cannot be a key"
-            elif key in seen:
-                problem = f"key {key!r} is given twice"
-            if problem:
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read and validate a configuration file.
 
-    `overrides` are `section.field=value` strings, their values in YAML. Raises one UserError that lists
-    everything wrong with the file and the overrides: unknown keys with the nearest valid one, values of the
-    wrong kind, undefined environment variables.
+    Args:
+        path: the YAML file.
+        overrides: `section.field=value` strings, their values in YAML, and `section=@FILE` for the keys that the
+            same section of another file has.
+
+    Raises:
+        UserError: lists everything wrong with the file and the overrides: unknown keys with the nearest valid
+            one, values of the wrong kind, undefined environment variables.
     """
-    path = Path(path)
+
+    def add_defaults(values: dict[str, Any]) -> None:
+        logging_section = values.setdefault("logging", {})
+        if isinstance(logging_section, dict):
+            logging_section.setdefault("run_dir", f"runs/{Path(path).stem}")
+
+    return _load(Path(path), Config, overrides, add_defaults)
+
+
+def load_section(path: Path | str, root: type[_Root]) -> _Root:
+    """The same for a file of another kind, whose top level is the section `root`."""
+    return _load(Path(path), root, (), lambda values: None)
+
+
+def load_overrides(overrides: Sequence[str], root: type[_Root]) -> _Root:
+    """A `root` of `section.field=value` strings alone, without a file.
+
+    Raises:
+        UserError: lists everything wrong with them.
+    """
+    return _checked({}, root, overrides, lambda values: None, _COMMAND_LINE)
+
+
+def _load(
+    path: Path, root: type[_Root], overrides: Sequence[str], add_defaults: Callable[[dict[str, Any]], None]
+) -> _Root:
+    return _checked(read_yaml(path), root, overrides, add_defaults, str(path))
+
+
+def _checked(
+    values: dict[str, Any],
+    root: type[_Root],
+    overrides: Sequence[str],
+    add_defaults: Callable[[dict[str, Any]], None],
+    where: str,
+) -> _Root:
     problems: list[str] = []
     try:
-        values = _read_yaml(path)
         overridden = _apply_overrides(values, overrides, problems)
         values = _interpolate(values, (), overridden, problems)
         values = _drop_nulls(values, ())
     except RecursionError:
-        raise UserError(f"{path} is nested too deeply, or one of its aliases contains itself") from None
-    logging_section = values.setdefault("logging", {})
-    if isinstance(logging_section, dict):
-        logging_section.setdefault("run_dir", f"runs/{path.stem}")
-    config: Config | None = None
+        raise UserError(f"{where} is nested too deeply, or one of its aliases contains itself") from None
+    add_defaults(values)
+    config: _Root | None = None
     try:
-        config = Config.model_validate(values)
+        config = root.model_validate(values)
     except ValidationError as error:
         for problem in error.errors():
             # A list whose entries fail is also reported as too short: say the first reason only.
             if problem["type"] != "too_short" or not problem["input"]:
-                problems.append(_explain(dict(problem), overridden))
+                problems.append(_explain(dict(problem), overridden, root))
     if problems or config is None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"{path}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
+        raise UserError(f"{where}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
     return config
 
 
-def dump_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration; `load_config` of that file gives an equal Config."""
+def dump_config(config: Section, path: Path) -> None:
+    """Write a resolved configuration atomically; `load_config` or `load_section` of that file gives an equal one."""
     values = config.model_dump(mode="json", by_alias=True)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).replace("${", "$${")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"there is no configuration file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the configuration file {path}: {error}") from None
-    try:
-        values = yaml.load(text, _Loader)  # a SafeLoader: plain data only
-    except yaml.YAMLError as error:
-        hint = '\nInside { } or [ ], write quotes around ${VAR}: "${VAR}".' if "${" in text else ""
-        raise UserError(f"{path} is not valid YAML: {error}{hint}") from None
-    if not isinstance(values, dict):
-        what = "empty" if values is None else f"a {type(values).__name__}"
-        raise UserError(f"{path} is {what}; expected sections such as `train: {{steps: 1000}}`")
-    return values
+    replace_text(path, text)
 
 
 def _apply_overrides(values: dict[str, Any], overrides: Sequence[str], problems: list[str]) -> set[str]:
-    """Set each `a.b.c=value` in `values`; returns the dotted keys that were set."""
+    """Set each `a.b.c=value` and `section=@FILE` in `values`; returns the dotted keys that were set."""
     overridden: set[str] = set()
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
         parts = key.split(".")
+        if key and len(parts) == 1 and text.startswith("@"):
+            if trouble := _take_section(values, key, Path(text[1:])):
+                problems.append(f"{override!r} on {_COMMAND_LINE}: {trouble}")
+            continue
         if not equals or len(parts) < 2 or not all(parts):
             problems.append(
-                f"{override!r} on {_COMMAND_LINE}: expected section.field=value, as train.steps=1000"
+                f"{override!r} on {_COMMAND_LINE}: expected section.field=value, as train.steps=1000, "
+                "or section=@FILE, as data=@data.yaml"
             )
             continue
         try:
-            value = yaml.load(text, _Loader)  # a SafeLoader: plain data only
+            value = parse_yaml(text)
         except yaml.YAMLError:
             problems.append(f"{override!r} on {_COMMAND_LINE}: the value is not valid YAML")
             continue
@@ -134,6 +135,16 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str], problems:
         else:
             overridden.add(key)
     return overridden
+
+
+def _take_section(values: dict[str, Any], section: str, path: Path) -> str | None:
+    """Put the keys of a section of another file over those of `values`; returns what prevents it."""
+    found = read_yaml(path).get(section)
+    here = values.setdefault(section, {})
+    if not isinstance(found, dict) or not isinstance(here, dict):
+        return f"{path if not isinstance(found, dict) else 'the configuration'} has no section {section}"
+    here.update(found)
+    return None
 
 
 def _set(values: Any, parts: list[str], value: Any) -> str | None:
@@ -205,12 +216,12 @@ def _where(keys: Sequence[Any], overridden: set[str]) -> str:
     return f"{dotted} (from {_COMMAND_LINE})" if ours else dotted
 
 
-def _explain(problem: dict[str, Any], overridden: set[str]) -> str:
+def _explain(problem: dict[str, Any], overridden: set[str], root: type[BaseModel]) -> str:
     """One line for one of pydantic's errors: key, value, what is expected."""
     keys = problem["loc"]
     where = _where(keys, overridden) or "the file"
     if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key; {_suggest(keys)}"
+        return f"{where}: unknown key; {_suggest(keys, root)}"
     if problem["type"] == "too_short":
         return f"{where}: at least one entry is needed"
     if problem["type"] == "model_type":
@@ -227,16 +238,16 @@ def _explain(problem: dict[str, Any], overridden: set[str]) -> str:
     return f"{where} = {problem['input']!r}: {expected}"
 
 
-def _suggest(keys: Sequence[Any]) -> str:
-    """The nearest valid key: among the neighbours first, then the same word in another section."""
-    parent: type[BaseModel] | None = Config
+def _suggest(keys: Sequence[Any], root: type[BaseModel]) -> str:
+    """The nearest valid key: among the neighbors first, then the same word in another section."""
+    parent: type[BaseModel] | None = root
     for key in keys[:-1]:
         if parent is not None and not isinstance(key, int):
             parent = _nested(parent, key)
     wrong = str(keys[-1])
     prefix = ".".join(map(str, keys[:-1]))
     siblings = _keys_of(parent) if parent else []
-    everywhere = dict.fromkeys(_all_keys(Config, ""))
+    everywhere = dict.fromkeys(_all_keys(root, ""))
     elsewhere = [key for key in everywhere if key.rpartition(".")[2] == wrong]
     close = difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.6)
     if close:

@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Size = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, lt=1 << 31)]
+MAX_LAYERS = 10_000  # with a thousand times that, their names alone would fill the memory
+LayerCount = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
 Family = Literal["llama", "mistral", "qwen2"]
 
 
@@ -27,9 +29,11 @@ class RopeConfig(BaseModel):
 class ModelConfig(BaseModel):
     """Sizes and constants of one model, as its checkpoint states them (vocabulary unpadded).
 
-    family: llama (also Code Llama, TinyLlama, Llama 3.x), mistral, qwen2 (also Qwen2.5: query, key and value have a
-    bias). sliding_window: how many keys a query sees at most, its own included; None: all of its document.
-    num_full_attention_layers: that many first layers have no window (Qwen2's max_window_layers).
+    Attributes:
+        family: llama (also Code Llama, TinyLlama, Llama 3.x), mistral, qwen2 (also Qwen2.5: query, key and
+            value have a bias).
+        sliding_window: how many keys a query sees at most, its own included; None: all of its document.
+        num_full_attention_layers: number of first layers without a window (Qwen2's max_window_layers).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,7 +42,7 @@ class ModelConfig(BaseModel):
     vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
-    num_layers: Size
+    num_layers: LayerCount
     num_heads: Size
     num_kv_heads: Size
     head_dim: Size

@@ -2,7 +2,8 @@
 
 The text under each key becomes the tooltip in editors that read `configs/schema.json`, which
 `python -m meditron_train.config.schema` prints. `null` in a file means the default.
-Relative paths are relative to the working directory.
+Relative paths are relative to the working directory. data.py, training.py and finetuning.py hold larger groups of
+keys.
 """
 
 from __future__ import annotations
@@ -11,34 +12,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from meditron_train.layout import ParallelLayout
-
-GpuName = Literal["a100-80gb", "h100-80gb", "h200-141gb", "cpu"]
-
-
-def _refuse_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number is wanted here, not true or false")
-    return value
-
-
-_NUMBER = BeforeValidator(
-    _refuse_bool
-)  # last in each Annotated, so that limits stay limits in the JSON Schema
-Int = Annotated[int, _NUMBER]
-Count = Annotated[int, Field(ge=1), _NUMBER]
-Positive = Annotated[float, Field(gt=0), _NUMBER]
-NotNegative = Annotated[float, Field(ge=0), _NUMBER]
-Beta = Annotated[float, Field(ge=0, lt=1), _NUMBER]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys refused, finite numbers only."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+from meditron_train.config.data import DataSection
+from meditron_train.config.finetuning import LoraSection
+from meditron_train.config.section import NUMBER, Count, Name, NotNegative, Positive, Section
+from meditron_train.config.training import OptimizerSection, ParallelSection, ScheduleSection, TrainSection
 
 
 class ModelSection(Section):
@@ -50,6 +29,10 @@ class ModelSection(Section):
     """pretrained: weights of `from`. random: fresh weights of the shape in `hf_config`."""
     hf_config: dict[str, Any] | None = None
     """The model's shape under its Hugging Face names (hidden_size, ...). Needed with init: random."""
+    license: str | None = None
+    """License of `from` as the Hugging Face Hub spells it (llama2, apache-2.0, ...), for `publish`."""
+    allow_nonfinite: bool = False
+    """Start from weights with NaN or infinity, and export them, all the same."""
 
     @model_validator(mode="after")
     def _check_source(self) -> ModelSection:
@@ -62,200 +45,6 @@ class ModelSection(Section):
         if self.init == "random" and self.from_ is not None:
             raise ValueError("init: random takes no `from`; remove it, or choose init: pretrained")
         return self
-
-
-class TrainSource(Section):
-    """One corpus to train on."""
-
-    name: Name
-    """Short name, used in metrics and traces."""
-    path: Path
-    """Prefix of the tokenized files: PATH.bin and PATH.idx."""
-    weight: Annotated[float, Field(gt=0), _NUMBER] | None = None
-    """Relative share of the samples, on any scale (1.0 when neither weight nor token_budget is given)."""
-    token_budget: Count | None = None
-    """Tokens to take from this source over the run, instead of a weight."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_weight(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("weight") is None and values.get("token_budget") is None:
-            return {**values, "weight": 1.0}
-        return values
-
-    @model_validator(mode="after")
-    def _check_share(self) -> TrainSource:
-        if self.weight is not None and self.token_budget is not None:
-            raise ValueError(f"source {self.name!r} has both weight and token_budget; keep one")
-        return self
-
-
-class ValidationSource(Section):
-    """One corpus to measure the validation loss on."""
-
-    name: Name
-    """Short name; the loss is reported as validation_loss.NAME."""
-    path: Path
-    """Prefix of the tokenized files: PATH.bin and PATH.idx."""
-
-
-class DataSection(Section):
-    """What the model reads, and in which form."""
-
-    tokenizer: Path
-    """Directory with tokenizer.model (sentencepiece) or tokenizer.json."""
-    packing: Literal["concat", "best_fit"] = "best_fit"
-    """concat: one stream cut every seq_len, as in Megatron.
-    best_fit: documents shorter than seq_len stay whole."""
-    seed: Int = 1234
-    """Seed of the sample order, which depends on it and on the sample number alone."""
-    special_tokens: tuple[str, ...] = ()
-    """Tokens added to the tokenizer, in this order."""
-    train: Annotated[tuple[TrainSource, ...], Field(min_length=1)]
-    """Training sources, all by weight or all by token_budget."""
-    validation: tuple[ValidationSource, ...] = ()
-    """Validation sources."""
-    validation_fraction: Annotated[float, Field(ge=0, lt=1), _NUMBER] = 0.0
-    """Share of every training source's documents held out for validation."""
-    prefetch: Annotated[int, Field(ge=0), _NUMBER] = 2
-    """Steps gathered ahead while the model works; 0: none."""
-    cache_dir: Path | None = None
-    """Where built sample indexes are kept (default: .index_cache beside the data, else a temporary directory)."""
-
-    @model_validator(mode="after")
-    def _check_sources(self) -> DataSection:
-        held_out = [source.name for source in self.train] if self.validation_fraction > 0 else []
-        for what, names in (
-            ("train", [source.name for source in self.train]),
-            ("validation", [source.name for source in self.validation] + held_out),
-        ):
-            twice = sorted({name for name in names if names.count(name) > 1})
-            if twice:
-                raise ValueError(f"{what} sources need different names; used twice: {', '.join(twice)}")
-        budgeted = [source.name for source in self.train if source.token_budget is not None]
-        if budgeted and len(budgeted) < len(self.train):
-            weighted = [source.name for source in self.train if source.token_budget is None]
-            raise ValueError(
-                f"train sources mix token_budget ({', '.join(budgeted)}) and weight ({', '.join(weighted)}); "
-                "give all of them the same kind"
-            )
-        if len(set(self.special_tokens)) < len(self.special_tokens) or "" in self.special_tokens:
-            raise ValueError("special_tokens must be different and not empty")
-        return self
-
-
-class ParallelSection(Section):
-    """How the ranks share the model. Data parallelism is what is left of the world size."""
-
-    tensor: Count = 1
-    """Tensor-parallel size (TP)."""
-    pipeline: Count = 1
-    """Pipeline stages (PP)."""
-    virtual_pipeline: Count = 1
-    """Model chunks per stage; above 1 the interleaved schedule is used."""
-    context: Count = 1
-    """Context-parallel size (CP): ranks that share one sequence."""
-    sequence: bool = False
-    """Sequence parallelism inside the tensor-parallel group; has no effect when tensor is 1."""
-    distributed_optimizer: bool = True
-    """Share optimizer state among data-parallel ranks."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
-    overlap_param_gather: bool = False
-    """Gather parameters while the forward pass runs; needs distributed_optimizer and overlap_grad_reduce."""
-    vocab_multiple: Count = 128
-    """The embedding is padded in memory to a multiple of this (and of tensor); padding never leaves."""
-
-    def layout(self, world_size: int) -> ParallelLayout:
-        """These sizes on `world_size` ranks; without tensor parallelism there is no sequence parallelism."""
-        return ParallelLayout(
-            world_size=world_size,
-            tensor=self.tensor,
-            pipeline=self.pipeline,
-            virtual_pipeline=self.virtual_pipeline,
-            context=self.context,
-            sequence=self.sequence and self.tensor > 1,
-        )
-
-
-class OptimizerSection(Section):
-    """AdamW. Weight decay applies to matrices only."""
-
-    lr: Annotated[float, Field(gt=0), _NUMBER] = 3.0e-4
-    """Peak learning rate."""
-    min_lr: Annotated[float, Field(ge=0), _NUMBER] = 1.0e-6
-    """Learning rate at the end of the decay."""
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """Decay rates of the first and second moment."""
-    eps: Annotated[float, Field(gt=0), _NUMBER] = 1.0e-5
-    """Added to the denominator."""
-    weight_decay: Annotated[float, Field(ge=0), _NUMBER] = 0.1
-    """Decoupled weight decay."""
-    clip_grad: Annotated[float, Field(ge=0), _NUMBER] = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
-
-
-class ScheduleSection(Section):
-    """Learning rate over the steps."""
-
-    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape after the warm-up. wsd: warm-up, stable, then linear decay at the end."""
-    warmup_steps: Annotated[int, Field(ge=0), _NUMBER] | None = None
-    """Steps of linear warm-up from 0 (default 0)."""
-    warmup_fraction: Annotated[float, Field(ge=0, le=1), _NUMBER] | None = None
-    """Warm-up as a share of train.steps, instead of warmup_steps."""
-    decay_steps: Count | None = None
-    """cosine, linear: the step at which min_lr is reached (default train.steps).
-    wsd: length of the final decay (default a tenth of train.steps)."""
-
-    @model_validator(mode="after")
-    def _check_warmup(self) -> ScheduleSection:
-        if self.warmup_steps is not None and self.warmup_fraction is not None:
-            raise ValueError("both warmup_steps and warmup_fraction are given; keep one")
-        return self
-
-
-class BatchRamp(Section):
-    """A global batch that grows to train.global_batch_size over the first `samples` samples."""
-
-    start: Count
-    """Global batch size of the first steps."""
-    increment: Count
-    """Added at each stage."""
-    samples: Count
-    """Samples over which the full global batch size is reached, in stages of equal length."""
-
-    def stages(self, global_batch_size: int) -> tuple[int, ...]:
-        """All batch sizes of the ramp, the final one included."""
-        return (*range(self.start, global_batch_size, self.increment), global_batch_size)
-
-
-class TrainSection(Section):
-    """Length, batch and numerics of the run."""
-
-    steps: Count = 1000
-    """Optimizer steps."""
-    seq_len: Annotated[int, Field(ge=2), _NUMBER] = 2048
-    """Tokens per sample."""
-    micro_batch_size: Count = 1
-    """Samples per forward pass of one data-parallel rank."""
-    global_batch_size: Count = 16
-    """Samples per optimizer step, over all ranks."""
-    batch_ramp: BatchRamp | None = None
-    """Optional ramp up to global_batch_size."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 keeps fp32 master weights and accumulates gradients in fp32."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in the backward pass."""
-    attention: Literal["auto", "native", "flash_attn", "transformer_engine", "sdpa"] = "auto"
-    """Who computes attention. native: our fused kernels; sdpa: PyTorch, document by document; auto: the first of a
-    fixed order that is there and right on this device (`meditron-train doctor` shows which)."""
-    seed: Int = 1234
-    """Seed of fresh weights and of everything random but the data order."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is a GPU."""
-    gpu: GpuName | None = None
-    """Accelerator whose peak speed MFU refers to; absent: detected."""
 
 
 class CheckpointSection(Section):
@@ -292,6 +81,15 @@ class ValidationSection(Section):
     """Steps between measurements."""
     steps: Count = 10
     """Global batches per source and measurement."""
+    at_start: bool = False
+    """Also measure before the first step."""
+    tasks: tuple[Name, ...] = ()
+    """Benchmarks (`meditron-train evaluate --tasks list`) whose questions are answered at each measurement, by the
+    likeliest option and with no examples shown: task_accuracy.NAME."""
+    tasks_data: Path = Path("benchmarks-data")
+    """Directory of their files."""
+    tasks_items: Count = 100
+    """The first so many questions of each."""
 
 
 class LoggingSection(Section):
@@ -301,12 +99,17 @@ class LoggingSection(Section):
     """Directory of the run (default: runs/ and the name of the configuration file)."""
     interval: Count = 1
     """Steps between lines of metrics."""
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online with a key and a network, else offline."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "disabled"
+    """Weights & Biases gets metrics and the configuration only where it is asked for.
+    auto: online with a key and a network, else offline."""
     wandb_project: str = "meditron-train"
     """Weights & Biases project."""
+    wandb_name: str | None = None
+    """The run's name there (default: that of its directory)."""
+    wandb_tags: tuple[str, ...] = ()
+    """Its tags there."""
     tensorboard: bool = True
-    """Write TensorBoard files."""
+    """Write TensorBoard files, with the configuration as a text."""
 
 
 class ResilienceSection(Section):
@@ -320,7 +123,7 @@ class ResilienceSection(Section):
     anomaly_action: Literal["report", "skip", "rollback"] = "report"
     """On a loss spike or an exploding gradient norm. report: warn only. skip: no update on this batch.
     rollback: take the weights of the last checkpoint and go on with the next batch."""
-    anomaly_window: Annotated[int, Field(ge=10), _NUMBER] = 100
+    anomaly_window: Annotated[int, Field(ge=10), NUMBER] = 100
     """Past steps that say what is usual."""
     loss_spike_sigma: NotNegative = 6.0
     """A loss this many standard deviations above the mean of the window is a spike; 0: none is."""
@@ -328,7 +131,7 @@ class ResilienceSection(Section):
     """A gradient norm this many times the median of the window explodes; 0: none does."""
     max_rollbacks: Count = 3
     """Rollbacks to one checkpoint before the run stops."""
-    replica_check_interval: Annotated[int, Field(ge=0), _NUMBER] = 100
+    replica_check_interval: Annotated[int, Field(ge=0), NUMBER] = 100
     """Steps between comparisons of the weights that several ranks hold, which also precede every checkpoint; 0: never.
     Finds flipped bits and names the rank."""
     on_replica_mismatch: Literal["requeue", "stop"] = "requeue"
@@ -338,7 +141,7 @@ class ResilienceSection(Section):
     hang_min_s: Positive = 300.0
     """The least time without a finished step that is called a hang, in seconds."""
     hang_other_s: Positive = 1800.0
-    """The same for what is no step: the start, the first steps, validation, saving, exporting. Collective operations
+    """The same outside steps: the start, the first steps, validation, saving, exporting. Collective operations
     give up by themselves after half as long again."""
     slow_rank_factor: NotNegative = 1.3
     """A rank whose own work takes this many times the median of its peers is reported; 0: none is."""
@@ -357,10 +160,32 @@ class Config(Section):
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection = TrainSection()
+    lora: LoraSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
     validation: ValidationSection = ValidationSection()
     logging: LoggingSection = LoggingSection()
     resilience: ResilienceSection = ResilienceSection()
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> Config:
+        if self.lora is not None and self.train.freeze.freezes_anything:
+            raise ValueError("lora freezes the whole model already; leave train.freeze out")
+        if self.lora is not None and self.model.from_ is None:
+            raise ValueError("lora adapts a model that exists; name it with model.from")
+        return self
+
+    @property
+    def export_name(self) -> str:
+        """The directory in the run's own that the final model, or its adapters, are exported to."""
+        return "hf" if self.lora is None else "adapter"
+
+    @property
+    def knows_steps(self) -> bool:
+        """Whether `train.steps` is the length of the run. Else train.tokens, train.epochs or the sources' token_budget
+        say it, and `train.length` makes steps of them."""
+        if self.train.tokens is not None or self.train.epochs is not None:
+            return False
+        return "steps" in self.train.model_fields_set or self.data.train[0].token_budget is None
 
     @property
     def warmup_steps(self) -> int:

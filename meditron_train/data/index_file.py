@@ -30,10 +30,14 @@ def bin_path(prefix: Path | str) -> Path:
 def write_index(
     path: Path, dtype: np.dtype, sizes: NDArray[np.int32], document_indices: ArrayLike | None = None
 ) -> None:
-    """Write an .idx for sequences of `sizes` tokens lying one after the other, int32 [sequences].
+    """Write an .idx for sequences of `sizes` tokens lying one after the other.
 
-    document_indices: int64 [documents + 1], the first sequence of each document and the number of sequences
-    at the end; without it every sequence is a document.
+    Args:
+        path: the file.
+        dtype: of the tokens.
+        sizes: int32 [sequences].
+        document_indices: int64 [documents + 1], the first sequence of each document and the number of
+            sequences at the end; None: every sequence is a document.
     """
     code = next(code for code, known in DTYPE_CODES.items() if known == dtype)
     pointers = np.zeros(sizes.size, dtype="<i8")

@@ -1,20 +1,25 @@
-"""Megatron's indexed dataset, byte for byte: PREFIX.bin (token ids) and PREFIX.idx (where each document lies)."""
+"""Megatron's indexed dataset, byte for byte: PREFIX.bin (token ids) and PREFIX.idx (where each document lies).
+
+Beside them a dataset of conversations has PREFIX.loss_mask.bin, see `meditron_train.data.meta.loss_mask_path`.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import struct
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import IO
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from meditron_train.data.index_file import DTYPE_CODES, bin_path, idx_path, write_index
-from meditron_train.errors import UserError
+from meditron_train.data.index_file import DTYPE_CODES, bin_path, idx_path
+from meditron_train.data.meta import loss_mask_path
+from meditron_train.errors import Cause, MeditronError, UserError
+from meditron_train.log import get_logger
 from meditron_train.native.packing import TokenFile
+
+_log = get_logger(__name__)
 
 _MAX_SEQUENCE_SIZE = 2**31 - 1
 
@@ -22,8 +27,10 @@ _MAX_SEQUENCE_SIZE = 2**31 - 1
 class IndexedDataset:
     """The documents of PREFIX.bin/.idx, memory-mapped. A document of several sequences reads as one.
 
-    The index is checked whole on opening: UserError when a file is missing, corrupt, or the two do not belong
-    together (both sizes are named). Nothing is ever read outside the .bin.
+    The index is checked whole on opening. Nothing is ever read outside the .bin.
+
+    Raises:
+        UserError: a file is missing or corrupt, or the two do not belong together (both sizes are named).
     """
 
     def __init__(self, prefix: Path | str) -> None:
@@ -34,18 +41,29 @@ class IndexedDataset:
             is_file_name = self.prefix.suffix in (".bin", ".idx")
             hint = " (give the prefix, without .bin or .idx)" if is_file_name else ""
             raise UserError(
-                f"No indexed dataset at {prefix}: missing {' and '.join(missing)}{hint}. "
-                "`meditron-train data tokenize FILE... --tokenizer DIR --output PREFIX` makes one."
+                f"no indexed dataset at {prefix}: missing {' and '.join(missing)}{hint}. "
+                "`meditron-train data tokenize FILE... --tokenizer DIR --output PREFIX` makes one"
             )
-        self._idx, self._bin = (_map_bytes(path) for path in paths)
+        if loss_mask_path(prefix).is_file():
+            paths.append(loss_mask_path(prefix))
+        self._opened = {path: path.stat() for path in paths}
+        self._touched: set[Path] = set()
+        self._idx, self._bin, *masks = (_map_bytes(path) for path in paths)
+        self.loss_mask: NDArray[np.uint8] | None = masks[0] if masks else None
+        """1 for each token of the assistant's, else 0, in the order of `tokens`; None without conversations."""
         try:
             self.file = TokenFile(self._idx, self._bin)
         except ValueError as error:
             raise UserError(
                 f"{paths[0]} ({self._idx.size} bytes) and {paths[1]} ({self._bin.size} bytes) cannot be "
                 "read: "
-                f"{error}. Copy both files again from one run, or tokenize again."
+                f"{error}. Copy both files again from one run, or tokenize again"
             ) from error
+        if self.loss_mask is not None and self.loss_mask.size != self.tokens.size:
+            raise UserError(
+                f"{paths[2]} marks {self.loss_mask.size} tokens, but {paths[1]} has {self.tokens.size}: copy the files "
+                "again from one run, or tokenize again"
+            )
 
     @property
     def num_documents(self) -> int:
@@ -84,9 +102,55 @@ class IndexedDataset:
         """Tokens of each document, int64 [num_documents]."""
         return self.file.document_lengths()
 
+    @cached_property
+    def document_starts(self) -> NDArray[np.int64]:
+        """Place in `tokens` of the first token of each document, int64 [num_documents]; arbitrary for an empty one."""
+        num_sequences, num_indices = struct.unpack("<QQ", self._idx[18:34].tobytes())
+        pointers_at = 34 + 4 * num_sequences
+        pointers = np.frombuffer(self._idx, "<i8", num_sequences, pointers_at)
+        first_sequences = np.frombuffer(self._idx, "<i8", num_indices, pointers_at + 8 * num_sequences)[:-1]
+        if num_sequences == 0:
+            return np.zeros(len(first_sequences), dtype=np.int64)
+        return pointers[np.minimum(first_sequences, num_sequences - 1)] // self.dtype.itemsize
+
+    @property
+    def tokens(self) -> NDArray:
+        """The tokens of all sequences as they lie in the .bin, memory-mapped."""
+        return self._bin[: self._bin.size // self.dtype.itemsize * self.dtype.itemsize].view(self.dtype)
+
+    def check_unchanged(self) -> None:
+        """Look whether the mapped files are as they were when they were opened.
+
+        Raises:
+            MeditronError: one is shorter now; reading beyond its end would kill the process without a word.
+        """
+        for path, opened in self._opened.items():
+            try:
+                now = path.stat()
+            except OSError:
+                continue  # gone from its name: what is mapped stays
+            if now.st_ino != opened.st_ino:
+                continue  # replaced by another file
+            if now.st_size < opened.st_size:
+                raise MeditronError(
+                    f"{path} was truncated while it is read: it had {opened.st_size} bytes and has {now.st_size} now. "
+                    "Restore it; the same command then continues from the last checkpoint",
+                    cause=Cause.CHANGED,
+                )
+            if now.st_mtime_ns != opened.st_mtime_ns and path not in self._touched:
+                self._touched.add(path)
+                _log.warning("%s was written to while it is read: what the run reads may have changed", path)
+
+    def same_data(self, other: IndexedDataset) -> bool:
+        """Whether both are one file, under whatever names."""
+        return os.path.samefile(bin_path(self.prefix), bin_path(other.prefix))
+
     def document(self, index: int) -> NDArray:
-        """The token ids of one document (a read-only view, dtype as stored); IndexError when there is no
-        such one."""
+        """The token ids of one document (a read-only view, dtype as stored).
+
+        Raises:
+            IndexError: there is no such document.
+        """
         first_byte, length = self.file.document(index)
         return self._bin[first_byte : first_byte + length * self.dtype.itemsize].view(self.dtype)
 
@@ -98,62 +162,3 @@ def _map_bytes(path: Path) -> NDArray[np.uint8]:
     if path.stat().st_size == 0:  # an empty file cannot be mapped
         return np.empty(0, dtype=np.uint8)
     return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
-
-
-class IndexedDatasetWriter:
-    """Writes PREFIX.bin and PREFIX.idx as megatron-core's IndexedDatasetBuilder does.
-
-    Both are written as *.tmp and renamed by `close`, the index last; used as a context manager, an exception
-    removes them instead. Token ids that do not fit `dtype` raise ValueError.
-    """
-
-    def __init__(self, prefix: Path | str, dtype: DTypeLike) -> None:
-        self.prefix = Path(prefix)
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        if self.dtype not in DTYPE_CODES.values():
-            raise ValueError(f"{self.dtype} is not a token dtype of the format: {list(DTYPE_CODES.values())}")
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._bin_tmp = Path(f"{bin_path(prefix)}.tmp")
-        self._file: IO[bytes] = open(self._bin_tmp, "wb")  # noqa: SIM115 - closed by close() or abort()
-        self._sizes: list[int] = []
-        self._document_indices: list[int] = [0]
-
-    def add_document(self, tokens: ArrayLike, sequence_lengths: Sequence[int] | None = None) -> None:
-        """Append one document, ids [n]; `sequence_lengths` (sum n) when it is made of several sequences."""
-        ids = np.asarray(tokens)
-        lengths = [ids.size] if sequence_lengths is None else [int(length) for length in sequence_lengths]
-        if sum(lengths) != ids.size or any(not 0 <= length <= _MAX_SEQUENCE_SIZE for length in lengths):
-            raise ValueError(f"sequence lengths {lengths[:5]} do not add up to {ids.size} tokens")
-        if ids.size:
-            limits = np.iinfo(self.dtype)
-            if ids.dtype.kind not in "iu" or ids.min() < limits.min or ids.max() > limits.max:
-                raise ValueError(f"token ids {ids.min()}..{ids.max()} ({ids.dtype}) do not fit {self.dtype}")
-        self._file.write(ids.astype(self.dtype).tobytes())
-        self._sizes.extend(lengths)
-        self._document_indices.append(len(self._sizes))
-
-    def close(self) -> None:
-        """Finish both files and publish them."""
-        if self._file.closed:
-            return
-        self._file.close()
-        idx_tmp = Path(f"{idx_path(self.prefix)}.tmp")
-        write_index(idx_tmp, self.dtype, np.array(self._sizes, dtype=np.int32), self._document_indices)
-        os.replace(self._bin_tmp, bin_path(self.prefix))
-        os.replace(idx_tmp, idx_path(self.prefix))
-
-    def abort(self) -> None:
-        """Throw away what was written."""
-        self._file.close()
-        self._bin_tmp.unlink(missing_ok=True)
-
-    def __enter__(self) -> IndexedDatasetWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self.abort()

@@ -9,8 +9,9 @@ import numpy as np
 
 from meditron_train.data.index_file import bin_path
 from meditron_train.data.indexed import IndexedDataset
-from meditron_train.data.meta import read_meta, sha256_file
+from meditron_train.data.meta import read_meta
 from meditron_train.errors import UserError
+from meditron_train.files import sha256_file
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 
@@ -18,8 +19,14 @@ PERCENTILES = (5, 25, 50, 75, 95, 99)
 def dataset_info(prefix: Path | str, *, check: bool = False) -> dict[str, Any]:
     """Documents, tokens, dtype, SHA-256 of the .bin, and document lengths in tokens.
 
-    The hash is the recorded one where there is a .meta.json, else it is computed. `check` computes it in any
-    case; UserError when the two differ.
+    The hash is the recorded one where there is a .meta.json, else it is computed.
+
+    Args:
+        prefix: of the dataset's files.
+        check: compute the hash in any case.
+
+    Raises:
+        UserError: the computed and the recorded hash differ.
     """
     dataset = IndexedDataset(prefix)
     meta = read_meta(prefix) or {}
@@ -29,7 +36,7 @@ def dataset_info(prefix: Path | str, *, check: bool = False) -> dict[str, Any]:
         raise UserError(
             f"{bin_path(prefix)} has the SHA-256 {sha256}, but {recorded} was recorded when it was "
             "written: it is "
-            "damaged or was replaced. Copy it again or tokenize again."
+            "damaged or was replaced. Copy it again or tokenize again"
         )
     return {
         "prefix": str(prefix),

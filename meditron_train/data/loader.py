@@ -9,9 +9,8 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from meditron_train.data.batch_schedule import BatchSchedule
 from meditron_train.data.packed import GatherJob, PackedBatch, PackedDataset
-from meditron_train.errors import UserError
+from meditron_train.data.packing.batch_schedule import BatchSchedule
 from meditron_train.native.packing import Prefetcher
 
 Step = tuple[int, list[PackedBatch]]
@@ -23,11 +22,13 @@ class StepLoader(Iterator[Step]):
     """Endless iterator of (step, micro-batches of this rank), from `start_step` (the first one given) on.
 
     Micro-batch j of rank r holds the samples first + (j * dp_size + r) * micro_batch_size …, where first is
-    `schedule.samples_before(step)`: all ranks together take the samples of the step once, and which samples
-    a step takes does not depend on dp_size or micro_batch_size. Up to `prefetch` steps are gathered ahead while
-    the caller works on another (0: none); an error is raised by the `next` that asks for its step, and ends the
-    iteration. pin_memory: batches lie in pinned memory, from which a GPU copies while it computes. Close it, or use
-    it as a context manager.
+    `schedule.samples_before(step)`: all ranks together take the samples of the step once, and which samples a
+    step takes does not depend on dp_size or micro_batch_size. An error ends the iteration; it comes from the
+    `next` that asks for its step. Close it, or use it as a context manager.
+
+    Args:
+        prefetch: steps gathered ahead while the caller works on another (0: none).
+        pin_memory: batches lie in pinned memory, from which a GPU copies while it computes.
     """
 
     def __init__(
@@ -42,18 +43,6 @@ class StepLoader(Iterator[Step]):
         *,
         pin_memory: bool = False,
     ) -> None:
-        if micro_batch_size < 1 or not 0 <= dp_rank < dp_size or start_step < 1 or prefetch < 0:
-            raise ValueError(
-                f"micro_batch_size {micro_batch_size}, dp_rank {dp_rank} of {dp_size}, start_step "
-                f"{start_step}, prefetch {prefetch} do not describe a rank's loader"
-            )
-        uneven = [size for size in schedule.batch_sizes if size % (micro_batch_size * dp_size)]
-        if uneven:
-            raise UserError(
-                f"The global batch of {uneven[0]} samples cannot be divided among {dp_size} data-parallel "
-                "ranks in "
-                f"micro-batches of {micro_batch_size}: make it a multiple of {micro_batch_size * dp_size}."
-            )
         self._dataset, self._schedule = dataset, schedule
         self._micro_batch_size, self._dp_rank, self._dp_size = micro_batch_size, dp_rank, dp_size
         self._prefetch, self._pin_memory = prefetch, pin_memory

@@ -23,18 +23,27 @@ def generate_text(
 ) -> str:
     """Continue the prompt until EOS or `max_new_tokens`, and return the continuation alone.
 
-    temperature 0 is greedy; above, tokens are sampled at that temperature from the smallest set whose probability
-    reaches `top_p` (nucleus sampling, Holtzman et al. 2020), the same ones for the same seed on the same machine.
-    UserError for values out of range, an empty prompt without BOS, or a prompt that leaves no room.
+    Args:
+        model: model and tokenizer.
+        prompt: text to continue.
+        max_new_tokens: upper bound.
+        temperature: 0 is greedy; above, tokens are sampled at that temperature.
+        top_p: tokens are sampled from the smallest set whose probability reaches it (nucleus sampling,
+            Holtzman et al. 2020).
+        seed: gives the same tokens on the same machine.
+
+    Raises:
+        UserError: a value is out of range, the prompt is empty and there is no BOS, or the prompt leaves no
+            room.
     """
     check_sampling(max_new_tokens, temperature, top_p, seed)
     ids = model.tokenizer.encode(prompt)
     if not ids:
-        raise UserError("The prompt is empty and the tokenizer adds no BOS: give some text.")
+        raise UserError("the prompt is empty and the tokenizer adds no BOS: give some text")
     room = model.max_num_tokens - len(ids)
     if room < 1:
         raise UserError(
-            f"The prompt has {len(ids)} tokens; the model reads at most {model.max_num_tokens}: shorten it."
+            f"the prompt has {len(ids)} tokens; the model reads at most {model.max_num_tokens}: shorten it"
         )
     ids_BS = torch.tensor([ids], device=model.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -55,17 +64,21 @@ def generate_text(
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
-    """Raise UserError for a value that `generate_text` cannot use."""
+    """Check the values that `generate_text` takes.
+
+    Raises:
+        UserError: one of them cannot be used.
+    """
     if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:  # NaN compares as false
         raise UserError(
-            f"temperature is {temperature}: it must be 0 (greedy) or a finite number from {MIN_TEMPERATURE:g}."
+            f"temperature is {temperature}: it must be 0 (greedy) or a finite number from {MIN_TEMPERATURE:g}"
         )
     if not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}: it must be above 0 and at most 1.")
+        raise UserError(f"top_p is {top_p}: it must be above 0 and at most 1")
     if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1.")
+        raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
     if not 0 <= seed < 2**64:
-        raise UserError(f"seed is {seed}: it must be from 0 to 2^64 - 1.")
+        raise UserError(f"seed is {seed}: it must be from 0 to 2^64 - 1")
 
 
 def _padding_id(model: LanguageModel) -> int:

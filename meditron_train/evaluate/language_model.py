@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 
-from meditron_train.checkpoint.export import export_hf
-from meditron_train.checkpoint.hf_read import is_hf_directory, open_hf_model
-from meditron_train.checkpoint.megatron_read import is_megatron_directory
-from meditron_train.checkpoint.tokenizer_files import has_tokenizer
+from meditron_train.checkpoint.adapters import is_adapter_directory, open_adapter
+from meditron_train.checkpoint.convert.adapters import merge_adapter
+from meditron_train.checkpoint.convert.to_hf import export_hf
+from meditron_train.checkpoint.hf.config import refuse_adapter
+from meditron_train.checkpoint.hf.read import is_hf_directory, open_hf_model
+from meditron_train.checkpoint.sharded.read import is_sharded_directory
 from meditron_train.errors import UserError
+from meditron_train.files import describe_missing_directory
+from meditron_train.tokenizer.files import has_tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,33 +47,66 @@ class LanguageModel:
 def load_language_model(
     directory: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> LanguageModel:
-    """Load a Hugging Face directory. UserError when it is not one, is damaged, or has no tokenizer."""
+    """Load a Hugging Face directory.
+
+    Raises:
+        UserError: it is not one, is damaged, or has no tokenizer.
+    """
     open_hf_model(directory)  # our own messages for missing shards and other architectures
     if not has_tokenizer(directory):
-        raise UserError(f"{directory} has no tokenizer (tokenizer.model or tokenizer.json): copy it there.")
+        raise UserError(f"{directory} has no tokenizer (tokenizer.model or tokenizer.json): copy it there")
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # transformers draws one even for a model of a megabyte
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
-    return LanguageModel(model, AutoTokenizer.from_pretrained(directory))
+    local = {"local_files_only": True, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **local).to(device).eval()
+    return LanguageModel(model, AutoTokenizer.from_pretrained(directory, **local))
 
 
 @contextmanager
 def as_hf_directory(directory: Path) -> Iterator[Path]:
-    """The directory itself if it is a Hugging Face one; a sharded checkpoint exported to a temporary directory.
+    """The directory itself if it is a Hugging Face one; a sharded checkpoint exported to a temporary directory, an
+    adapter merged there into the base that it names.
 
-    UserError when it is neither.
+    Raises:
+        UserError: it is neither.
     """
-    if is_megatron_directory(directory):
+    check_is_model(directory)
+    if is_adapter_directory(directory):
+        base = Path(open_adapter(directory).base or "")
+        with tempfile.TemporaryDirectory(prefix="meditron-merge-") as temporary:
+            hf_directory = Path(temporary) / "hf"
+            merge_adapter(base, directory, hf_directory)
+            yield hf_directory
+    elif is_sharded_directory(directory):
         with tempfile.TemporaryDirectory(prefix="meditron-export-") as temporary:
             hf_directory = Path(temporary) / "hf"
             export_hf(directory, hf_directory)
             yield hf_directory
-    elif is_hf_directory(directory):
-        yield directory
     else:
-        raise UserError(
-            f"{directory} is not a model: it has neither config.json (Hugging Face) nor meta.json (sharded "
-            "checkpoint). Of a training run, give RUN_DIR/hf or RUN_DIR/checkpoints/step_…."
-        )
+        yield directory
+
+
+def check_is_model(directory: Path) -> None:
+    """Find out what is missing before anything that takes long.
+
+    Raises:
+        UserError: it is neither a Hugging Face directory, nor a sharded checkpoint, nor an adapter whose base is here.
+    """
+    if not directory.is_dir():
+        raise UserError(describe_missing_directory(directory))
+    if is_adapter_directory(directory):
+        base = open_adapter(directory).base
+        if base is None or not Path(base).is_dir():
+            raise UserError(
+                f"{directory} is an adapter, and its base {base or '(not named)'} is not on this machine. Merge "
+                f"it first: meditron-train convert merge-adapter BASE {directory} OUT"
+            )
+    elif not is_sharded_directory(directory):
+        refuse_adapter(directory)
+        if not is_hf_directory(directory):
+            raise UserError(
+                f"{directory} is not a model: it has neither config.json (Hugging Face) nor meta.json (sharded "
+                "checkpoint), and it is not a run with a checkpoint"
+            )

@@ -1,4 +1,5 @@
-"""The launcher as its environment variables show it. Nothing is set here, nothing is contacted.
+"""The launcher as its environment variables show it. Nothing is set here, and nothing
+but the resolver of names is asked (`master_address`).
 
 torchrun wins over Slurm, because `srun torchrun` sets both and the inner one started the process.
 """
@@ -11,14 +12,14 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from meditron_train.errors import UserError
 from meditron_train.log import get_logger
 
-log = get_logger(__name__)
+_log = get_logger(__name__)
 
 _FIRST_PORT, _NUM_PORTS = 20000, 12000  # below Linux's ephemeral ports, which start at 32768
 
@@ -41,18 +42,21 @@ class LaunchEnvironment:
 def detect_launcher(environment: Mapping[str, str] | None = None) -> LaunchEnvironment:
     """Read the process's place from `environment` (default: os.environ).
 
-    Raises UserError where variables are missing, are no integers, or contradict each other.
+    Raises:
+        UserError: variables are missing, are not integers, or contradict each other.
     """
     env = os.environ if environment is None else environment
     if "RANK" in env or "LOCAL_RANK" in env:
         return _torchrun(env)
+    _refuse_mpi(env, ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS"))
     if _started_by_srun(env):
         return _slurm(env)
+    _refuse_mpi(env, ("PMI_SIZE", "PMIX_SIZE"))  # srun --mpi sets them too
     num_tasks = env.get("SLURM_NTASKS", "1")
     if "SLURM_JOB_ID" in env and num_tasks != "1":
         # In a batch script SLURM_PROCID and SLURM_NTASKS are set too, but only srun starts the tasks:
-        # believing them here would wait forever for ranks that nobody starts.
-        log.warning(
+        # believing them here would wait forever for ranks that are never started.
+        _log.warning(
             "Slurm job %s has %s tasks, but this process was not started by srun: it runs alone; "
             "write `srun meditron-train train ...` to use all of them",
             env["SLURM_JOB_ID"],
@@ -69,6 +73,32 @@ def detect_launcher(environment: Mapping[str, str] | None = None) -> LaunchEnvir
         hosts=(socket.gethostname(),),
         job_id=env.get("SLURM_JOB_ID"),
     )
+
+
+def master_address(place: LaunchEnvironment) -> str:
+    """MASTER_ADDR, as long as it is a machine's; the loopback where it is this machine's own name, unknown to DNS, and
+    all ranks are here."""
+    try:
+        socket.getaddrinfo(place.master_addr, place.master_port)
+    except socket.gaierror as error:
+        if place.local_world_size == place.world_size:
+            return "127.0.0.1"
+        raise UserError(
+            f"MASTER_ADDR is {place.master_addr}, which {socket.gethostname()} cannot resolve ({error.strerror}): give "
+            "the name or address of rank 0's machine"
+        ) from None
+    return place.master_addr
+
+
+def _refuse_mpi(env: Mapping[str, str], names: Sequence[str]) -> None:
+    """Several processes of mpirun would each train alone, in one run directory."""
+    for name in names:
+        if env.get(name, "1") != "1":
+            raise UserError(
+                f"this process is one of {env[name]} that mpirun started ({name}={env[name]}), which cannot tell the "
+                "ranks where to meet. Start them with `meditron-train train --processes N ...`, torchrun or srun, or "
+                "export RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each"
+            )
 
 
 def slurm_tools() -> dict[str, str | None]:
@@ -103,7 +133,7 @@ def _torchrun(env: Mapping[str, str]) -> LaunchEnvironment:
 
 
 def _started_by_srun(env: Mapping[str, str]) -> bool:
-    """True for a task of a job step. `srun --pty` gives a person a shell, whose programs are no tasks; an
+    """True for a task of a job step. `srun --pty` gives a person a shell, whose programs are not tasks; an
     srun inside that shell inherits SLURM_PTY_PORT but gives its tasks no terminal."""
     is_task = all(name in env for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"))
     return is_task and not ("SLURM_PTY_PORT" in env and _has_terminal())
@@ -146,7 +176,11 @@ def _slurm(env: Mapping[str, str]) -> LaunchEnvironment:
 
 
 def expand_node_list(node_list: str) -> tuple[str, ...]:
-    """Host names of Slurm's short form: "gpu[08-10,12],login" -> gpu08 gpu09 gpu10 gpu12 login."""
+    """Host names of Slurm's short form: "gpu[08-10,12],login" -> gpu08 gpu09 gpu10 gpu12 login.
+
+    Raises:
+        UserError: the list is empty or cannot be read.
+    """
     if node_list.count("[") != node_list.count("]"):
         raise UserError(f"cannot read Slurm's node list {node_list!r}: its brackets do not match")
     hosts: list[str] = []

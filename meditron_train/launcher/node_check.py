@@ -6,11 +6,13 @@ none, the node trains on its CPU and only the rest is checked.
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import importlib.metadata
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,9 +40,36 @@ _HEALTH = {
 _UNKNOWN = ("", "[N/A]", "N/A", "[Not Supported]", "[Unknown Error]")
 
 
+class ProblemKind(enum.StrEnum):
+    """What is wrong, as data: nodes' problems are compared by it, never by their words."""
+
+    DRIVER = "driver"
+    GPU = "gpu"
+    GPU_COUNT = "gpu_count"
+    COMPUTE = "compute"
+    SHARED_MEMORY = "shared_memory"
+    MISSING_FILE = "missing_file"
+    """A file that the configuration names."""
+    DISK_SPACE = "disk_space"
+    NOT_WRITABLE = "not_writable"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: `text` is for people; `subject` tells things of one kind apart (a GPU's index)."""
+
+    kind: ProblemKind
+    text: str
+    subject: str = ""
+
+    def is_like(self, other: Problem) -> bool:
+        """Whether two nodes have the same problem, whatever words and numbers each has for it."""
+        return (self.kind, self.subject) == (other.kind, other.subject)
+
+
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a node tells the others. Problems alone make it unfit; the rest is for comparing nodes.
+    """What a node reports to the others. Problems alone make it unfit; the rest is for comparing nodes.
 
     Attributes:
         problems: what is wrong with the node itself.
@@ -59,11 +88,11 @@ class NodeFacts:
     free_disk_gib: float = 0.0
     shared_memory_gib: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
-    file_problems: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    file_problems: tuple[Problem, ...] = ()
 
     @property
-    def all_problems(self) -> tuple[str, ...]:
+    def all_problems(self) -> tuple[Problem, ...]:
         return self.problems + self.file_problems
 
     def to_json(self) -> dict[str, Any]:
@@ -71,29 +100,35 @@ class NodeFacts:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> NodeFacts:
-        tuples = {name: tuple(values[name]) for name in ("problems", "file_problems")}
+        tuples = {
+            name: tuple(
+                Problem(ProblemKind(one["kind"]), one["text"], one["subject"]) for one in values[name]
+            )
+            for name in ("problems", "file_problems")
+        }
         return cls(**{**values, **tuples})
 
 
 def examine_node(node: str, run_dir: Path, *, num_ranks: int, missing_files: Sequence[str] = ()) -> NodeFacts:
     """Examine this node for a run of `num_ranks` ranks on it that writes to `run_dir`."""
-    problems: list[str] = []
-    file_problems = list(missing_files)
+    problems: list[Problem] = []
+    file_problems = [Problem(ProblemKind.MISSING_FILE, text) for text in missing_files]
     gpus, driver = gpu_health(problems)
     if gpus and len(gpus) < num_ranks:
-        problems.append(f"{num_ranks} ranks are to run here, but there are {len(gpus)} GPUs")
+        text = f"{num_ranks} ranks are to run here, but there are {len(gpus)} GPUs"
+        problems.append(Problem(ProblemKind.GPU_COUNT, text))
     free_disk_gib = _free_gib(run_dir, file_problems)
     shared_memory_gib = shutil.disk_usage("/dev/shm").free / _GIB
     least = _LEAST_SHARED_MEMORY_GIB["gpu" if gpus else "cpu"]
     if shared_memory_gib < least:
-        problems.append(
-            f"{shared_memory_gib * 1024:.0f} MiB of /dev/shm are free, {least * 1024:.0f} are needed"
-        )
+        text = f"{shared_memory_gib * 1024:.0f} MiB of /dev/shm are free, {least * 1024:.0f} are needed"
+        problems.append(Problem(ProblemKind.SHARED_MEMORY, text))
     matmul_tflops, local_bandwidth_gb_s = None, None
     try:
         matmul_tflops, local_bandwidth_gb_s = measure_speed(len(gpus))
     except Exception as error:  # whatever a broken GPU or driver raises
-        problems.append(f"a matrix product failed: {str(error).splitlines()[0]}")
+        text = f"a matrix product failed: {(str(error) or type(error).__name__).splitlines()[0]}"
+        problems.append(Problem(ProblemKind.COMPUTE, text))
     return NodeFacts(
         node=node,
         num_gpus=len(gpus),
@@ -108,7 +143,7 @@ def examine_node(node: str, run_dir: Path, *, num_ranks: int, missing_files: Seq
     )
 
 
-def gpu_health(problems: list[str]) -> tuple[list[str], str | None]:
+def gpu_health(problems: list[Problem]) -> tuple[list[str], str | None]:
     """(names of the GPUs, driver version); what is wrong with one is added to `problems`.
 
     No GPU and no problem where there is no nvidia-smi.
@@ -121,7 +156,7 @@ def gpu_health(problems: list[str]) -> tuple[list[str], str | None]:
         text = _nvidia_smi(f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stdout", None) or str(error)
-        problems.append(f"nvidia-smi failed: {output.strip().splitlines()[0]}")
+        problems.append(Problem(ProblemKind.DRIVER, f"nvidia-smi failed: {output.strip().splitlines()[0]}"))
         return [], None
     names, driver = [], None
     for line in text.splitlines():
@@ -133,9 +168,10 @@ def gpu_health(problems: list[str]) -> tuple[list[str], str | None]:
         for key, (good, meaning) in _HEALTH.items():
             value = values.get(key, "")
             if value not in (good, *_UNKNOWN):
-                problems.append(f"GPU {values['index']}: {meaning} ({key} = {value})")
+                text = f"GPU {values['index']}: {meaning} ({key} = {value})"
+                problems.append(Problem(ProblemKind.GPU, text, f"{values['index']} {key}"))
     if not names:
-        problems.append("nvidia-smi is here but lists no GPU")
+        problems.append(Problem(ProblemKind.DRIVER, "nvidia-smi is here but lists no GPU"))
     return names, driver
 
 
@@ -234,19 +270,20 @@ def code_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-def _free_gib(run_dir: Path, problems: list[str]) -> float:
+def _free_gib(run_dir: Path, problems: list[Problem]) -> float:
     """Free space where `run_dir` is or will be made; a test file proves that this node may write there."""
     path = run_dir
     try:
         while not path.exists() and path != path.parent:
             path = path.parent
         free_gib = shutil.disk_usage(path).free / _GIB
-        if free_gib < _LEAST_DISK_GIB:  # in the same words on all nodes, which may see it change meanwhile
-            problems.append(f"less than {_LEAST_DISK_GIB} GiB of disk are free at {run_dir}")
-        probe = path / f".preflight-{platform.node()}"
-        probe.write_text("can this node write here?\n")
-        probe.unlink()
+        if free_gib < _LEAST_DISK_GIB:
+            text = f"less than {_LEAST_DISK_GIB} GiB of disk are free at {run_dir}"
+            problems.append(Problem(ProblemKind.DISK_SPACE, text))
+        # A name of its own: a job that another job's pre-flight meets on this node must not lose its probe to it.
+        with tempfile.NamedTemporaryFile("w", prefix=f".preflight-{platform.node()}-", dir=path) as probe:
+            probe.write("can this node write here?\n")
     except OSError as error:
-        problems.append(f"cannot write to {path}: {error.strerror}")
+        problems.append(Problem(ProblemKind.NOT_WRITABLE, f"cannot write to {path}: {error.strerror}"))
         return 0.0
     return free_gib

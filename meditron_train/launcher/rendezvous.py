@@ -1,6 +1,6 @@
 """Processes that share work without sending each other tensors: they meet at a key-value store, no process group.
 
-Starting one needs a TCP port and no device; a rank that fails tells the others, and one that dies is noticed by its
+Starting one needs a TCP port and no device; a rank that fails notifies the others, and one that dies is noticed by its
 silence.
 """
 
@@ -15,10 +15,10 @@ from datetime import timedelta
 from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
 
 from meditron_train.errors import MeditronError, UserError
-from meditron_train.launcher.environment import LaunchEnvironment
+from meditron_train.launcher.environment import LaunchEnvironment, master_address
+from meditron_train.launcher.waiting import holds_store, own_part
 
 _POLL_S = 0.05
 _BEAT_S = 5.0
@@ -28,7 +28,10 @@ _FAILED = "failed"
 class Ranks:
     """One process among several; every method but `check` is collective, in the same order on all ranks.
 
-    silence_s: how long a rank may give no sign of life before the others give up.
+    Args:
+        store: shared by all ranks.
+        rank, world_size: place of this process.
+        silence_s: how long a rank may give no sign of life before the others give up.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, silence_s: float = 300.0) -> None:
@@ -38,7 +41,7 @@ class Ranks:
         self._beats: dict[int, tuple[bytes, float]] = {}
 
     def on_first(self, action: Callable[[], Any]) -> None:
-        """`action()` on rank 0 while the others wait; when it raises, all raise."""
+        """`action()` on rank 0 while the others wait; if it fails, all ranks do."""
         if self.rank == 0:
             action()
         self._say("first", 0 if self.rank == 0 else None)
@@ -53,7 +56,11 @@ class Ranks:
         return values
 
     def check(self) -> None:
-        """Raise MeditronError when another rank has failed."""
+        """Check on the other ranks.
+
+        Raises:
+            MeditronError: one of them has failed.
+        """
         try:
             failed = self._store.check([_FAILED])
             failure = json.loads(self._store.get(_FAILED)) if failed else None
@@ -112,9 +119,10 @@ class Ranks:
 
 @contextmanager
 def meet(place: LaunchEnvironment, timeout_s: float = 600.0) -> Iterator[Ranks | None]:
-    """The ranks of a launch, None where there is one process. All leave the block together, or with an error.
+    """The ranks of a launch; None where there is one process. All leave the block together, or with an error.
 
-    Raises MeditronError when they do not all come within `timeout_s`.
+    Raises:
+        MeditronError: they do not all come within `timeout_s`.
     """
     if place.world_size == 1:
         yield None
@@ -144,19 +152,15 @@ def meet(place: LaunchEnvironment, timeout_s: float = 600.0) -> Iterator[Ranks |
 
 def _open_store(place: LaunchEnvironment, timeout_s: float) -> Store:
     try:
-        if place.kind == "torchrun":  # its agent may already hold a store at the address
-            timeout = timedelta(seconds=timeout_s)
-            store, _, _ = next(rendezvous("env://", place.rank, place.world_size, timeout=timeout))
-        else:
-            store = TCPStore(
-                place.master_addr,
-                place.master_port,
-                place.world_size,
-                is_master=place.rank == 0,
-                timeout=timedelta(seconds=timeout_s),
-            )
+        store = TCPStore(
+            master_address(place),
+            place.master_port,
+            place.world_size,
+            is_master=holds_store(place),
+            timeout=timedelta(seconds=timeout_s),
+        )
     except (DistError, RuntimeError, ValueError) as error:
         raise MeditronError(
             f"the {place.world_size} ranks could not meet at {place.master_addr}:{place.master_port}: {error}"
         ) from None
-    return PrefixStore("meditron-train/convert", store)
+    return PrefixStore("meditron-train/convert", own_part(store))

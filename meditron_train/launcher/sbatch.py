@@ -11,12 +11,13 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import meditron_train
 from meditron_train.errors import MeditronError, UserError
+from meditron_train.files import shipped
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 _SBATCH_VARIABLES = tuple(
@@ -57,7 +58,9 @@ class Job:
 def batch_script(job: Job, *, directory: Path, launch_dir: Path) -> str:
     """The text for sbatch; the job runs in `directory`.
 
-    Raises UserError where the time limit cannot be read, or leaves no time to save.
+    Raises:
+        UserError: the time limit cannot be read or leaves no time to save, or a value would not stay on its
+            line of the script.
     """
     if time_limit_s(job.time_limit) <= job.save_time_s:
         raise UserError(
@@ -80,6 +83,8 @@ def batch_script(job: Job, *, directory: Path, launch_dir: Path) -> str:
         "chdir": str(directory),
         "output": "logs/%x-%j.out",
     }
+    words = [str(launch_dir / "train.sbatch"), str(job.config), *job.overrides]
+    _refuse_control_characters(options, words)
     lines = ["#!/usr/bin/env bash"]
     lines += [
         f"#SBATCH --{name}={shlex.quote(value)}" if value else f"#SBATCH --{name}"
@@ -91,9 +96,22 @@ def batch_script(job: Job, *, directory: Path, launch_dir: Path) -> str:
         "set -euo pipefail",
         f"export TRAIN_NODES={job.num_nodes} NPROC_PER_NODE={job.ranks_per_node}",
     ]
-    words = [str(launch_dir / "train.sbatch"), str(job.config), *job.overrides]
     lines.append("exec " + shlex.join(words))
     return "\n".join(lines) + "\n"
+
+
+def _refuse_control_characters(options: Mapping[str, str], words: Sequence[str]) -> None:
+    """Check that no value contains a line break or another control character.
+
+    Slurm reads its options line by line, and what stands on a line of its own is a command.
+
+    Raises:
+        UserError: a value does.
+    """
+    named = [(f"the sbatch option {name}", value) for name, value in options.items()]
+    for what, value in [*named, *(("the command line", word) for word in words)]:
+        if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in value):
+            raise UserError(f"{what} holds a control character: {value!r}. Give a value without line breaks")
 
 
 def submit_commands(job: Job, script: Path) -> list[str]:
@@ -135,11 +153,15 @@ def submit(job: Job, script: Path) -> list[str]:
 
 
 def time_limit_s(text: str) -> int:
-    """Seconds of Slurm's time formats: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    """Seconds of Slurm's time formats: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+
+    Raises:
+        UserError: the text has another form.
+    """
     match = _TIME.fullmatch(text)
     if match is None:
         raise UserError(
-            f"--time {text!r} is no time limit; write hours:minutes:seconds (24:00:00) or days-hours (2-12)"
+            f"--time {text!r} is not a time limit; write hours:minutes:seconds (24:00:00) or days-hours (2-12)"
         )
     fields = [int(field) for field in match["fields"].split(":")]
     if match["days"] is not None:  # from the hours down
@@ -152,22 +174,29 @@ def time_limit_s(text: str) -> int:
 
 
 def find_launch_dir() -> Path:
-    """launch/ of the repository: here, or beside the package. Raises UserError where there is none."""
-    candidates = (Path.cwd() / "launch", Path(meditron_train.__file__).parents[1] / "launch")
+    """launch/ of the working directory, else the one that comes with the program.
+
+    Raises:
+        UserError: it is in neither place.
+    """
+    candidates = (Path.cwd() / "launch", shipped("launch"))
     for candidate in candidates:
         if (candidate / "train.sbatch").is_file():
             return candidate
     raise UserError(
-        f"there is no launch/train.sbatch in {' or '.join(str(c.parent) for c in candidates)}: the launch scripts are "
-        "in the repository, not in the installed package; change into a clone of it"
+        f"there is no train.sbatch in {' or '.join(map(str, candidates))}: `meditron-train launch-scripts launch` "
+        "writes the scripts here"
     )
 
 
 def cluster_environment(launch_dir: Path) -> dict[str, str]:
     """This process's environment as the cluster's settings change it: bash reads them, as it does in the job.
 
-    So a variable that is set already loses, unless the file asks for it (`export X=${X:-...}`), here as there. Raises
-    UserError where CLUSTER_ENV names no file.
+    So a variable that is set already loses, unless the file asks for it (`export X=${X:-...}`), here as
+    there.
+
+    Raises:
+        UserError: CLUSTER_ENV names no file.
     """
     chosen = os.environ.get("CLUSTER_ENV")
     path = Path(chosen or launch_dir / "cluster.env").absolute()
@@ -176,8 +205,10 @@ def cluster_environment(launch_dir: Path) -> dict[str, str]:
             raise UserError(f"CLUSTER_ENV is {chosen}, but there is no such file")
         return dict(os.environ)
     done = subprocess.run(
-        ["bash", "-c", 'source "$1" >&2; env -0', "bash", str(path)], stdout=subprocess.PIPE, check=True
+        ["bash", "-c", 'source "$1" >&2; env -0', "bash", str(path)], stdout=subprocess.PIPE, check=False
     )
+    if done.returncode != 0:
+        raise UserError(f"{path} ended with exit code {done.returncode}; it must only set variables")
     pairs = (pair.partition("=") for pair in os.fsdecode(done.stdout).split("\0") if pair)
     return {name: value for name, _, value in pairs}
 

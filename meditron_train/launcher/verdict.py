@@ -6,18 +6,18 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from meditron_train.launcher.node_check import NodeFacts
+from meditron_train.launcher.node_check import NodeFacts, Problem
 
 # Shares of the median below which a GPU node is bad. A healthy node stays within a few percent; a throttled GPU or a
 # cable that fell back to half its lanes does not. CPUs are shared with others and are never judged by speed.
 _LEAST_MATMUL_SHARE = 0.7
 _LEAST_LINK_SHARE = 0.5
-_LEAST_NODES_FOR_SPEED = 3  # of two, nobody can say which one is wrong
+_LEAST_NODES_FOR_SPEED = 3  # of two, there is no telling which is at fault
 _MOST_CLOCK_SKEW_S = 2.0
 
 
-def problems_of_the_run(facts: Mapping[str, NodeFacts]) -> list[str]:
-    """Problems that all nodes report, in the same words: leaving nodes out would not help.
+def problems_of_the_run(facts: Mapping[str, NodeFacts]) -> list[Problem]:
+    """Problems that all nodes report, as the first one tells them: leaving nodes out would not help.
 
     Where one node alone has answered, they are what it sees of the run's files; the rest may well be its own.
     """
@@ -25,7 +25,9 @@ def problems_of_the_run(facts: Mapping[str, NodeFacts]) -> list[str]:
         return [problem for known in facts.values() for problem in known.file_problems]
     first, *others = facts.values()
     return [
-        problem for problem in first.all_problems if all(problem in other.all_problems for other in others)
+        problem
+        for problem in first.all_problems
+        if all(any(map(problem.is_like, other.all_problems)) for other in others)
     ]
 
 
@@ -43,7 +45,7 @@ def bad_nodes(
     """
     found: dict[str, list[str]] = {node: [] for node in nodes}
     for node in nodes:
-        found[node] += facts[node].all_problems if node in facts else ["no answer"]
+        found[node] += [one.text for one in facts[node].all_problems] if node in facts else ["no answer"]
     answered = [node for node in nodes if node in facts]
     if (
         len(answered) == 1 and len(nodes) > 2

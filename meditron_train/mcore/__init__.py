@@ -11,7 +11,9 @@ import warnings
 from importlib import metadata
 
 from meditron_train.errors import UserError
-from meditron_train.mcore import adam, cpu_redirects, lone_rank, save_errors, writer_queue
+from meditron_train.mcore import adam, cpu_redirects, grad_norm, lone_rank, save_errors, writer_queue
+from meditron_train.mcore.bucket_padding import offsets_without_padding
+from meditron_train.mcore.reading import load_with_reader
 from meditron_train.mcore.save_errors import raise_save_error
 from meditron_train.mcore.writer_queue import end_with_parent_only, forget_results_queue, results_queue
 
@@ -19,7 +21,7 @@ SUPPORTED_VERSIONS = ("0.16",)
 
 
 def check_version(installed: str | None = None) -> str:
-    """Return the installed megatron-core version (or check the one given).
+    """The installed megatron-core version (or the one given), checked.
 
     Raises:
         UserError: megatron-core is missing or its minor version was not tested with this package.
@@ -42,7 +44,7 @@ VERSION = check_version()
 cpu_redirects.apply()
 
 with warnings.catch_warnings():
-    # megatron-core warns at import about each optional accelerator that is absent; `doctor` tells that better.
+    # megatron-core warns at import about each optional accelerator that is absent; `doctor` reports that better.
     warnings.simplefilter("ignore")
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
@@ -57,11 +59,18 @@ with warnings.catch_warnings():
     )
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import (
+        OptimizerConfig,
+        ParamKey,
+        get_megatron_optimizer,
+        get_standard_config_overrides,
+    )
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.layers import (
+        ColumnParallelLinear,
+        RowParallelLinear,
         param_is_not_tensor_parallel_duplicate,
         set_tensor_model_parallel_attributes,
     )
@@ -70,9 +79,14 @@ with warnings.catch_warnings():
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron.core.transformer.utils import is_layer_window_attention
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+    from megatron.core.transformer.utils import (
+        is_layer_window_attention,
+        make_sharded_tensors_for_checkpoint,
+    )
 
 adam.install()
+grad_norm.install()
 lone_rank.install()
 save_errors.install()
 writer_queue.install()
@@ -91,6 +105,7 @@ __all__ = [
     "MLP",
     "VERSION",
     "AsyncCallsQueue",
+    "ColumnParallelLinear",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
     "Float16Module",
@@ -99,12 +114,15 @@ __all__ = [
     "ModuleSpec",
     "OptimizerConfig",
     "PackedSeqParams",
+    "ParamKey",
     "ProcessGroupCollection",
+    "RowParallelLinear",
     "ShardedObject",
     "ShardedTensor",
     "StrictHandling",
     "TransformerBlockSubmodules",
     "TransformerConfig",
+    "TransformerLayer",
     "check_version",
     "dist_checkpointing",
     "end_with_parent_only",
@@ -114,7 +132,11 @@ __all__ = [
     "get_forward_backward_func",
     "get_gpt_layer_local_spec",
     "get_megatron_optimizer",
+    "get_standard_config_overrides",
     "is_layer_window_attention",
+    "load_with_reader",
+    "make_sharded_tensors_for_checkpoint",
+    "offsets_without_padding",
     "parallel_state",
     "param_is_not_shared",
     "param_is_not_tensor_parallel_duplicate",

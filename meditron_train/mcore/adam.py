@@ -51,7 +51,8 @@ class FusedAdamW(torch.optim.Optimizer):
                 if not state:
                     state["exp_avg"] = torch.zeros_like(param)
                     state["exp_avg_sq"] = torch.zeros_like(param)
-            step_count = torch.tensor(float(group["step"]), device=params[0].device)
+            # Filled there: copying a number to a GPU would make the host wait for it.
+            step_count = torch.full((), float(group["step"]), device=params[0].device)
             beta1, beta2 = group["betas"]
             torch._fused_adamw_(
                 params,

@@ -2,7 +2,7 @@
 
 `apply()` must run before the first import of `megatron.core`. Where CUDA is available it does nothing, so
 a GPU run never meets it. Each redirect answers only callers inside `megatron.core`; every other caller
-keeps PyTorch's own behaviour, which on a machine without a GPU is an error.
+keeps PyTorch's own behavior, which on a machine without a GPU is an error.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
+_answer = CPU  # the device that megatron-core is given for CUDA's
+
 # Tensor factories that megatron-core calls with device="cuda" or pin_memory=True.
 FACTORIES = ("tensor", "zeros", "ones", "empty", "empty_like")
 
 
 def _called_from_megatron() -> bool:
-    """Is the caller of the redirected function (two frames up) megatron.core code?"""
+    """Whether the caller of the redirected function (two frames up) is megatron.core code."""
     return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.core")
 
 
@@ -43,7 +45,7 @@ def _redirect_factory(name: str) -> None:
     def make_on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
-            kwargs["device"] = CPU
+            kwargs["device"] = _answer
         kwargs.pop("pin_memory", None)  # pinning needs a CUDA driver
         return original(*args, **kwargs)
 
@@ -52,9 +54,9 @@ def _redirect_factory(name: str) -> None:
 
 def _redirect_devices() -> None:
     """`torch.cuda.current_device()` is where megatron-core puts every tensor it makes."""
-    _redirect(torch.cuda, "current_device", lambda: CPU)
+    _redirect(torch.cuda, "current_device", lambda: _answer)
     _redirect(torch.cuda, "synchronize", lambda *args: None)  # there is no device queue to wait for
-    _redirect(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    _redirect(torch.Tensor, "cuda", lambda self, *args, **kwargs: self.to(_answer))
 
 
 def _redirect_random_state() -> None:
@@ -79,7 +81,8 @@ def _redirect_type_names() -> None:
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return original_type(self, *args, **kwargs)
-        return original_type(self).replace("torch.", "torch.cuda.", 1)
+        name = original_type(self).rpartition(".")[2]
+        return f"torch.cuda.{name}"
 
     _redirect(torch.Tensor, "type", type_name)
 
@@ -104,3 +107,13 @@ def apply() -> None:
     _redirect_type_names()
     for name in FACTORIES:
         _redirect_factory(name)
+
+
+def answer_with(device: torch.device) -> None:
+    """Give megatron-core `device` for CUDA's from now on: the GPU that a trace pretends, whose generator is the CPU's.
+
+    `apply` must have installed the redirects.
+    """
+    global _answer
+    _answer = device
+    torch.cuda.default_generators = {device: torch.default_generator}  # type: ignore[assignment]

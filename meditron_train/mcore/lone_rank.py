@@ -1,4 +1,4 @@
-"""Nothing is exchanged where there is nobody to exchange with.
+"""Nothing is exchanged where there is no other rank.
 
 The distributed optimizer reduce-scatters its gradient buffer and all-gathers its parameter buffer in place. With one
 data-parallel rank that is the identity, but gloo copies the whole buffer each time (5 % of a step on a laptop).

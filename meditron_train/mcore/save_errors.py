@@ -1,7 +1,7 @@
-"""Errors that rank 0 meets while it writes what megatron-core lets it alone write of a checkpoint.
+"""Errors that rank 0 meets while it writes the files of a checkpoint that megatron-core has one rank write.
 
-Each of these files is written between two collectives: an error that left there at once (a full disk) would leave the
-other ranks waiting in the next one. It is kept instead, until all ranks are through.
+Each of these files is written between two collectives: an error that left there at once (a full disk) would
+leave the other ranks waiting in the next one. It is kept instead, until all ranks are through.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _keep_error(write: Callable) -> Callable:
 
 
 def raise_save_error() -> None:
-    """After a save's last collective: raise the first error that was kept in it."""
+    """After a save's last collective: raise the first error that was kept during it."""
     if _kept:
         error = _kept[0]
         _kept.clear()

@@ -1,7 +1,7 @@
 """What stands in megatron-core's `core_attention` slot: RoPE and document-masked attention on packed tokens.
 
-Legend: T local packed tokens, S gathered ones (T·cp), N query heads, K key/value heads (both per tensor-parallel
-rank), D head size.
+Legend: T packed tokens of the whole micro-batch, L tokens of this context-parallel rank (T/cp), N query heads, K
+key/value heads (both per tensor-parallel rank), D head size, C = D/2 channel pairs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from meditron_train.mcore import (
     TransformerConfig,
     is_layer_window_attention,
 )
+from meditron_train.model.lora import DropoutPlace
 from meditron_train.model.rope import cos_sin
 from meditron_train.native import AttentionSpan, Rotation, packed_attention
 
@@ -28,15 +29,20 @@ class PackedSequence(PackedSeqParams):
     """What every layer needs to know of a packed micro-batch; megatron-core hands it through unread.
 
     Attributes:
-        spans: which local queries see which (gathered) keys.
+        spans: which local queries see which keys of the whole micro-batch.
         rotations: how queries and keys of each span turn.
-        gather_index: int64 [S], puts keys gathered rank after rank back in sequence order; None without
+        gather_index: int64 [T], puts keys gathered rank after rank back in sequence order; None without
             context parallelism.
+        key_index: int64 [S], which tokens the keys of the spans are, where some count more than once; None: each
+            token, once.
+        dropout: what the adapters' dropout has to know; None without it.
     """
 
     spans: tuple[AttentionSpan, ...] = ()
     rotations: tuple[Rotation, ...] = ()
     gather_index: torch.Tensor | None = None
+    key_index: torch.Tensor | None = None
+    dropout: DropoutPlace | None = None
 
     @classmethod
     def build(
@@ -48,22 +54,28 @@ class PackedSequence(PackedSeqParams):
         local_index: torch.Tensor | None,
         spans: tuple[AttentionSpan, ...],
         gather_index: torch.Tensor | None,
+        dropout_seed: int | None = None,
     ) -> PackedSequence:
         """From a micro-batch: positions and boundaries of the whole of it, and which of its tokens are local."""
-        cos_SC, sin_SC = cos_sin(model, positions_T, cu_seqlens)
-        rotations = tuple(_rotation_of(span, cos_SC, sin_SC, local_index) for span in spans)
-        return cls(qkv_format="thd", spans=spans, rotations=rotations, gather_index=gather_index)
+        cos_TC, sin_TC = cos_sin(model, positions_T, cu_seqlens)
+        rotations = tuple(_rotation_of(span, cos_TC, sin_TC, local_index) for span in spans)
+        dropout = None
+        if dropout_seed is not None:
+            dropout = DropoutPlace(dropout_seed, positions_T.numel(), local_index)
+        return cls(
+            qkv_format="thd", spans=spans, rotations=rotations, gather_index=gather_index, dropout=dropout
+        )
 
 
 def _rotation_of(
-    span: AttentionSpan, cos_SC: torch.Tensor, sin_SC: torch.Tensor, local_index: torch.Tensor | None
+    span: AttentionSpan, cos_TC: torch.Tensor, sin_TC: torch.Tensor, local_index: torch.Tensor | None
 ) -> Rotation:
     """The tables' rows for the span's keys, and which of them its queries take."""
     keys = slice(span.key_start, span.key_end)
     if local_index is None:
-        return Rotation(cos_SC[keys], sin_SC[keys])
+        return Rotation(cos_TC[keys], sin_TC[keys])
     queries = local_index[span.query_start : span.query_end] - span.key_start
-    return Rotation(cos_SC[keys], sin_SC[keys], q_positions_T=queries)
+    return Rotation(cos_TC[keys], sin_TC[keys], q_positions_T=queries)
 
 
 class PackedAttention(torch.nn.Module):
@@ -102,11 +114,11 @@ class PackedAttention(torch.nn.Module):
         """Gather keys and values over the context-parallel group, rotate and attend.
 
         Args:
-            query: [T, N, D]; key, value: [T, K, D].
+            query: [L, N, D]; key, value: [L, K, D].
             packed_seq_params: the micro-batch's `PackedSequence`; required.
 
         Returns:
-            [T, N·D].
+            [L, N·D].
         """
         packed = packed_seq_params
         assert isinstance(packed, PackedSequence)
@@ -114,6 +126,8 @@ class PackedAttention(torch.nn.Module):
             keys_and_values = _GatherSequence.apply(torch.stack((key, value), dim=1), self.context_group)
             keys_and_values = keys_and_values[packed.gather_index]
             key, value = keys_and_values[:, 0], keys_and_values[:, 1]
+        if packed.key_index is not None:
+            key, value = key[packed.key_index], value[packed.key_index]
         outputs = [
             packed_attention(
                 query[span.query_start : span.query_end],

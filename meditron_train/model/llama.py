@@ -1,8 +1,8 @@
 """Llama and its relatives as a megatron-core GPTModel: RMSNorm, SwiGLU, grouped-query attention, RoPE inside our
 attention.
 
-Legend: B batch (always 1: the micro-batch is packed), T local packed tokens, V padded vocabulary rows per
-tensor-parallel rank.
+Legend: B batch (always 1: the micro-batch is packed), L packed tokens of this context-parallel rank, V padded
+vocabulary rows per tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from meditron_train.config.finetuning import LoraSection
 from meditron_train.config.model_config import ModelConfig
-from meditron_train.layout import ParallelLayout
+from meditron_train.layout import ParallelLayout, split_dim
 from meditron_train.mcore import (
     GPTModel,
     ModuleSpec,
@@ -26,6 +27,7 @@ from meditron_train.mcore import (
 )
 from meditron_train.model.attention import PackedAttention
 from meditron_train.model.cross_entropy import VocabParallelCrossEntropy
+from meditron_train.model.lora import adapt_layer, is_adapter
 from meditron_train.model.mlp import SwigluMLP
 from meditron_train.model.norm import RMSNorm
 
@@ -73,6 +75,7 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        pipeline_model_parallel_layout=_uneven_stages(model, layout),
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence and layout.tensor > 1,
         params_dtype=dtype,
@@ -83,14 +86,27 @@ def transformer_config(
         # The loss is a token sum; gradients are divided once by the global token count, so that every layout
         # computes the same number on masked data.
         calculate_per_token_loss=True,
-        # In an interleaved pipeline of two stages both neighbours are the same rank: batched calls, matched by their
+        # In an interleaved pipeline of two stages both neighbors are the same rank: batched calls, matched by their
         # order, would swap an activation with a gradient of the same shape, silently.
         batch_p2p_comm=on_gpu and layout.virtual_pipeline == 1,
+        # Waiting for each call is enough: torch's batched calls keep their tensors until then. The host need not wait
+        # for the whole device besides, as megatron-core does for the sake of older versions of torch.
+        batch_p2p_sync=False,
         # gloo may still be sending an output when it would be freed.
         deallocate_pipeline_outputs=on_gpu,
         gradient_accumulation_fusion=False,
         **RECOMPUTE[recompute],
     )
+
+
+def _uneven_stages(model: ModelConfig, layout: ParallelLayout) -> list[list[str]] | None:
+    """megatron-core's words for what each stage holds, where the layers do not divide; None where they do."""
+    if model.num_layers % layout.pipeline == 0:
+        return None
+    stages = [["decoder"] * count for count in layout.layer_counts(model.num_layers)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 def _window(model: ModelConfig) -> dict[str, Any]:
@@ -104,9 +120,9 @@ def _window(model: ModelConfig) -> dict[str, Any]:
 class LlamaModel(GPTModel):
     """One pipeline stage's chunk of Llama.
 
-    Called as `model(tokens, None, None, labels=labels, packed_seq_params=packed)` with tokens and labels
-    [1, T] int64 and a `PackedSequence`. Returns fp32 per-token losses [1, T] on the last stage, logits
-    [1, T, V] there (padding included) when labels is None, hidden states [T, 1, H] elsewhere.
+    Called as `model(tokens, None, None, labels=labels, packed_seq_params=packed)` with tokens and labels [1,
+    L] int64 and a `PackedSequence`. The result is fp32 per-token losses [1, L] on the last stage, logits [1,
+    L, V] there (padding included) when labels is None, hidden states [L, 1, H] elsewhere.
     """
 
     def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
@@ -114,10 +130,10 @@ class LlamaModel(GPTModel):
         self.true_vocab_size = true_vocab_size
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy per token over the real vocabulary, fp32 [1, T]; vocabulary padding takes no probability.
+        """Cross-entropy per token over the real vocabulary, fp32 [1, L]; vocabulary padding takes no probability.
 
         Args:
-            labels: [1, T]; logits: [T, 1, V], overwritten by the backward.
+            labels: [1, L]; logits: [L, 1, V], overwritten by the backward.
         """
         group, width = self.pg_collection.tp, logits.shape[-1]
         num_real = min(max(self.true_vocab_size - group.rank() * width, 0), width)
@@ -134,10 +150,19 @@ def build_chunk(
     virtual_rank: int,
     padded_vocab_size: int,
     attention_backend: str = "auto",
+    lora: LoraSection | None = None,
 ) -> LlamaModel:
-    """Build this rank's chunk number `virtual_rank`, its parameters uninitialised, on CPU or the current GPU.
+    """Build this rank's chunk number `virtual_rank`, its parameters uninitialized, on CPU or the current GPU.
 
-    attention_backend: see `meditron_train.native.packed_attention`.
+    Args:
+        config: megatron-core's settings.
+        model: the whole model.
+        layout: sizes of the parallel dimensions.
+        groups: process groups of this rank.
+        pipeline_rank, virtual_rank: which layers.
+        padded_vocab_size: rows of the whole embedding.
+        attention_backend: see `meditron_train.native.packed_attention`.
+        lora: the adapters that it gets, which alone require gradients then.
     """
     last_chunk = layout.virtual_pipeline - 1
     num_layers = len(layout.layers_of(pipeline_rank, virtual_rank, model.num_layers))
@@ -150,6 +175,8 @@ def build_chunk(
     # megatron-core hands the tensor-parallel group only to its own class.
     layer.submodules.mlp = ModuleSpec(SwigluMLP, params={"tp_group": groups.tp}, submodules=mlp.submodules)
     layer.submodules.sharded_state_dict_keys_map = {}  # norms keep their own names instead of Transformer Engine's
+    if lora is not None:
+        adapt_layer(layer, lora, model, layout.tensor)
     chunk = LlamaModel(
         config,
         TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm),
@@ -165,16 +192,40 @@ def build_chunk(
         true_vocab_size=model.vocab_size,
     )
     _mark_split_parameters(chunk)
+    if lora is not None:
+        _freeze_base(chunk, config)
     return chunk
 
 
-def _mark_split_parameters(chunk: LlamaModel) -> None:
-    """Tell megatron-core which parameters tensor parallelism splits: all matrices.
+def global_names(chunk: LlamaModel, first_layer: int) -> dict[str, str]:
+    """Local parameter name → name in the whole model, for a chunk whose layers begin with number `first_layer`: only
+    layer numbers differ."""
+    names = {}
+    for local, _ in chunk.named_parameters():
+        head, layers, rest = local.partition("decoder.layers.")
+        if layers:
+            number, _, rest = rest.partition(".")
+            names[local] = f"{head}{layers}{first_layer + int(number)}.{rest}"
+        else:
+            names[local] = local
+    return names
 
-    It marks them itself only when it initialises them, and takes an unmarked one for a replica whose gradient
+
+def _freeze_base(chunk: LlamaModel, config: TransformerConfig) -> None:
+    """Leave gradients to the adapters."""
+    for name, parameter in chunk.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+    if chunk.pre_process and config.recompute_granularity == "full":
+        # What is computed again has no gradient at all unless one of its inputs wants one.
+        chunk.embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+
+
+def _mark_split_parameters(chunk: LlamaModel) -> None:
+    """Tell megatron-core which matrices tensor parallelism splits: all but a half of each adapter.
+
+    It marks them itself only when it initializes them, and takes an unmarked one for a replica whose gradient
     counts once in the global norm.
     """
     for name, parameter in chunk.named_parameters():
-        if parameter.dim() == 2:
-            split_dim = 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0
-            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=split_dim, stride=1)
+        if parameter.dim() == 2 and (dim := split_dim(name)) is not None:
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)

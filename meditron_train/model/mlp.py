@@ -16,9 +16,8 @@ class SwigluMLP(MLP):
     def forward(
         self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[T, B, H] -> the same shape, and None for the bias that megatron-core's layer would add."""
+        """[L, B, H] -> the same shape, and None for the bias that megatron-core's layer would add."""
         assert per_token_scale is None, "only mixtures of experts scale tokens"
-        gate_and_up, _no_bias = self.linear_fc1(
-            hidden_states
-        )  # gate | up, also within each tensor-parallel rank
+        # gate | up, also within each tensor-parallel rank
+        gate_and_up, _no_bias = self.linear_fc1(hidden_states)
         return self.linear_fc2(swiglu(gate_and_up))

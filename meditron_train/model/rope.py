@@ -1,10 +1,11 @@
 """Rotary position embedding (Su et al. 2021) as Llama uses it, with the scalings of Llama's relatives.
 
-Legend: T packed tokens, D head size, C = D/2 channel pairs.
+Legend: T packed tokens of the whole micro-batch, D head size, C = D/2 channel pairs.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -24,6 +25,12 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     if rope.kind == "llama3":
         return _llama3_frequencies(inv_freq, rope)
     return inv_freq
+
+
+@functools.cache
+def _frequencies_on(device: torch.device, rope: RopeConfig, head_dim: int) -> torch.Tensor:
+    """`inverse_frequencies` on a device, sent there once: a copy for each micro-batch would make the host wait."""
+    return inverse_frequencies(rope, head_dim).to(device)
 
 
 def _base_frequencies(theta: float, head_dim: int) -> torch.Tensor:
@@ -69,6 +76,6 @@ def cos_sin(
             inv_freq = tables.repeat_interleave(lengths.long(), dim=0).to(positions_T.device)
             angle_TC = positions_T[:, None] * inv_freq
             return angle_TC.cos(), angle_TC.sin()
-    inv_freq = inverse_frequencies(model.rope, model.head_dim).to(positions_T.device)
+    inv_freq = _frequencies_on(positions_T.device, model.rope, model.head_dim)
     angle_TC = positions_T[:, None].float() * inv_freq
     return angle_TC.cos(), angle_TC.sin()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from meditron_train.native.backends import BACKENDS, choose_backend
+from meditron_train.native.devices import is_gpu
 from meditron_train.native.problem import Problem, Rotation
 
 __all__ = ["AttentionSpan", "Rotation", "packed_attention"]
@@ -100,16 +101,16 @@ def packed_attention(
         rotation,
         deterministic,
     )
-    wish = _wish(backend, q_TND.device, problem.softmax_scale)
-    chosen = choose_backend(wish, q_TND.device, q_TND.dtype, q_TND.shape[2])
+    request = _requested(backend, q_TND.device, problem.softmax_scale)
+    chosen = choose_backend(request, q_TND.device, q_TND.dtype, q_TND.shape[2])
     if q_TND.shape[0] == 0:  # not every backend takes nothing; the sums of nothing keep k and v in the graph
         return q_TND + k_SKD[:0].sum() + v_SKD[:0].sum()
     return BACKENDS[chosen].attend(problem)
 
 
-def _wish(backend: str, device: torch.device, softmax_scale: float) -> str:
+def _requested(backend: str, device: torch.device, softmax_scale: float) -> str:
     """Fused kernels for GPUs take the largest product for the largest score: true of positive scales only."""
-    return "sdpa" if backend == "auto" and device.type == "cuda" and not softmax_scale > 0 else backend
+    return "sdpa" if backend == "auto" and is_gpu(device) and not softmax_scale > 0 else backend
 
 
 def _check_tensors(q_TND: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor, window: int | None) -> None:

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
+from meditron_train.errors import UserError
 from meditron_train.log import get_logger
 from meditron_train.native import operators, sdpa
+from meditron_train.native.devices import is_gpu
 from meditron_train.native.problem import Problem, Rotation
 
-log = get_logger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ def _native_missing(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
             return f"no kernel for {dtype}"
         takes = head_dim % 16 == 0 and head_dim <= 512
         return None if takes else f"head size {head_dim} is not a multiple of 16 up to 512"
-    if device.type != "cuda":
+    if not is_gpu(device):
         return f"no kernel for {device.type}"
-    if not operators.built_with_cuda():
+    if device.type == "cuda" and not operators.built_with_cuda():
         return "built without CUDA: install with nvcc on PATH and a CUDA build of torch"
     if dtype not in HALF_PRECISION:
         return f"no CUDA kernel for {dtype}"
@@ -50,7 +52,7 @@ def _native_missing(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 
 def _flash_attn_missing(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device.type != "cuda":
+    if not is_gpu(device):
         return "runs on CUDA only"
     if dtype not in HALF_PRECISION:
         return f"does not take {dtype}"
@@ -94,7 +96,7 @@ def _boundaries_on_device(
 
 
 def _transformer_engine_missing(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device.type != "cuda":
+    if not is_gpu(device):
         return "runs on CUDA only"
     if dtype not in HALF_PRECISION:
         return f"does not take {dtype}"
@@ -152,33 +154,33 @@ BACKENDS = {
 
 
 @torch.compiler.assume_constant_result  # whatever is asked and logged, torch.compile keeps only the answer
-def choose_backend(wish: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def choose_backend(request: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """The name of the backend for such tensors; see `_choose_backend`."""
-    return _choose_backend(wish, device, dtype, head_dim)
+    return _choose_backend(request, device, dtype, head_dim)
 
 
 @functools.cache
-def _choose_backend(wish: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def _choose_backend(request: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """The name of the backend for such tensors; the choice is logged once.
 
     Args:
-        wish: "auto" for the first of BACKENDS that can, or a name.
+        request: "auto" for the first of BACKENDS that can, or a name.
 
     Raises:
-        ValueError: an unknown name, or a wished backend that cannot do it, with the reason.
+        ValueError: an unknown name. UserError: a requested backend that cannot do it, with the reason.
     """
-    if wish != "auto":
-        if wish not in BACKENDS:
-            raise ValueError(f"attention backend {wish!r} is not one of auto, {', '.join(BACKENDS)}")
-        reason = why_not(BACKENDS[wish], device, dtype, head_dim)
+    if request != "auto":
+        if request not in BACKENDS:
+            raise ValueError(f"attention backend {request!r} is not one of auto, {', '.join(BACKENDS)}")
+        reason = why_not(BACKENDS[request], device, dtype, head_dim)
         if reason is not None:
-            raise ValueError(f"attention backend {wish!r} cannot be used on {device} with {dtype}: {reason}")
-        return wish
+            raise UserError(f"train.attention: {request!r} cannot be used on {device} with {dtype}: {reason}")
+        return request
     reasons: list[str] = []
     for backend in BACKENDS.values():
         reason = why_not(backend, device, dtype, head_dim)
         if reason is None:
-            log.info(
+            _log.info(
                 "attention on %s, %s, head size %d: %s%s",
                 device,
                 dtype,
@@ -210,7 +212,7 @@ _SELF_TESTS = (
 
 def self_test(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Compare output and gradients on small packings with PyTorch in fp32; what differs, or None."""
-    # The first call may come from an evaluation: its verdict holds for training, too.
+    # The first call may come from an evaluation: its verdict also holds for training.
     with torch.inference_mode(False), torch.enable_grad():
         for cu_seqlens, cu_seqlens_kv, window in _SELF_TESTS:
             reason = _compare_with_pytorch(
@@ -254,7 +256,9 @@ def _compare_with_pytorch(
 
     try:
         results = run(backend.attend, dtype)
-    except Exception as error:  # whatever a foreign kernel raises: it is not used, and the reason is told
+    except (
+        Exception
+    ) as error:  # whatever a third-party kernel raises: it is not used, and the reason is logged
         return f"{type(error).__name__}: {error}"
     for name, got, want in zip(
         ("output", "dq", "dk", "dv"), results, run(sdpa.attend, torch.float32), strict=True

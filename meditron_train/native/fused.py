@@ -79,12 +79,17 @@ def softmax_gradient_(
     grad_T: torch.Tensor,
     num_real: int,
 ) -> None:
-    """Overwrite logits with exp(logit - largest) · scale, less grad at the label's column; 0 from `num_real` on.
-
-    Autograd is told: a backward that still needs the logits raises RuntimeError.
+    """Overwrite logits with exp(logit - largest) · scale, less grad at the label's column; 0 from `num_real`
+    on.
 
     Args:
-        logits_TV: contiguous. column_T: as above. largest_T, scale_T, grad_T: fp32.
+        logits_TV: contiguous.
+        column_T: as above.
+        largest_T, scale_T, grad_T: fp32.
+        num_real: columns that are not padding.
+
+    Raises:
+        RuntimeError: from autograd, when a backward pass still needs the logits.
     """
     if _has_kernel(logits_TV):
         torch.ops.meditron.cross_entropy_backward_(logits_TV, column_T, largest_T, scale_T, grad_T, num_real)

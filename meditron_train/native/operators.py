@@ -42,7 +42,15 @@ def built_with_cuda() -> bool:
 
 
 def attend(problem: Problem, instruction_set: str | None = None) -> torch.Tensor:
-    """Packed attention by our kernels; `instruction_set` is for tests and benchmarks. Returns [T, N, D]."""
+    """Packed attention by our kernels.
+
+    Args:
+        problem: queries, keys, values and documents.
+        instruction_set: for tests and benchmarks.
+
+    Returns:
+        [T, N, D].
+    """
     rotation = problem.rotation
     out_TND, _lse_NT = torch.ops.meditron.packed_attention(
         problem.q_TND,
@@ -79,7 +87,7 @@ def _backward_shapes(
 
 
 def differentiable_once(operator: str) -> None:
-    """Have the gradient of `operator`'s gradient raise: autograd would take it for zero, in silence."""
+    """Make the gradient of `operator`'s gradient an error; autograd would silently take it for zero."""
 
     def refuse(_ctx: Any, *_grads: Any) -> None:
         raise RuntimeError(f"{operator} can be differentiated once")

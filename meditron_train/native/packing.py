@@ -1,7 +1,11 @@
 """The C++ core of data loading: packing, sample order, blending of sources, gathering of tokens.
 
-All functions are deterministic, exact in 64-bit integers, check their input and release the GIL.
-Arrays come and go as numpy arrays; a wrong value raises ValueError, a number out of range IndexError.
+All functions are deterministic, exact in 64-bit integers, check their input and release the GIL. Arrays come
+and go as numpy arrays.
+
+Raises:
+    ValueError: from all functions, for a wrong value.
+    IndexError: from all functions, for a number out of range.
 """
 
 from __future__ import annotations
@@ -45,13 +49,20 @@ def pack_best_fit(
 ) -> tuple[Int64Array, Int64Array]:
     """Pack documents into bins of `capacity` tokens by best-fit decreasing; no document is cut.
 
-    lengths: int [n], each in 0..capacity. Returns (order int64 [n], bin_offsets int64 [bins + 1]): documents
-    `order[bin_offsets[i]:bin_offsets[i + 1]]` go into bin i, longest first. The number of bins is exactly
-    that of best-fit decreasing done one document at a time. Documents of length 0 go into the last bin.
-    num_threads changes the time it takes and nothing else (0: all processors).
+    The number of bins is exactly that of best-fit decreasing done one document at a time. Documents of length
+    0 go into the last bin.
 
     Time O(n) plus O(log) per group of equal bins; at most 11/9 of the optimal number of bins plus a constant
     (Johnson, 1973).
+
+    Args:
+        lengths: int [n], each in 0..capacity.
+        capacity: tokens per bin.
+        num_threads: changes the time and nothing else (0: all processors).
+
+    Returns:
+        (order int64 [n], bin_offsets int64 [bins + 1]): documents `order[bin_offsets[i]:bin_offsets[i + 1]]`
+        go into bin i, longest first.
     """
     return _packing.pack_best_fit(_integers(lengths, "lengths"), capacity, num_threads)
 
@@ -75,9 +86,14 @@ def shuffle_documents(lengths: ArrayLike, documents: ArrayLike, seed: int) -> tu
 def concat_index(lengths: ArrayLike, seq_len: int, *, num_threads: int = 0) -> Int64Array:
     """Cut the stream of documents of these lengths every seq_len tokens.
 
-    lengths: int [documents] in the order of the stream; uint32 and int64 are read as they are. Returns int64
-    [samples + 1, 2] of (position in the stream, token offset in that document); sample i runs from row i to
-    row i + 1, and the last one may be shorter than seq_len.
+    Args:
+        lengths: int [documents] in the order of the stream; uint32 and int64 are read as they are.
+        seq_len: tokens per sample.
+        num_threads: changes the time and nothing else (0: all processors).
+
+    Returns:
+        int64 [samples + 1, 2] of (position in the stream, token offset in that document). Sample i runs from
+        row i to row i + 1; the last one may be shorter than seq_len.
     """
     array = np.asarray(lengths)
     if array.dtype != np.uint32:
@@ -90,7 +106,8 @@ def cut_documents(
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
     """Cut documents longer than seq_len into pieces of seq_len and a rest; empty documents give no piece.
 
-    Returns (document, start, length) of every piece, int64 [pieces] each.
+    Returns:
+        (document, start, length) of every piece, int64 [pieces] each.
     """
     return _packing.cut_documents(_integers(lengths, "lengths"), _integers(documents, "documents"), seq_len)
 
@@ -100,10 +117,17 @@ def blend(
 ) -> tuple[NDArray[np.int32], Int64Array, Int64Array]:
     """Draw the next `count` samples of a blend of sources with integer weights.
 
-    taken: int [sources], how many samples of each source the blend has already drawn (zeros at the start).
-    Returns (source int32 [count], number of the sample within its source int64 [count], taken after them).
     At every prefix of n samples, |taken[s] - n * weights[s] / sum(weights)| < 1 exactly: the earliest
     deadline of proportionate-fair scheduling (Baruah et al., 1996) goes first.
+
+    Args:
+        weights: int [sources].
+        taken: int [sources], how many samples of each source the blend has already drawn (zeros at the
+            start).
+        count: samples to draw.
+
+    Returns:
+        (source int32 [count], number of the sample within its source int64 [count], taken after them).
     """
     return _packing.blend(_integers(weights, "weights"), _integers(taken, "taken"), count)
 
@@ -131,7 +155,7 @@ no such threads: there `take` and `submit` raise RuntimeError, and the object ma
 """
 
 BufferPool = _packing.BufferPool
-"""`take(size)`: uint8 [size] with any content, from memory of arrays that nothing refers to any more."""
+"""`take(size)`: uint8 [size] with any content, reusing the memory of arrays that nothing refers to."""
 
 
 def gather(
@@ -145,15 +169,26 @@ def gather(
     positions: NDArray[np.int32],
     loss_mask: NDArray[np.bool_],
 ) -> tuple[NDArray[np.int32], list[int]]:
-    """Write the samples `samples[i]` of `indexes[which[i]]`, one after the other, into the arrays [samples * seq_len].
+    """Write the samples `samples[i]` of `indexes[which[i]]`, one after the other, into the arrays.
 
-    Labels are the next token of the same document, also beyond the segment's end; where the document ends, label
-    and mask are 0. Positions count from 0 in each segment. Room that is left in a sample becomes one padding
-    segment of zeros. Ids must be below vocab_size (0: no limit) and 2^31, else BadToken is raised and the arrays are
-    incomplete.
+    Labels are the next token of the same document, also beyond the segment's end; where the document ends,
+    label and mask are 0. Positions count from 0 in each segment. Unused room in a sample becomes one padding
+    segment of zeros.
 
-    Returns cu_seqlens of every micro-batch of samples_per_micro_batch samples, int32 one after the other, each from
-    0 to its number of tokens, and the number of entries of each.
+    Args:
+        indexes: the sources.
+        which: source of each sample.
+        samples: number of each sample in its source.
+        samples_per_micro_batch: samples whose segments are counted together.
+        vocab_size: upper bound of the ids (0: no limit).
+        tokens, labels, positions, loss_mask: written, [samples * seq_len] each.
+
+    Returns:
+        cu_seqlens of every micro-batch of samples_per_micro_batch samples, int32 one after the other, each
+        from 0 to its number of tokens, and the number of entries of each.
+
+    Raises:
+        BadToken: an id is not below vocab_size and 2^31; the arrays are incomplete.
     """
     return _packing.gather(
         list(indexes),

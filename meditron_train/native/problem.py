@@ -27,7 +27,11 @@ class Rotation:
     k_positions_S: torch.Tensor | None = None
 
     def check(self, q_TND: torch.Tensor, k_SKD: torch.Tensor) -> None:
-        """Raise ValueError where shapes, dtypes, devices or (on the CPU) positions do not fit."""
+        """Check that shapes, dtypes, devices and (on the CPU) positions fit.
+
+        Raises:
+            ValueError: one of them does not.
+        """
         shape = self.cos_PC.shape
         if shape != self.sin_PC.shape or len(shape) != 2 or 2 * shape[1] != q_TND.shape[2]:
             raise ValueError(

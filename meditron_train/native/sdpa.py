@@ -12,7 +12,14 @@ from meditron_train.native.problem import Problem
 
 
 def attend(problem: Problem) -> torch.Tensor:
-    """Returns [T, N, D]; there is at least one query."""
+    """Packed attention by PyTorch, document by document.
+
+    Args:
+        problem: at least one query.
+
+    Returns:
+        [T, N, D].
+    """
     q_TND, k_SKD = problem.rotated()
     query_lengths, key_lengths = problem.cu_seqlens.diff().tolist(), problem.cu_seqlens_kv.diff().tolist()
     outputs = [

@@ -3,5 +3,16 @@
 from meditron_train.parallel.batch import LocalBatch, PackedTokens, localize
 from meditron_train.parallel.forked import free_port, rejoin
 from meditron_train.parallel.mesh import Mesh, destroy, initialize
+from meditron_train.parallel.pretended import pretend
 
-__all__ = ["LocalBatch", "Mesh", "PackedTokens", "destroy", "free_port", "initialize", "localize", "rejoin"]
+__all__ = [
+    "LocalBatch",
+    "Mesh",
+    "PackedTokens",
+    "destroy",
+    "free_port",
+    "initialize",
+    "localize",
+    "pretend",
+    "rejoin",
+]

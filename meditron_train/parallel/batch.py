@@ -3,11 +3,12 @@
 Every rank reads the micro-batch itself: the files are memory-mapped and shared by the ranks of a node, so that
 reading again costs less than a broadcast. Only context parallelism cuts it.
 
-Legend: T packed tokens of the whole micro-batch, L tokens of this context-parallel rank (T / cp), B = 1.
+Legend: T packed tokens of the whole micro-batch, L tokens of this context-parallel rank (T/cp), B = 1.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,17 +67,15 @@ def localize(
     num_tokens = batch.tokens_T.numel()
     bounds = batch.cu_seqlens.tolist()
     local_index = gather_index = None
-    if context_size == 1:
-        ranges = [(0, num_tokens)]
-    else:
+    ranges = [(0, num_tokens)]
+    if context_size > 1:
         ranges = _chunks(num_tokens, context_rank, context_size)
-        local_index = _indices(ranges)
-        by_rank = torch.cat([_indices(_chunks(num_tokens, r, context_size)) for r in range(context_size)])
-        gather_index = torch.argsort(by_rank).to(device)
+        local_index, gather_index = _index_tables(num_tokens, context_rank, context_size, device)
 
     def local(x_T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        part = x_T if local_index is None else x_T[local_index]
-        return part.to(device, non_blocking=True).to(dtype)[None]  # narrow over the bus, widened there
+        # Whole and narrow over the bus, cut and widened there: what is cut on the host is in pinned memory no more.
+        whole = x_T.to(device, non_blocking=True)
+        return (whole if local_index is None else whole[local_index]).to(dtype)[None]
 
     return LocalBatch(
         tokens_BL=local(batch.tokens_T, torch.int64),
@@ -84,10 +83,21 @@ def localize(
         loss_mask_BL=local(batch.loss_mask_T, torch.float32),
         positions_T=batch.positions_T.to(device, non_blocking=True),
         cu_seqlens=batch.cu_seqlens,
-        local_index=None if local_index is None else local_index.to(device),
+        local_index=local_index,
         spans=_spans(bounds, ranges),
         gather_index=gather_index,
     )
+
+
+@functools.lru_cache(maxsize=4)  # one for training, one for each other length of a micro-batch
+def _index_tables(
+    num_tokens: int, context_rank: int, context_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`local_index` and `gather_index`, sent to the device once: copies make the host wait."""
+    of_ranks = [_indices(_chunks(num_tokens, rank, context_size)) for rank in range(context_size)]
+    local_index = of_ranks[context_rank].to(device)
+    gather_index = torch.argsort(torch.cat(of_ranks)).to(device)
+    return local_index, gather_index
 
 
 def _chunks(num_tokens: int, context_rank: int, context_size: int) -> list[tuple[int, int]]:

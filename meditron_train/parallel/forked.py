@@ -22,7 +22,7 @@ _kept_alive: list[Any] = []  # what the copy inherited; the process ends without
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens on, for rank 0's copy."""
+    """A free port of this host, for rank 0's copy."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
@@ -31,7 +31,8 @@ def free_port() -> int:
 def rejoin(mesh: Mesh, port: int, *, timeout_s: float) -> Mesh:
     """In a forked copy of a rank on the CPU: meet the copies of the other ranks at MASTER_ADDR:`port`.
 
-    Returns the same mesh with gloo groups of the copies; megatron-core's global groups are theirs, too.
+    Returns:
+        The same mesh with gloo groups of the copies; megatron-core's global groups are replaced as well.
     """
     _forget_groups(mesh)
     torch.set_num_threads(1)  # the threads of OpenMP did not come along

@@ -24,7 +24,7 @@ class Links:
 
     Attributes:
         bandwidth_gb_s: all-reduce over all nodes, bus bandwidth in GB/s (2(n-1)/n · bytes/s, as nccl-tests counts).
-        best_pair_gb_s: of each node, the faster of its exchanges with two different neighbours.
+        best_pair_gb_s: of each node, the faster of its exchanges with two different neighbors.
         clock_skew_s: of each node, its clock minus the median clock.
         failure: why the measurement ended early, or None.
     """
@@ -35,12 +35,21 @@ class Links:
     failure: str | None = None
 
 
-def meet(
+def exchange_facts(
     rank: int, world_size: int, address: str, port: int, facts: dict[str, Any], *, fit: bool, timeout_s: float
 ) -> tuple[Any, dict[int, dict[str, Any]], list[int]]:
-    """Exchange facts. Returns (store, facts by rank on rank 0, ranks that go on to `measure_links`).
+    """Exchange the facts of all ranks through rank 0.
 
-    `timeout_s`: on rank 0, how long it waits for all the others together; on these, how long they wait for rank 0.
+    Args:
+        rank, world_size: place of this process.
+        address, port: where rank 0 keeps the table.
+        facts: JSON-ready, of this rank.
+        fit: whether this rank can go on.
+        timeout_s: on rank 0, how long it waits for all the others together; on these, how long they wait for
+            rank 0.
+
+    Returns:
+        (store, facts by rank on rank 0, ranks that go on to `measure_links`).
 
     Raises:
         RuntimeError: the first node, which keeps the table, cannot be reached (torch's own message).
@@ -86,7 +95,10 @@ def _wait_for_server(address: str, port: int, deadline: float) -> None:
 
 
 def measure_links(store: Any, rank: int, members: list[int], *, on_gpu: bool, timeout_s: float) -> Links:
-    """Bandwidth and clocks over the `members`, this rank among them; collective. Never raises for a slow network."""
+    """Bandwidth and clocks over the `members`, this rank among them; collective.
+
+    A network that fails or is too slow is told in the result, not by an exception.
+    """
     if len(members) < 2:
         return Links(None, {}, {})
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
@@ -119,7 +131,7 @@ def measure_links(store: Any, rank: int, members: list[int], *, on_gpu: bool, ti
 
 
 def farewell(store: Any, rank: int, answered: list[int], *, timeout_s: float) -> None:
-    """The first node keeps the table until everybody who has `answered` has read it, unfit nodes too."""
+    """Keep the table on the first node until every rank that has `answered` has read it, unfit ones too."""
     store.set(f"bye/{rank}", "1")
     if rank == 0:
         try:
@@ -152,11 +164,11 @@ def _bandwidth_gb_s(device: torch.device, num_bytes: int, group: Any, size: int,
 
 
 def _best_pairs(place: int, size: int, device: torch.device, num_bytes: int) -> list[float]:
-    """Pairs (0,1)(2,3)…, then (1,2)(3,4)…(last,0): a node slow in both is slow itself, not its neighbour."""
+    """Pairs (0,1)(2,3)…, then (1,2)(3,4)…(last,0): a node slow in both is slow itself, not its neighbor."""
     best = 0.0
     for first in (0, 1):
         pairs = [(i, (i + 1) % size) for i in range(first, size - 1 + first, 2)]
-        groups = [dist.new_group(list(pair)) for pair in pairs]  # everybody makes all of them
+        groups = [dist.new_group(list(pair)) for pair in pairs]  # every rank makes all of them
         for pair, group in zip(pairs, groups, strict=True):
             if place in pair:
                 best = max(best, _bandwidth_gb_s(device, num_bytes, group, 2))

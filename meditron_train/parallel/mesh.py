@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from meditron_train.errors import MeditronError, UserError
+from meditron_train.errors import MeditronError, UserError, cause_of
 from meditron_train.layout import ParallelLayout, RankCoordinates
 from meditron_train.mcore import ProcessGroupCollection, parallel_state, tensor_parallel
+from meditron_train.native.devices import is_gpu
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,12 @@ class Mesh:
 
     @property
     def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
+        return is_gpu(self.device)
+
+    @property
+    def device_name(self) -> str:
+        """As the driver calls it, or "cpu"."""
+        return torch.cuda.get_device_name(self.device) if self.on_gpu else "cpu"
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Sums over all ranks, in float64."""
@@ -62,10 +68,11 @@ class Mesh:
         return box[0]
 
     def on_first_rank(self, action: Callable[[], Any]) -> Any:
-        """`action()` on rank 0; its picklable result on every rank. Its failure is raised on every rank too.
+        """`action()` on rank 0; its picklable result on every rank.
 
         Raises:
-            MeditronError: as `action` raised it; on other ranks also in place of any other exception of rank 0.
+            MeditronError: as of `action`, on every rank. On other ranks also in place of any other exception
+                of rank 0.
         """
         outcome: dict[str, Any] = {}
         failure: Exception | None = None
@@ -75,7 +82,10 @@ class Mesh:
             except MeditronError as error:
                 outcome = {"error": error}
             except Exception as error:
-                failure, outcome = error, {"error": MeditronError(f"rank 0 failed: {error!r}")}
+                failure, outcome = (
+                    error,
+                    {"error": MeditronError(f"rank 0 failed: {error!r}", cause=cause_of(error))},
+                )
         outcome = self.from_first_rank(outcome)
         if failure is not None:
             raise failure
@@ -124,10 +134,12 @@ def initialize(
     device: str = "auto",
     seed: int = 1234,
     timeout_s: int = 1800,
+    store: Any = None,
 ) -> Mesh:
     """Join the run: default group (NCCL on GPUs, gloo on CPUs) and megatron-core's groups.
 
-    Several ranks meet at MASTER_ADDR:MASTER_PORT, as torchrun sets them; a lone process needs neither.
+    Ranks meet at `store`, a torch Store, or without one at MASTER_ADDR:MASTER_PORT, as torchrun sets them. A lone
+    process needs neither.
     """
     torch_device = choose_device(device, local_rank, one_gpu_per_task=one_gpu_per_task)
     if torch_device.type == "cuda":
@@ -137,7 +149,7 @@ def initialize(
             "nccl" if torch_device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout_s),
             device_id=torch_device if torch_device.type == "cuda" else None,
-            store=dist.HashStore() if layout.world_size == 1 else None,  # type: ignore[attr-defined]
+            store=dist.HashStore() if layout.world_size == 1 else store,  # type: ignore[attr-defined]
             rank=rank,
             world_size=layout.world_size,
         )

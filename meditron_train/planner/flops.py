@@ -1,6 +1,6 @@
 """Model FLOPs per token, peak speeds of accelerators, and MFU.
 
-MFU (model FLOPs utilisation) = tokens/s x model FLOPs per token / (peak FLOP/s x accelerators): the work the
+MFU (model FLOPs utilization) = tokens/s x model FLOPs per token / (peak FLOP/s x accelerators): the work the
 model needs, whatever was recomputed, over what the hardware could have done. Published numbers differ by what
 they count, so every number here carries its convention:
 
@@ -25,32 +25,14 @@ Sources: Chowdhery et al. 2022 (arXiv 2204.02311), appendix B; Kaplan et al. 202
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
+from meditron_train.config.finetuning import LoraSection, num_adapter_parameters
 from meditron_train.config.model_config import ModelConfig
+from meditron_train.planner.hardware import HARDWARE
 
 Convention = Literal["parameters", "attention", "causal_attention"]
 DEFAULT_CONVENTION: Convention = "parameters"
-
-
-@dataclass(frozen=True)
-class PeakFlops:
-    """Dense peak FLOP/s of one accelerator, without structured sparsity."""
-
-    bf16: float
-    fp32: float
-    """Plain fp32 on the CUDA cores: torch does not use TF32 for matrix products unless it is told to."""
-
-
-# NVIDIA's data sheets (the tensor-core figures there with a star assume 2:4 sparsity; these are halved):
-# A100 80GB SXM (DA-10031), H100 SXM (2023), H200 SXM (2024).
-PEAK_FLOPS: dict[str, PeakFlops | None] = {
-    "a100-80gb": PeakFlops(bf16=312e12, fp32=19.5e12),
-    "h100-80gb": PeakFlops(bf16=989e12, fp32=67e12),
-    "h200-141gb": PeakFlops(bf16=989e12, fp32=67e12),
-    "cpu": None,  # no honest peak without measuring it: MFU is null
-}
 
 
 def num_matmul_parameters(model: ModelConfig) -> int:
@@ -66,14 +48,28 @@ def attention_flops_per_token(model: ModelConfig, seq_len: int, *, causal: bool)
 
 
 def model_flops_per_token(
-    model: ModelConfig, seq_len: int, convention: Convention = DEFAULT_CONVENTION
+    model: ModelConfig,
+    seq_len: int,
+    convention: Convention = DEFAULT_CONVENTION,
+    lora: LoraSection | None = None,
 ) -> float:
-    """FLOPs the model needs to train on one token (forward and backward, nothing recomputed)."""
+    """FLOPs the model needs to train on one token (forward and backward, nothing recomputed).
+
+    With adapters (`lora`) the model's own matrices have no gradient to be computed: 4 instead of 6 for each parameter
+    of theirs, 6 for each of the adapters.
+
+    Raises:
+        ValueError: seq_len is below 1.
+    """
     if seq_len < 1:
         raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
     if convention == "parameters":
-        return 6.0 * model.num_parameters
-    dense = 6.0 * num_matmul_parameters(model)
+        dense = float(model.num_parameters)
+    else:
+        dense = float(num_matmul_parameters(model))
+    dense = 6 * dense if lora is None else 4 * dense + 6 * num_adapter_parameters(lora, model)
+    if convention == "parameters":
+        return dense
     return dense + attention_flops_per_token(model, seq_len, causal=convention == "causal_attention")
 
 
@@ -85,33 +81,27 @@ def mfu(
     num_gpus: int,
     gpu: str | None,
     precision: Literal["bf16", "fp32"] = "bf16",
-    convention: Convention = DEFAULT_CONVENTION,
+    lora: LoraSection | None = None,
 ) -> float | None:
-    """Model FLOPs utilisation in [0, 1], or None where the peak is unknown (CPU, a GPU not in PEAK_FLOPS).
+    """Model FLOPs utilization in [0, 1], or None where the peak is unknown (a CPU, a GPU not in HARDWARE).
 
     `tokens_per_second` is that of the whole job on `num_gpus` accelerators.
     """
-    peak = PEAK_FLOPS.get(gpu) if gpu is not None else None
-    if peak is None:
+    if gpu == "cpu" or gpu not in HARDWARE:  # no honest peak of a CPU without measuring it
         return None
-    peak_flops = (peak.bf16 if precision == "bf16" else peak.fp32) * num_gpus
-    return tokens_per_second * model_flops_per_token(model, seq_len, convention) / peak_flops
+    peak_flops = HARDWARE[gpu].flops(precision) * num_gpus
+    return tokens_per_second * model_flops_per_token(model, seq_len, lora=lora) / peak_flops
 
 
-def gpu_type(device_name: str, num_bytes: int | None = None) -> str | None:
-    """Key of PEAK_FLOPS for torch.cuda.get_device_name(); None for hardware that is not in the table.
+def gpu_type(device_name: str) -> str | None:
+    """Key of HARDWARE for torch.cuda.get_device_name(); None for hardware that is not in the table.
 
-    `num_bytes` of memory, where known, keeps smaller cards of the same name out (A100-40GB).
     The slower PCIe and NVL cards are not in the table either: a wrong peak would give a wrong MFU.
     """
     words = device_name.upper().replace("-", " ").split()
     if "PCIE" in words or "NVL" in words:
         return None
-    for chip, name, least_gib in (
-        ("H200", "h200-141gb", 130),
-        ("H100", "h100-80gb", 75),
-        ("A100", "a100-80gb", 75),
-    ):
+    for chip, name in (("H200", "h200-141gb"), ("H100", "h100-80gb"), ("A100", "a100-80gb")):
         if chip in words:
-            return name if num_bytes is None or num_bytes >= least_gib * 2**30 else None
+            return name
     return "cpu" if words == ["CPU"] else None

@@ -1,5 +1,8 @@
 """Bytes of memory a training step needs on the fullest GPU, known before a node is taken.
 
+With adapters (`lora`), gradients and optimizer state are those of the adapters alone; activations are counted as
+without them.
+
 What is counted, for one pipeline stage and one tensor-parallel rank (t: tensor, d: data x context, e: bytes of the
 training precision, h: hidden, f: intermediate, N and K: heads and key/value heads, D: head size, V: padded
 vocabulary):
@@ -11,7 +14,8 @@ vocabulary):
 | optimizer   | 12 per parameter in bf16 (fp32 copy, two moments), 8 in fp32; with the distributed optimizer |
 |             | over d                                                                                      |
 | activations | below, times the micro-batches that the pipeline schedule keeps alive                       |
-| logits      | e·V/t per token of one micro-batch, last stage; their gradient takes their place            |
+| logits      | e·V/t per token of one micro-batch, last stage; their gradient takes their place; on a GPU  |
+|             | two fp32 blocks of them besides, of 64 MiB at most                                          |
 | allowance   | 3 GiB (CUDA context, NCCL's buffers, workspaces) and 5 % (fragmentation): no formula        |
 
 Activations of a layer per token of the rank's micro-batch, after Korthikanti et al. 2022 (arXiv 2205.05198, section
@@ -22,42 +26,40 @@ sequence parallelism, else 1:
     norms      2 · (e·h·s + 4)                  their inputs and statistics
     linear in  2 · e·h·s                        inputs of QKV and of gate and up, as sequence parallelism shards them
     attention  e·(N+2K)·D/t + e·(N+K)·D/t       QKV as projected (v is a view of it); q and k once rotated
-               + 2·e·N·D/t + 4·N/t              output, its packed copy, softmax statistics
-    MLP        5·e·f/t                          gate and up, silu(gate), megatron-core's copy of up, their product
+               + e·N·D/t + 4·N/t                output, softmax statistics
+    MLP        4·e·f/t                          gate and up, silu(gate), their product
 
-On the CPU our kernels keep less: attention rotates q and k by itself and its output needs no copy, e·(3N+2K)·D/t +
-4·N/t, of which N is megatron-core's copy of q (none for K = t); SwiGLU keeps its input alone, 3·e·f/t.
+Our own attention (`native`, and always on a CPU) rotates q and k itself: e·(3N+2K)·D/t + 4·N/t, of which N is
+megatron-core's copy of q out of QKV (none for K = t: then it is a view). On a CPU SwiGLU keeps only its input, 3·e·f/t.
 
-Recomputing attention (`selective`) drops rotated q and k, one output and the statistics, and keeps q once more, as it
-was before its rotation (megatron-core copies it out of QKV); `full` keeps e·h·s per layer, and everything above for
-the one layer that is being recomputed. Micro-batches alive on stage p of P with m micro-batches: min(m, P-p); with v
-chunks per stage min(m·v, 2(P-p-1) + (v-1)·P + 1) chunks (Narayanan et al. 2021, arXiv 2104.04473). Each also keeps two
-fp32 rotation tables of D/2 per token.
+Recomputing attention (`selective`) drops rotated q and k and the statistics, and keeps q as it was before its rotation,
+a copy but for K = t; `full` keeps e·h·s per layer, and everything above for the one layer that is being recomputed.
+Context parallelism keeps the keys and values of all ranks unless attention is recomputed. Micro-batches alive on stage
+p of P with m micro-batches: min(m, P-p); with v chunks per stage min(m·v, 2(P-p-1) + (v-1)·P + 1) chunks (Narayanan et
+al. 2021, arXiv 2104.04473). Each also keeps two fp32 rotation tables of D/2 per token. Sequence parallelism gathers its
+inputs in one buffer of e·h per token.
 
-tests/planner/test_memory.py compares these with the bytes that real steps of a tiny model keep, on CPUs; the GPU's
-norms and the allowance have not been measured.
+tests/planner/test_memory.py compares these with the bytes that real steps of a tiny model keep, on CPUs;
+tests/flows/trace/test_presets.py with the traced step on a pretended GPU. The allowance has not been measured.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from meditron_train.config.finetuning import num_adapter_parameters
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.config.schema import Config
 from meditron_train.errors import UserError
 from meditron_train.layout import ParallelLayout
+from meditron_train.planner.checkpoint_size import BYTES_PER_PARAMETER
+from meditron_train.planner.hardware import find_hardware
 
 _GIB = 2**30
-# What torch.cuda.get_device_properties reports, a little less than the name says (80 GB cards: 79.1 to 79.3 GiB).
-GPU_MEMORY_BYTES: dict[str, int] = {
-    "a100-80gb": round(79.1 * _GIB),
-    "h100-80gb": round(79.1 * _GIB),
-    "h200-141gb": round(139.8 * _GIB),
-}
 _ALLOWANCE_BYTES = 3 * _GIB
 _ALLOWANCE_SHARE = 0.05
-_ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 _GRADIENT_BYTES = 4
+_LOGITS_BLOCK = 2**24  # elements that the cross-entropy on a GPU takes at a time, in fp32
 _OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}
 
 
@@ -101,10 +103,12 @@ def fullest_stage(config: Config, model: ModelConfig, layout: ParallelLayout) ->
 
 
 def require_fit(estimate: MemoryEstimate, gpu: str) -> None:
-    """Raise UserError where the estimate is beyond the memory of `gpu`, a key of GPU_MEMORY_BYTES."""
-    if gpu not in GPU_MEMORY_BYTES:
-        raise UserError(f"the memory of {gpu!r} is not known; known are {', '.join(GPU_MEMORY_BYTES)}")
-    available = GPU_MEMORY_BYTES[gpu]
+    """Check that the estimate fits into the memory of `gpu`.
+
+    Raises:
+        UserError: it does not, or the memory is unknown.
+    """
+    available = find_hardware(gpu).memory_bytes
     if estimate.total <= available:
         return
     raise UserError(
@@ -136,20 +140,31 @@ def _estimate(
     shards = layout.data * layout.context if config.parallel.distributed_optimizer else 1
     is_last = stage == layout.pipeline - 1
     tokens = _tokens_per_microbatch(config, layout)
+    num_trained = num_parameters
+    if config.lora is not None:
+        num_trained = num_adapter_parameters(
+            config.lora, model, num_layers=_layers_on(model, layout, stage), tp=layout.tensor
+        )
+        num_parameters += num_trained
     return MemoryEstimate(
         stage=stage,
         num_parameters=num_parameters,
-        weights=_ELEMENT_BYTES[precision] * num_parameters,
-        gradients=_GRADIENT_BYTES * num_parameters,
-        optimizer=_OPTIMIZER_BYTES[precision] * num_parameters // shards,
+        weights=BYTES_PER_PARAMETER[precision] * num_parameters,
+        gradients=_GRADIENT_BYTES * num_trained,
+        optimizer=_OPTIMIZER_BYTES[precision] * num_trained // shards,
         activations=_activations(config, model, layout, stage, on_gpu),
-        logits=_logits(config, model, layout, tokens) if is_last else 0,
+        logits=_logits(config, model, layout, tokens, on_gpu) if is_last else 0,
     )
+
+
+def _layers_on(model: ModelConfig, layout: ParallelLayout, stage: int) -> int:
+    chunks = range(layout.virtual_pipeline)
+    return sum(len(layout.layers_of(stage, chunk, model.num_layers)) for chunk in chunks)
 
 
 def stage_parameters(model: ModelConfig, layout: ParallelLayout, stage: int, vocab_multiple: int) -> int:
     """Parameters that one rank of `stage` holds, vocabulary padding included; norms are on every tensor rank."""
-    num_layers = model.num_layers // layout.pipeline
+    num_layers = _layers_on(model, layout, stage)
     norms = 2 * model.hidden_size
     per_layer = (model.num_layer_parameters - norms) // layout.tensor + norms
     vocabulary = model.padded_vocab_size(layout.tensor, vocab_multiple) // layout.tensor * model.hidden_size
@@ -163,35 +178,45 @@ def _tokens_per_microbatch(config: Config, layout: ParallelLayout) -> int:
     return config.train.seq_len * config.train.micro_batch_size // layout.context
 
 
-def _logits(config: Config, model: ModelConfig, layout: ParallelLayout, tokens: int) -> int:
+def _logits(config: Config, model: ModelConfig, layout: ParallelLayout, tokens: int, on_gpu: bool) -> int:
     columns = model.padded_vocab_size(layout.tensor, config.parallel.vocab_multiple) // layout.tensor
-    element = _ELEMENT_BYTES[config.train.precision]
-    return tokens * columns * element
+    element = BYTES_PER_PARAMETER[config.train.precision]
+    blocks = 2 * 4 * min(tokens * columns, _LOGITS_BLOCK) if on_gpu else 0
+    return tokens * columns * element + blocks
 
 
 def layer_activation_bytes_per_token(
-    model: ModelConfig, layout: ParallelLayout, *, precision: str, recompute: str, on_gpu: bool
+    model: ModelConfig,
+    layout: ParallelLayout,
+    *,
+    precision: str,
+    recompute: str,
+    on_gpu: bool,
+    attends_unrotated: bool = False,
 ) -> float:
-    """What one layer keeps of one token for the backward pass (the table on top of this file)."""
-    element, tensor = _ELEMENT_BYTES[precision], layout.tensor
+    """What one layer keeps of one token for the backward pass (the table on top of this file).
+
+    Args:
+        attends_unrotated: the attention rotates queries and keys itself, as ours does.
+    """
+    element, tensor = BYTES_PER_PARAMETER[precision], layout.tensor
     width = model.hidden_size * _shard(layout)
     if recompute == "full":
         return element * width
     heads, kv_heads = model.num_heads * model.head_dim / tensor, model.num_kv_heads * model.head_dim / tensor
     norms = (element * width + 4) * 2
     linear_inputs = 2 * element * width
-    if not on_gpu:  # our kernels: attention rotates by itself, SwiGLU keeps its input alone
-        copied = heads if model.num_kv_heads > tensor else 0  # of one group of heads, q is a view
-        attention = element * (2 * heads + 2 * kv_heads + copied)
-        if recompute == "none":
-            attention += 4 * model.num_heads / tensor
-        return norms + linear_inputs + attention + 3 * element * model.intermediate_size / tensor
-    attention = element * (heads + 2 * kv_heads) + element * heads
+    copied = heads if model.num_kv_heads > tensor else 0  # of one group of heads, q is a view
+    if layout.context > 1 and recompute == "none":
+        kv_heads *= layout.context  # gathered
     if recompute == "selective":
-        attention += element * heads
+        attention = element * (heads + 2 * kv_heads) + element * copied + element * heads
+    elif attends_unrotated or not on_gpu:
+        attention = element * (2 * heads + 2 * kv_heads + copied) + 4 * model.num_heads / tensor
     else:
-        attention += element * (heads + kv_heads) + element * heads + 4 * model.num_heads / tensor
-    return norms + linear_inputs + attention + 5 * element * model.intermediate_size / tensor
+        attention = element * (3 * heads + 3 * kv_heads) + 4 * model.num_heads / tensor
+    swiglu = (4 if on_gpu else 3) * element * model.intermediate_size / tensor
+    return norms + linear_inputs + attention + swiglu
 
 
 def _shard(layout: ParallelLayout) -> float:
@@ -209,15 +234,20 @@ def microbatches_alive(layout: ParallelLayout, stage: int, num_microbatches: int
 
 
 def _activations(config: Config, model: ModelConfig, layout: ParallelLayout, stage: int, on_gpu: bool) -> int:
-    train, element = config.train, _ELEMENT_BYTES[config.train.precision]
+    train, element = config.train, BYTES_PER_PARAMETER[config.train.precision]
     tokens = _tokens_per_microbatch(config, layout)
     num_microbatches = train.global_batch_size // (train.micro_batch_size * layout.data)
     alive = microbatches_alive(layout, stage, num_microbatches)
-    layers_per_chunk = model.num_layers // (layout.pipeline * layout.virtual_pipeline)
+    layers_per_chunk = len(layout.layers_of(stage, 0, model.num_layers))
     width = model.hidden_size * _shard(layout)
     kept = {
         recompute: layer_activation_bytes_per_token(
-            model, layout, precision=train.precision, recompute=recompute, on_gpu=on_gpu
+            model,
+            layout,
+            precision=train.precision,
+            recompute=recompute,
+            on_gpu=on_gpu,
+            attends_unrotated=train.attention == "native",
         )
         for recompute in (train.recompute, "none")
     }
@@ -225,6 +255,8 @@ def _activations(config: Config, model: ModelConfig, layout: ParallelLayout, sta
     total = alive * per_token * tokens
     if train.recompute == "full":
         total += kept["none"] * tokens
+    if layout.sequence and layout.tensor > 1:  # the buffer in which inputs are gathered
+        total += element * model.hidden_size * tokens
     if stage == layout.pipeline - 1:  # the final norm and the input of the output layer, of one micro-batch
         total += (2 * element * width + 4) * tokens
     return round(total)

@@ -1,19 +1,22 @@
 """Why a run ended, in plain words: from status.json, requeue, the failures of ranks, their logs and heartbeats.
 
-The causes are tried from the most certain to the least: what the run itself said, what its ranks said, what a batch
-system wrote into the logs, and last the silence of a rank that was killed.
+What the run itself and its ranks said carries its cause as data, and such a text is never searched for words.
+Patterns are applied only to what others wrote: CUDA, NCCL, Slurm, the kernel. The causes are tried from the
+most certain to the least, the last being the silence of a rank that was killed.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meditron_train.report.status import read_failures, read_requeue, read_status
+from meditron_train.errors import Cause, UserError
+from meditron_train.files import open_regular, read_json_object
+from meditron_train.report.status import MAX_RANKS, read_failures, read_requeue, read_status
 
 _LAST_BYTES = 64 * 1024  # of each log: how a run ends stands at its end
 
@@ -23,8 +26,8 @@ class Diagnosis:
     """What happened to a run.
 
     Attributes:
-        cause: finished, time_limit, stopped, hang, bit_flip, nan, out_of_memory, disk, data_changed, user_error,
-            failed, crashed, killed, lost_peer, running_or_killed or unknown.
+        cause: a value of `Cause`, or what no process says of itself: finished, killed, lost_peer, running_or_killed or
+            unknown.
         summary: one sentence.
         evidence: where it stands: file names and the words found there.
         advice: what to do.
@@ -39,77 +42,70 @@ class Diagnosis:
 
 
 @dataclass(frozen=True)
-class _Pattern:
-    cause: str
-    regex: re.Pattern[str]
-    summary: str
-    advice: str
+class _Said:
+    """What a file says about the end: its cause where one of our programs wrote it, None for the words of others."""
 
+    source: str
+    text: str
+    cause: Cause | None = None
 
-def _pattern(cause: str, regex: str, summary: str, advice: str) -> _Pattern:
-    return _Pattern(cause, re.compile(regex, re.IGNORECASE), summary, advice)
+    @property
+    def is_foreign(self) -> bool:
+        return _is_foreign(self.cause)
 
 
 _START_AGAIN = "Start the same command again: it continues from the last checkpoint."
+_KILLED = "killed"
 
-# In the order in which they are tried on every text.
-_PATTERNS = (
-    _pattern(
-        "hang",
-        r"\bhang in \w",
+# Cause -> (what happened, what to do). The others have no words but the run's own.
+_EXPLANATIONS: dict[str, tuple[str, str]] = {
+    Cause.HANG: (
         "The run hung: a rank stopped taking part.",
         f"{_START_AGAIN} Leave out a host that is named twice; logs/*.stacks.txt show what each thread did.",
     ),
-    _pattern(
-        "bit_flip",
-        r"copies of the same weights differ",
+    Cause.REPLICAS_DIFFER: (
         "Copies of the weights differed: a bit has flipped in memory or in a processor.",
         f"Have the named host's memory and GPU tested, and leave it out. {_START_AGAIN}",
     ),
-    _pattern(
-        "nan",
-        r"steps in a row were skipped|would be rollback \d+ to",
+    Cause.BAD_STEPS: (
         "The numbers went wrong: too many steps were not finite or anomalous.",
         "Look at the data of these steps (`meditron-train data trace`), lower optimizer.lr, or start from an earlier "
         "checkpoint. Started again unchanged, it ends in the same way.",
     ),
-    _pattern(
-        "data_changed",
-        r"training data has changed|changed since|with another configuration|checkpoint of another model",
+    Cause.CHANGED: (
         "The data, the model or the configuration is not what the run's checkpoints were made with.",
         "Put back what the message names, or give a new logging.run_dir.",
     ),
-    _pattern(
-        "disk",
-        r"the disk is full|no space left|disk quota|read-only file system|input/output error|needs about .* free",
+    Cause.DISK: (
         "The disk is full or fails.",
         f"Free space (lower checkpoint.keep_last?) or repair the file system. {_START_AGAIN}",
     ),
-    _pattern(
-        "out_of_memory",
-        r"out of memory|out-of-memory|oom[-_ ]?kill|can(?:'t|not) allocate memory|does not fit into the memory",
+    Cause.OUT_OF_MEMORY: (
         "Memory ran out.",
         "Lower train.micro_batch_size or train.seq_len, choose train.recompute=full, raise parallel.tensor or "
         "parallel.pipeline, or ask for more host memory.",
     ),
-    _pattern(
-        "time_limit",
-        r"due to time limit|\bSIGUSR1\b",
-        "The time limit of the job came.",
-        _START_AGAIN,
+    Cause.TIME_LIMIT: ("The time limit of the job came.", _START_AGAIN),
+    Cause.TERMINATED: ("The batch system, or a person, ended the run.", _START_AGAIN),
+    Cause.STOP_FILE: ("A person asked the run to stop.", _START_AGAIN),
+    Cause.INTERRUPTED: ("The run was stopped by Ctrl-C.", _START_AGAIN),
+    Cause.DIRECTORY_IN_USE: (
+        "Another run has the directory.",
+        "Wait for it, end it, or give this one its own logging.run_dir.",
     ),
-    _pattern(
-        "stopped",
-        r"due to preemption|\bSIGTERM\b|the file .*stop",
-        "The run was asked to stop.",
-        _START_AGAIN,
-    ),
-    _pattern(
-        "killed",
-        r"node[ _]fail|signal 9|exit(?:ed with)? code:? -9|\bkilled\b",
-        "A process was killed, or its node lost.",
-        _START_AGAIN,
-    ),
+    _KILLED: ("A process was killed, or its node lost.", _START_AGAIN),
+}
+
+# The words of others, in the order in which they are tried on every text.
+_PATTERNS = tuple(
+    (cause, re.compile(regex, re.IGNORECASE))
+    for cause, regex in (
+        (Cause.DISK, r"no space left|disk quota|read-only file system|input/output error"),
+        (Cause.OUT_OF_MEMORY, r"out of memory|out-of-memory|oom[-_ ]?kill|can(?:'t|not) allocate memory"),
+        (Cause.TIME_LIMIT, r"due to time limit"),
+        (Cause.TERMINATED, r"due to preemption"),
+        (_KILLED, r"node[ _]fail|signal 9|exit(?:ed with)? code:? -9|\bkilled\b"),
+    )
 )
 _LOST_PEER = re.compile(
     r"connection (closed|reset|refused)|broken pipe|nccl|gloo|timed out|DistBackend|heartbeat", re.IGNORECASE
@@ -122,71 +118,108 @@ def diagnose(run_dir: Path) -> Diagnosis:
     status, requeue, failures = read_status(run_dir), read_requeue(run_dir), read_failures(run_dir)
     if status is None:
         return _without_status(run_dir)
-    state, wants_requeue = status.get("state"), requeue is not None
+    state = status.get("state")
     where = f"after step {status.get('step')} of {status.get('steps')}"
     if state == "done":
         return Diagnosis(
             "finished", f"The run is finished: all {status.get('steps')} steps are done.", (), "", False
         )
-    said = [("requeue", requeue)] if requeue else []
-    if state in ("stopped", "failed") and not requeue:
-        said.append(("status.json", status.get("reason") or ""))
-    found = _explain(said, where, wants_requeue)
+    if requeue is not None:
+        said = _Said("requeue", requeue.reason, requeue.cause)
+    elif state in ("stopped", "failed"):
+        said = _Said("status.json", status.get("reason") or "", _cause(status))
+    else:
+        return _from_ranks(run_dir, failures, where) or _silent(run_dir, status, failures, where)
+    found = _explain([said], where, requeue is not None)
     if found is not None:
         return found
-    if state in ("stopped", "failed"):
-        cause = "user_error" if status.get("exit_code") == 2 else state
-        advice = "Do what the message says." if state == "failed" else _START_AGAIN
-        text = requeue or status.get("reason") or "no reason is given"
-        return Diagnosis(
-            cause, f"The run {state} {where}: {_first_line(text)}", _quote(said), advice, wants_requeue
-        )
-    return _from_ranks(run_dir, status, failures, where) or _silent(run_dir, status, failures, where)
+    advice = "Do what the message says." if state == "failed" else _START_AGAIN
+    text = _first_line(said.text) or "no reason is given"
+    evidence = (f"{said.source}: {text}",) if said.text else ()
+    cause = said.cause or (Cause.FAILED if state == "failed" else Cause.CRASHED)
+    return Diagnosis(cause.value, f"The run {state} {where}: {text}", evidence, advice, requeue is not None)
 
 
-def _explain(texts: Sequence[tuple[str, str]], where: str, will_requeue: bool) -> Diagnosis | None:
-    """The first pattern that any of the (source, text) shows."""
-    for pattern in _PATTERNS:
-        for source, text in texts:
-            match = pattern.regex.search(text)
-            if match:
-                summary = f"{pattern.summary} It was {where}."
-                return Diagnosis(
-                    pattern.cause,
-                    summary,
-                    (f"{source}: {_line_around(text, match)}",),
-                    pattern.advice,
-                    will_requeue,
-                )
+def _cause(record: dict[str, Any]) -> Cause | None:
+    """The cause in a file of ours: None where it has none, FAILED for one that only a later version knows."""
+    value = record.get("cause")
+    if value is None:
+        return None
+    try:
+        return Cause(str(value))
+    except ValueError:
+        return Cause.FAILED
+
+
+def _is_foreign(cause: Cause | None) -> bool:
+    """Whether the text beside `cause` may be searched for words.
+
+    A text with a cause of ours may not. CRASHED is the exception: it goes with the text of an exception that others
+    wrote (CUDA, NCCL, gloo), which nothing but its words tells apart.
+    """
+    return cause in (None, Cause.CRASHED)
+
+
+def _explain(said: Sequence[_Said], where: str, will_requeue: bool) -> Diagnosis | None:
+    """The first cause that has an explanation, else the first pattern that any text of others shows."""
+    for one in said:
+        if one.cause in _EXPLANATIONS:
+            return _explanation(one.cause, where, f"{one.source}: {_first_line(one.text)}", will_requeue)
+    for cause, regex in _PATTERNS:
+        for one in said:
+            if one.is_foreign and (match := regex.search(one.text)):
+                evidence = f"{one.source}: {_line_around(one.text, match)}"
+                return _explanation(cause, where, evidence, will_requeue)
     return None
 
 
-def _from_ranks(
-    run_dir: Path, status: dict[str, Any], failures: list[dict[str, Any]], where: str
-) -> Diagnosis | None:
+def _explanation(cause: str, where: str, evidence: str, will_requeue: bool) -> Diagnosis:
+    summary, advice = _EXPLANATIONS[cause]
+    name = cause.value if isinstance(cause, Cause) else cause
+    return Diagnosis(name, f"{summary} It was {where}.", (evidence,), advice, will_requeue)
+
+
+def _from_ranks(run_dir: Path, failures: list[dict[str, Any]], where: str) -> Diagnosis | None:
     """From the exceptions that ended ranks, those that only lost a peer last, and from the logs."""
     own = [failure for failure in failures if not _only_lost_a_peer(failure)]
-    texts = [
-        (f"rank {failure['rank']} on host {failure['host']}", f"{failure['kind']}: {failure['message']}")
+    said = [
+        _Said(
+            f"rank {failure['rank']} on host {failure['host']}",
+            f"{failure['kind']}: {failure['message']}",
+            _cause(failure),
+        )
         for failure in own
     ]
-    logs = [(str(path.relative_to(run_dir)), text) for path, text in _log_ends(run_dir)]
-    found = _explain(texts, where, False) or _explain(logs, where, False)
+    ours = [i for i, one in enumerate(said) if not one.is_foreign]
+    if ours and all(said[i].cause not in _EXPLANATIONS for i in ours):  # before any words, the logs' too
+        first, cause = own[ours[0]], said[ours[0]].cause or Cause.FAILED
+        return Diagnosis(
+            cause.value,
+            f"Rank {first['rank']} on host {first['host']} failed {where}: {_first_line(first['message'])}",
+            (_traceback_of(first),),
+            "Do what the message says.",
+            False,
+        )
+    found = _explain(said, where, False) or _explain(_log_ends(run_dir), where, False)
     if found is not None or not own:
         return found
     first = own[0]
     return Diagnosis(
-        "crashed",
-        f"Rank {first['rank']} on host {first['host']} crashed {where}: {_first_line(texts[0][1])}",
-        (f"logs/rank_{first['rank']:05d}.failure.json has the traceback",),
+        Cause.CRASHED.value,
+        f"Rank {first['rank']} on host {first['host']} crashed {where}: {_first_line(said[0].text)}",
+        (_traceback_of(first),),
         f"If it is not a bug, {_START_AGAIN[0].lower()}{_START_AGAIN[1:]}",
         False,
     )
 
 
+def _traceback_of(failure: dict[str, Any]) -> str:
+    return f"logs/rank_{failure['rank']:05d}.failure.json has the traceback"
+
+
 def _silent(run_dir: Path, status: dict[str, Any], failures: list[dict[str, Any]], where: str) -> Diagnosis:
-    """Nobody said anything: who is missing among those who at least lost a peer?"""
-    world_size = int(status.get("world_size") or 1)
+    """No rank reported a cause: which rank is missing among those that lost a peer?"""
+    world_size = min(status.get("world_size") or 1, MAX_RANKS)
     spoke = {failure["rank"] for failure in failures}
     if spoke:
         hosts = _hosts_of_ranks(run_dir)
@@ -197,7 +230,7 @@ def _silent(run_dir: Path, status: dict[str, Any], failures: list[dict[str, Any]
         return Diagnosis(
             "killed" if missing else "lost_peer",
             f"The ranks lost each other {where}; {names} ended without a word: killed from outside (kill -9, or by the "
-            "kernel for want of memory), or its machine or network was lost.",
+            "kernel for lack of memory), or its machine or network was lost.",
             tuple(f"rank {failure['rank']}: {_first_line(failure['message'])}" for failure in failures[:3]),
             f"Look into that host's kernel log (dmesg). {_START_AGAIN}",
             False,
@@ -212,8 +245,7 @@ def _silent(run_dir: Path, status: dict[str, Any], failures: list[dict[str, Any]
 
 
 def _without_status(run_dir: Path) -> Diagnosis:
-    logs = [(str(path.relative_to(run_dir)), text) for path, text in _log_ends(run_dir)]
-    found = _explain(logs, "before it began", False)
+    found = _explain(_log_ends(run_dir), "before it began", False)
     if found is not None:
         return found
     summary = f"There is no status.json in {run_dir}: no run has started here, or it could not write."
@@ -222,32 +254,34 @@ def _without_status(run_dir: Path) -> Diagnosis:
 
 def _only_lost_a_peer(failure: dict[str, Any]) -> bool:
     return (
-        failure["exit_code"] == 1
+        _is_foreign(_cause(failure))
         and _LOST_PEER.search(f"{failure['kind']}: {failure['message']}") is not None
     )
 
 
-def _log_ends(run_dir: Path) -> list[tuple[Path, str]]:
+def _log_ends(run_dir: Path) -> list[_Said]:
     """The ends of all logs, also those that launch scripts put there, the newest first."""
     paths = [path for pattern in ("*.log", "*.out", "*.err") for path in run_dir.glob(f"logs/**/{pattern}")]
     texts = []
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+    for path in paths:
         try:
-            with open(path, "rb") as file:
-                file.seek(max(0, path.stat().st_size - _LAST_BYTES))
-                texts.append((path, file.read().decode(errors="replace")))
-        except OSError:
+            with open_regular(path) as file:
+                status = os.fstat(file.fileno())
+                file.seek(max(0, status.st_size - _LAST_BYTES))
+                text = file.read(_LAST_BYTES).decode(errors="replace")
+                texts.append((status.st_mtime, _Said(str(path.relative_to(run_dir)), text)))
+        except (OSError, ValueError):  # a link to nothing, a pipe
             continue
-    return texts
+    return [said for _, said in sorted(texts, key=lambda text: text[0], reverse=True)]
 
 
 def _hosts_of_ranks(run_dir: Path) -> dict[int, str]:
     hosts = {}
     for path in (run_dir / "heartbeats").glob("rank_*.json"):
         try:
-            beat = json.loads(path.read_text(encoding="utf-8"))
+            beat = read_json_object(path)
             hosts[int(beat["rank"])] = str(beat["host"])
-        except (OSError, ValueError, KeyError):
+        except (UserError, ValueError, KeyError, TypeError, OverflowError):
             continue
     return hosts
 
@@ -260,7 +294,3 @@ def _line_around(text: str, match: re.Match[str]) -> str:
 
 def _first_line(text: str) -> str:
     return text.strip().partition("\n")[0][:400]
-
-
-def _quote(said: Sequence[tuple[str, str]]) -> tuple[str, ...]:
-    return tuple(f"{source}: {_first_line(text)}" for source, text in said if text)

@@ -27,7 +27,11 @@ def encode_line(record: Mapping[str, Any]) -> str:
 
 
 def decode_line(line: str | bytes) -> dict[str, Any]:
-    """The converse of encode_line. Raises ValueError if the line is not one JSON object."""
+    """The inverse of encode_line.
+
+    Raises:
+        ValueError: the line is not one JSON object.
+    """
     record = _decoded(json.loads(line))
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object: {line!r:.80}")

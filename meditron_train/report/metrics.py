@@ -1,27 +1,34 @@
 """The numbers of every step, to metrics.jsonl, TensorBoard and W&B, and as one line for the console.
 
-Keys: step, tokens, loss, lr, grad_norm, param_norm, tokens_per_second, step_time_s, mfu, num_skipped_steps,
-peak_memory_bytes, and validation_loss.NAME on validation steps. metrics.jsonl is the record and never has a
-step twice; TensorBoard and W&B are conveniences: when one fails, it is turned off with one warning and
-training goes on.
+Keys: step, time (seconds since 1970), tokens, loss, lr, grad_norm, param_norm, num_loss_tokens, tokens_per_second,
+step_time_s and its parts (data_time_s, forward_backward_time_s, reduce_time_s, update_time_s), mfu, num_skipped_steps,
+peak_memory_bytes, energy_j (of all GPUs since the previous line, where it is counted), source_tokens.NAME (read so far,
+padding included), and on validation steps validation_loss.NAME and task_accuracy.NAME (a share, 0 to 1). metrics.jsonl
+is the record and never has a step twice; TensorBoard and W&B are conveniences: when one fails, training goes on with
+one warning, and TensorBoard is tried again later.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from meditron_train.log import get_logger
-from meditron_train.report.json_lines import decode_line, encode_line, read_json_lines
+from meditron_train.report.json_lines import decode_line, encode_line
 from meditron_train.report.wandb_run import WandbRun
 
 _log = get_logger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
+_TENSORBOARD_PAUSE_STEPS = 100  # after a failure
 VALIDATION_PREFIX = "validation_loss."
+TASK_PREFIX = "task_accuracy."
+SOURCE_PREFIX = "source_tokens."
 
 
 class MetricsWriter:
@@ -33,20 +40,22 @@ class MetricsWriter:
         *,
         wandb: str,
         wandb_project: str,
+        wandb_name: str | None = None,
+        wandb_tags: Sequence[str] = (),
         tensorboard: bool,
         config: Mapping[str, Any],
         enabled: bool,
-        wandb_name: str | None = None,
         resume_step: int = 0,
     ) -> None:
         """`wandb` is auto, online, offline or disabled; `resume_step` is the step of the checkpoint resumed
         from: later lines are removed, as those steps are done again (all lines when it is 0)."""
         self._file = None
         self._tensorboard = None
+        self._tensorboard_again = math.inf  # the step from which it is opened again
         self._wandb = None
         if not enabled:
             return
-        run_dir = Path(run_dir)
+        self._run_dir = run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_NAME
         num_removed = remove_steps_after(path, resume_step)
@@ -56,9 +65,15 @@ class MetricsWriter:
         self._torn = False
         if tensorboard:
             self._tensorboard = _open_tensorboard(run_dir, resume_step)
+            _write_config(self._tensorboard, config, resume_step)
         if wandb != "disabled":
             self._wandb = WandbRun(
-                run_dir, mode=wandb, project=wandb_project, name=wandb_name or run_dir.name, config=config
+                run_dir,
+                mode=wandb,
+                project=wandb_project,
+                name=wandb_name or run_dir.resolve().name,
+                tags=wandb_tags,
+                config=config,
             )
 
     def write(self, metrics: Mapping[str, Any]) -> None:
@@ -68,22 +83,31 @@ class MetricsWriter:
         step = int(metrics["step"])
         line = encode_line(metrics)
         self._append(line)
+        if step >= self._tensorboard_again:
+            self._tensorboard, self._tensorboard_again = _open_tensorboard(self._run_dir, step - 1), math.inf
         if self._tensorboard is not None:
             try:
                 for key, value in metrics.items():
-                    if key != "step" and value is not None:
+                    if key not in ("step", "time") and value is not None:
                         self._tensorboard.add_scalar(_tensorboard_tag(key), float(value), step)
             except (OSError, ValueError, TypeError) as error:
-                _log.warning("TensorBoard is off from now on, training goes on: %s", error)
-                self._tensorboard = None
+                _log.warning(
+                    "TensorBoard could not be written, training goes on; tried again in %d steps: %s",
+                    *(_TENSORBOARD_PAUSE_STEPS, error),
+                )
+                self._tensorboard, self._tensorboard_again = None, step + _TENSORBOARD_PAUSE_STEPS
         if self._wandb is not None:
             self._wandb.log(line)
 
     def sync(self) -> None:
         """Make metrics.jsonl durable; to be called before a checkpoint is published, so that a machine that
         dies cannot keep the checkpoint and lose the lines before it."""
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             os.fsync(self._file.fileno())
+        except OSError as error:
+            _log.warning("%s may not be durable, training goes on: %s", self._file.name, error)
 
     def close(self) -> None:
         """Flush and close everything; waits for W&B for half a minute at most. A second call does nothing."""
@@ -113,12 +137,6 @@ class MetricsWriter:
         self._torn = not complete
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of RUN_DIR/metrics.jsonl, by ascending step; [] without the file. A torn last line is
-    ignored."""
-    return read_json_lines(Path(run_dir) / METRICS_NAME)
-
-
 def remove_steps_after(path: Path, resume_step: int) -> int:
     """Cut metrics.jsonl after `resume_step` (to nothing for 0), and a torn last line; returns the lines
     removed.
@@ -145,36 +163,51 @@ def remove_steps_after(path: Path, resume_step: int) -> int:
     return len(lines) - num_lines_kept
 
 
-def format_step_line(metrics: Mapping[str, Any], total_steps: int) -> str:
+# 100, less the time and level that stand before it on the console.
+STEP_LINE_COLUMNS = 86
+
+
+def format_step_line(
+    metrics: Mapping[str, Any], total_steps: int, *, mean_step_s: float | None = None
+) -> str:
     """One line for the console; what `metrics` does not hold is left out.
 
-    Example: `step   12/1000 | loss 2.3456 | lr 3.00e-04 | grad norm 1.23 | 12.3k tokens/s | MFU 41.2% | 8.1
-    GiB | left 1:02:03`. The time left takes the last step's time for all that remain.
+    Example: `step   12/1000  loss 2.3456  lr 3.00e-04  grad 1.23  12.3k tokens/s  MFU 41.2%  8.1 GiB  left 1:02:03`.
+    A line that would be wider than STEP_LINE_COLUMNS leaves out memory, MFU, learning rate and gradient norm, in
+    this order; metrics.jsonl has them all the same. Validation losses and accuracies follow, a line for each.
+
+    Args:
+        mean_step_s: seconds that a step takes on average; the time left takes it for all that remain. None: not known.
     """
     step = int(metrics["step"])
-    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
+    parts = {"step": f"step {step:>{len(str(total_steps))}}/{total_steps}"}
     for key, text in (
         ("loss", "loss {:.4f}"),
         ("lr", "lr {:.2e}"),
-        ("grad_norm", "grad norm {:.2f}"),
+        ("grad_norm", "grad {:.2f}"),
     ):
         if metrics.get(key) is not None:
-            parts.append(text.format(metrics[key]))
+            parts[key] = text.format(metrics[key])
     if metrics.get("tokens_per_second") is not None:
-        parts.append(f"{_short_count(metrics['tokens_per_second'])} tokens/s")
+        parts["speed"] = f"{_short_count(metrics['tokens_per_second'])} tokens/s"
     if metrics.get("mfu") is not None:
-        parts.append(f"MFU {100 * metrics['mfu']:.1f}%")
+        parts["mfu"] = f"MFU {100 * metrics['mfu']:.1f}%"
     if metrics.get("peak_memory_bytes") is not None:
-        parts.append(f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB")
+        parts["memory"] = f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB"
     if metrics.get("num_skipped_steps"):
-        parts.append(f"skipped {metrics['num_skipped_steps']}")
+        parts["skipped"] = f"skipped {metrics['num_skipped_steps']}"
+    if mean_step_s is not None and math.isfinite(mean_step_s) and step < total_steps:
+        parts["left"] = f"left {_clock((total_steps - step) * mean_step_s)}"
+    for key in ("memory", "mfu", "lr", "grad_norm"):
+        if len("  ".join(parts.values())) > STEP_LINE_COLUMNS:
+            parts.pop(key, None)
+    lines = ["  ".join(parts.values())]
     for key, value in metrics.items():
         if key.startswith(VALIDATION_PREFIX):
-            parts.append(f"validation {key.removeprefix(VALIDATION_PREFIX)} {value:.4f}")
-    step_time_s = metrics.get("step_time_s")
-    if step_time_s is not None and math.isfinite(step_time_s) and step < total_steps:
-        parts.append(f"left {_clock((total_steps - step) * step_time_s)}")
-    return " | ".join(parts)
+            lines.append(f"validation loss {key.removeprefix(VALIDATION_PREFIX)} {value:.4f}")
+        elif key.startswith(TASK_PREFIX):
+            lines.append(f"{key.removeprefix(TASK_PREFIX)}: {100 * value:.1f} % answered correctly")
+    return "\n  ".join(lines)
 
 
 def _short_count(value: float) -> str:
@@ -188,15 +221,24 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
-    return (f"{days}d " if days else "") + f"{hours}:{minutes:02d}:{seconds:02d}"
+    return f"{days}d {hours}h" if days else f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def _tensorboard_tag(key: str) -> str:
-    return (
-        key.replace(VALIDATION_PREFIX, "validation_loss/")
-        if key.startswith(VALIDATION_PREFIX)
-        else f"train/{key}"
-    )
+    for prefix in (VALIDATION_PREFIX, TASK_PREFIX):
+        if key.startswith(prefix):
+            return f"{prefix.removesuffix('.')}/{key.removeprefix(prefix)}"
+    return f"train/{key}"
+
+
+def _write_config(writer: Any, config: Mapping[str, Any], step: int) -> None:
+    """The configuration as YAML in a block of Markdown, which is what TensorBoard shows of a text."""
+    if writer is None:
+        return
+    try:
+        writer.add_text("config", f"```yaml\n{yaml.safe_dump(dict(config), sort_keys=False)}```", step)
+    except OSError as error:
+        _log.warning("TensorBoard has no configuration: %s", error)
 
 
 def _open_tensorboard(run_dir: Path, resume_step: int) -> Any:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def collect_provenance(
     `launch` is recorded as it is (launcher kind, hosts, world size ...); hosts default to this machine.
     """
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "config_sha256": config_hash(config),
         "git": _git_state(Path(meditron_train.__file__).resolve().parent),
         "versions": {"meditron-train": meditron_train.__version__, **_package_versions()},
@@ -81,7 +81,7 @@ def _package_versions() -> dict[str, str]:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # optional, and its absence is told by its missing key
+            continue  # optional, and a missing key shows its absence
     return versions
 
 
@@ -94,9 +94,8 @@ def _git_state(directory: Path) -> dict[str, Any] | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", "__init__.py"
-        )  # a virtual environment may lie inside another repository
+        # A virtual environment may lie inside another repository.
+        git("ls-files", "--error-unmatch", "__init__.py")
         return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return None

@@ -20,7 +20,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,7 +37,9 @@ _DEFAULT_BASE_URL = "https://api.wandb.ai"
 class WandbRun:
     """The trainer's end. Every method returns at once, except close() which waits `timeout_s` at most."""
 
-    def __init__(self, run_dir: Path, *, mode: str, project: str, name: str, config: Mapping) -> None:
+    def __init__(
+        self, run_dir: Path, *, mode: str, project: str, name: str, tags: Sequence[str], config: Mapping
+    ) -> None:
         """`mode` is "auto", "online" or "offline"; the run's id is kept in RUN_DIR/wandb/run_id across
         resumes."""
         self._pending = b""
@@ -51,7 +53,8 @@ class WandbRun:
             directory = run_dir / "wandb"
             directory.mkdir(parents=True, exist_ok=True)
             self._log_file.parent.mkdir(exist_ok=True)
-            settings = {"mode": mode, "project": project, "name": name, "id": _run_id(directory / "run_id")}
+            settings = {"mode": mode, "project": project, "name": name, "tags": list(tags)}
+            settings["id"] = _run_id(directory / "run_id")
             settings_file = directory / "settings.json"
             settings_file.write_text(
                 json.dumps({**settings, "dir": str(run_dir), "config": config}, default=str)
@@ -189,7 +192,7 @@ def _has_netrc_entry(host: str, environment: Mapping[str, str]) -> bool:
 
 
 def _main(settings_file: Path) -> None:
-    for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+    for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(signal_number, signal.SIG_IGN)  # the end of the pipe is the only sign to stop
     import wandb
 

@@ -1,6 +1,7 @@
-"""The model, its gradients and its optimizer on one rank: one object that takes steps.
+"""The model, its gradients and its optimizer on one rank: gradients of a global batch, and the update.
 
-It knows nothing of files, schedules, logs or signals; `loop.py` composes those.
+It knows nothing of files, schedules, logs or signals. `guard/step.py` makes a step of the two halves, `loop.py` a run
+of the steps; `engine_state.py` is what a checkpoint takes and gives.
 """
 
 from __future__ import annotations
@@ -8,42 +9,57 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
-from meditron_train.checkpoint.hf_map import TensorSource, rank_slice, tensor_specs
-from meditron_train.checkpoint.sharded import STATE_METADATA, without_extra_state
+from meditron_train.checkpoint.tensor_map import TensorSource, fill_parameters
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.config.schema import Config
-from meditron_train.data.packed import PackedBatch
 from meditron_train.mcore import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     Float16Module,
     OptimizerConfig,
+    ParamKey,
     finalize_model_grads,
     get_forward_backward_func,
     get_megatron_optimizer,
+    get_standard_config_overrides,
     param_is_not_shared,
     param_is_not_tensor_parallel_duplicate,
 )
-from meditron_train.model import LlamaModel, PackedSequence, build_chunk, transformer_config
+from meditron_train.model import (
+    LlamaModel,
+    ModelOnRanks,
+    PackedSequence,
+    build_chunk,
+    global_names,
+    transformer_config,
+)
+from meditron_train.model.lora import is_adapter
 from meditron_train.parallel import LocalBatch, Mesh, PackedTokens, localize
+from meditron_train.train.adapters import dropout_seeds, start_adapters
+from meditron_train.train.freezing import is_frozen
+from meditron_train.train.stopwatch import Stopwatch
+
+_FROZEN_MARK = "meditron_frozen"
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one global batch gave, the same numbers on every rank, to the bit.
+    """What one global batch gave, bit-identical on every rank.
 
     Attributes:
-        loss: mean cross-entropy over the labels that count, in nats.
+        loss: mean cross-entropy over the labels that count, by their weights, in nats; 0 where none does.
         num_loss_tokens: labels that count in the global batch.
         grad_norm: global L2 norm before clipping.
         own_seconds: what this rank took before it met the others to add up gradients (differs between ranks).
+        reduce_seconds: from then until the gradients and their norm were known, waiting for others included.
         skipped: no weight was changed.
     """
 
@@ -51,6 +67,7 @@ class StepResult:
     num_loss_tokens: int
     grad_norm: float
     own_seconds: float
+    reduce_seconds: float = 0.0
     skipped: bool = False
 
     @property
@@ -64,7 +81,7 @@ class Engine:
     Args:
         model: the architecture; its vocabulary is padded in memory only.
         source: where the initial weights come from, under Hugging Face names; each rank reads its own slices.
-            None leaves them uninitialised, for a checkpoint to fill.
+            None leaves them uninitialized, for a checkpoint to fill.
     """
 
     def __init__(self, config: Config, model: ModelConfig, mesh: Mesh, source: TensorSource | None) -> None:
@@ -79,9 +96,13 @@ class Engine:
         ]
         if source is not None:
             self.load_weights(source)
+        if config.lora is not None:
+            for virtual_rank, chunk in enumerate(self.chunks):
+                start_adapters(chunk, self.global_names(virtual_rank), config.train.seed, self.mesh.groups.tp)
+        self.frozen = self._mark_frozen()
         self.ddp_chunks = self._wrap(self.chunks)
         self.optimizer = self._build_optimizer()
-        self._stopwatch = Stopwatch(mesh.device)
+        self._stopwatch, self._update_stopwatch = Stopwatch(mesh.device), Stopwatch(mesh.device)
         self._connect_schedule()
 
     # ---- construction -------------------------------------------------------------------------------------------
@@ -96,42 +117,42 @@ class Engine:
             virtual_rank=virtual_rank,
             padded_vocab_size=self.padded_vocab_size,
             attention_backend=self.config.train.attention,
+            lora=self.config.lora,
         )
         return chunk.to(self.mesh.device)
 
     def global_names(self, virtual_rank: int) -> dict[str, str]:
         """Local parameter name → name in the whole model, for one chunk: only layer numbers differ."""
-        first_layer = self.mesh.layout.layers_of(
-            self.mesh.at.pipeline, virtual_rank, self.model.num_layers
-        ).start
-        names = {}
-        for local, _ in self.chunks[virtual_rank].named_parameters():
-            head, layers, rest = local.partition("decoder.layers.")
-            if layers:
-                number, _, rest = rest.partition(".")
-                names[local] = f"{head}{layers}{first_layer + int(number)}.{rest}"
-            else:
-                names[local] = local
-        return names
+        layers = self.mesh.layout.layers_of(self.mesh.at.pipeline, virtual_rank, self.model.num_layers)
+        return global_names(self.chunks[virtual_rank], layers.start)
 
-    @torch.no_grad()
     def load_weights(self, source: TensorSource) -> None:
         """Fill the parameters from a source under Hugging Face names, reading only what this rank holds."""
-        specs = {spec.name: spec for spec in tensor_specs(self.model)}
+        for virtual_rank, chunk in enumerate(self.chunks):
+            parameters, names = dict(chunk.named_parameters()), self.global_names(virtual_rank)
+            fill_parameters(
+                {name: parameters[local] for local, name in names.items() if not is_adapter(name)},
+                self.model,
+                source,
+                tp_rank=self.mesh.at.tensor,
+                tp_size=self.mesh.layout.tensor,
+                padded_vocab_size=self.padded_vocab_size,
+            )
+
+    def _mark_frozen(self) -> list[torch.nn.Parameter]:
+        """The parameters that `train.freeze` names, marked for the optimizer: their rate and decay are 0.
+
+        They still require a gradient, which `compute_gradients` sets to zero: so that no stage is without a backward
+        pass, and every layout has the same optimizer state.
+        """
+        freeze, frozen = self.config.train.freeze, []
         for virtual_rank, chunk in enumerate(self.chunks):
             parameters = dict(chunk.named_parameters())
             for local, name in self.global_names(virtual_rank).items():
-                if name == "output_layer.weight" and self.model.tie_embeddings:
-                    name = "embedding.word_embeddings.weight"  # the last stage's copy of it
-                spec = specs[name]
-                value = rank_slice(
-                    spec,
-                    source,
-                    tp_rank=self.mesh.at.tensor,
-                    tp_size=self.mesh.layout.tensor,
-                    padded_vocab_size=self.padded_vocab_size,
-                )
-                parameters[local].copy_(value)
+                if is_frozen(name, freeze, tie_embeddings=self.model.tie_embeddings):
+                    setattr(parameters[local], _FROZEN_MARK, True)
+                    frozen.append(parameters[local])
+        return frozen
 
     def _wrap(self, chunks: list[LlamaModel]) -> list[DistributedDataParallel]:
         parallel = self.config.parallel
@@ -155,22 +176,27 @@ class Engine:
 
     def _build_optimizer(self) -> Any:
         settings = self.config.optimizer
+        optimizer_config = OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            bf16=self.dtype == torch.bfloat16,
+            params_dtype=self.dtype,
+            use_distributed_optimizer=self.config.parallel.distributed_optimizer,
+            overlap_param_gather=self.config.parallel.overlap_param_gather,
+        )
+        overrides = get_standard_config_overrides(optimizer_config)
+        if self.config.train.freeze.freezes_anything:
+            overrides[ParamKey(attr=_FROZEN_MARK)] = {"lr_mult": 0.0, "wd_mult": 0.0}
         return get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=settings.lr,
-                min_lr=settings.min_lr,
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.betas[0],
-                adam_beta2=settings.betas[1],
-                adam_eps=settings.eps,
-                clip_grad=settings.clip_grad,
-                bf16=self.dtype == torch.bfloat16,
-                params_dtype=self.dtype,
-                use_distributed_optimizer=self.config.parallel.distributed_optimizer,
-                overlap_param_gather=self.config.parallel.overlap_param_gather,
-            ),
+            optimizer_config,
             self.ddp_chunks,
+            config_overrides=overrides,
             use_gloo_process_groups=False,
         )
 
@@ -178,6 +204,7 @@ class Engine:
         """Tell megatron-core's forward-backward schedules how gradients are scaled, held back and reduced."""
         schedule, several = self.transformer_config, len(self.ddp_chunks) > 1
         schedule.finalize_model_grads_func = self._finalize_grads
+        self._loss_weight = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         schedule.grad_scale_func = self.optimizer.scale_loss
         per_chunk = {"no_sync_func": [chunk.no_sync for chunk in self.ddp_chunks]}
         if self.config.parallel.overlap_grad_reduce:
@@ -189,132 +216,86 @@ class Engine:
             if several or name == "no_sync_func":
                 setattr(schedule, name, functions if several else functions[0])
 
-    # ---- checkpoints --------------------------------------------------------------------------------------------
-
-    def sharded_state(self, *, with_optimizer: bool, is_loading: bool) -> dict[str, Any]:
-        """This rank's part of the model's (and optimizer's) state, as megatron-core's checkpoints describe it.
-
-        Collective; before saving, `gather_params` comes first.
-        """
-        models = {
-            f"model{virtual_rank}": without_extra_state(chunk.sharded_state_dict(metadata=STATE_METADATA))
-            for virtual_rank, chunk in enumerate(self.chunks)
-        }
-        state: dict[str, Any] = dict(models)
-        if with_optimizer:
-            of_optimizer = models if len(models) > 1 else models["model0"]
-            state["optimizer"] = self.optimizer.sharded_state_dict(
-                of_optimizer, is_loading=is_loading, metadata=STATE_METADATA
-            )
-        return state
-
-    def gather_params(self) -> None:
-        """Make the parameters whole; collective.
-
-        With overlap_param_gather the last update reaches a rank's parameters only when they are next used.
-        """
-        if self.config.parallel.overlap_param_gather:
-            for ddp_chunk in self.ddp_chunks:
-                ddp_chunk.start_param_sync(force_sync=True)
-
-    def local_state(self) -> dict[str, Any]:
-        """All tensors that this rank trains with, and the settings of its optimizers: views, nothing is copied.
-
-        Enough to continue on the same rank of the same layout. `load_local_state` takes the same structure.
-        """
-        optimizers = [optimizer.optimizer for optimizer in self.optimizer.chained_optimizers]
-        tensors = [parameter.data for chunk in self.chunks for parameter in chunk.parameters()]
-        for optimizer in optimizers:
-            for master in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-                tensors.append(master.data)
-                tensors += [optimizer.state[master][name] for name in sorted(optimizer.state[master])]
-        groups = [
-            [{name: value for name, value in group.items() if name != "params"} for group in o.param_groups]
-            for o in optimizers
-        ]
-        return {"tensors": tensors, "groups": groups}
-
-    @torch.no_grad()
-    def load_local_state(self, state: dict[str, Any]) -> None:
-        """Take over a `local_state`; the optimizer's state must be allocated, as `dry_run` does."""
-        for ours, theirs in zip(self.local_state()["tensors"], state["tensors"], strict=True):
-            ours.copy_(theirs)
-        for optimizer, groups in zip(self.optimizer.chained_optimizers, state["groups"], strict=True):
-            for ours, theirs in zip(optimizer.optimizer.param_groups, groups, strict=True):
-                ours.update(theirs)
-
-    def rejoin(self, mesh: Mesh) -> None:
-        """In a forked copy of this rank: let what saving needs talk through the groups of `mesh`."""
-        self.mesh = mesh
-        for optimizer in self.optimizer.chained_optimizers:
-            if self.config.parallel.distributed_optimizer:
-                optimizer.data_parallel_group = mesh.groups.dp_cp
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `load_sharded` read into `sharded_state(is_loading=True)`."""
-        for virtual_rank, chunk in enumerate(self.chunks):
-            result = chunk.load_state_dict(state[f"model{virtual_rank}"], strict=False)
-            missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
-            assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
-        if "optimizer" in state:
-            self.optimizer.load_state_dict(state["optimizer"])
-        else:
-            self.optimizer.reload_model_params()  # the master weights follow the loaded ones
-
     # ---- steps --------------------------------------------------------------------------------------------------
 
-    def train_step(self, batches: Sequence[PackedTokens], lr: float) -> StepResult:
-        """Gradients of a global batch, and one update at rate `lr` if they are finite."""
-        result = self.compute_gradients(batches)
-        if result.is_finite:
-            self.update(result.grad_norm, lr)
-            return result
-        return replace(result, skipped=True)
-
-    def compute_gradients(self, batches: Sequence[PackedTokens]) -> StepResult:
+    def compute_gradients(self, batches: Sequence[PackedTokens], step: int = 0) -> StepResult:
         """Forward and backward over this rank's micro-batches of a global batch; changes no weight.
 
-        Gradients are of the mean loss over all labels that count in the global batch, whatever the layout.
+        Gradients are of the mean loss over all labels that count in the global batch, by their weights, whatever the
+        layout.
         """
         for ddp_chunk in self.ddp_chunks:
             ddp_chunk.train()
-            ddp_chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self.zero_gradients()
+        start = time.monotonic()
         self._stopwatch.start()
-        loss, num_loss_tokens = self._forward_backward(batches, forward_only=False)
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        with record_function("forward-backward"):
+            loss, _, num_loss_tokens = self.forward_backward(batches, forward_only=False, step=step)
+        for parameter in self.frozen:
+            parameter.main_grad.zero_()  # type: ignore[attr-defined]
+        with record_function("reduce"):
+            self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())
         # Both are sums over all ranks that hold them. Still one rank may have been given other numbers, and all must
         # decide alike: the largest counts, and what is not a number is larger than all.
         worst = self.mesh.max_over_ranks([x if math.isfinite(x) else math.inf for x in (loss, grad_norm)])
         loss, grad_norm = (
             x if not math.isfinite(x) else y for x, y in zip((loss, grad_norm), worst, strict=True)
         )
-        return StepResult(loss, num_loss_tokens, grad_norm, self._stopwatch.seconds())
+        own_seconds = self._stopwatch.seconds()
+        reduce_seconds = max(0.0, time.monotonic() - start - own_seconds)
+        return StepResult(loss, num_loss_tokens, grad_norm, own_seconds, reduce_seconds)
 
+    @record_function("update")
     def update(self, grad_norm: float, lr: float) -> None:
         """Clip the gradients, whose global norm is `grad_norm`, and change the weights at rate `lr`."""
+        self._update_stopwatch.start()
         self._clip(grad_norm)
         self._set_hyperparameters(lr)
         self.optimizer.step_with_ready_grads()
+        self._update_stopwatch.stop()
 
-    def _finalize_grads(self, *args: Any, **kwargs: Any) -> None:
+    def update_seconds(self) -> float:
+        """What the last update took; on a GPU its work must have been waited for."""
+        return self._update_stopwatch.seconds()
+
+    @record_function("reduce")
+    def _finalize_grads(self, chunks: list[Any], num_tokens: torch.Tensor, **kwargs: Any) -> None:
+        # The schedule adds up whole numbers, which the weights of labels need not be.
         self._stopwatch.stop()  # from here on ranks wait for each other
-        finalize_model_grads(*args, **kwargs)
+        finalize_model_grads(chunks, self._loss_weight, **kwargs)
 
-    def evaluate(self, batches: Sequence[PackedTokens]) -> tuple[float, int]:
-        """Mean loss in nats, and the labels it is over, of a global batch; changes nothing."""
+    def evaluate(self, batches: Sequence[PackedTokens]) -> tuple[float, float]:
+        """Mean loss in nats, and the sum of the weights it is over, of a global batch; changes nothing."""
         for ddp_chunk in self.ddp_chunks:
             ddp_chunk.eval()
         with torch.no_grad():
-            return self._forward_backward(batches, forward_only=True)
+            return self.forward_backward(batches, forward_only=True)[:2]
 
-    def _forward_backward(self, batches: Sequence[PackedTokens], *, forward_only: bool) -> tuple[float, int]:
+    def on_ranks(self) -> ModelOnRanks:
+        """The model, to be asked; after `gather_params`."""
+        mesh = self.mesh
+        return ModelOnRanks(self.model, tuple(self.chunks), mesh.layout, mesh.at, mesh.groups, mesh.device)
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients, in the buffers and in the optimizer."""
+        for ddp_chunk in self.ddp_chunks:
+            ddp_chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def forward_backward(
+        self, batches: Sequence[PackedTokens], *, forward_only: bool, step: int = 0
+    ) -> tuple[float, float, int]:
+        """Over this rank's micro-batches and all others': mean loss in nats, the sum of the weights it is over, and how
+        many labels have one; collective."""
+        self._loss_weight.zero_()
         several = len(self.ddp_chunks) > 1
         # Prepared one by one, as the schedule asks for them: a global batch of rotation tables is gigabytes.
-        prepared = [map(self._prepare, batches) for _ in self.ddp_chunks]
+        prepared = [
+            map(self._prepare, batches, dropout_seeds(self.config, self.mesh, step)) for _ in self.ddp_chunks
+        ]
         outputs = get_forward_backward_func()(
-            forward_step_func=_forward_step,
+            forward_step_func=self._forward_step,
             data_iterator=prepared if several else prepared[0],
             model=self.ddp_chunks if several else self.ddp_chunks[0],
             num_microbatches=len(batches),
@@ -324,15 +305,27 @@ class Engine:
             forward_only=forward_only,
         )
         # Only the last stage has losses, and each of its tensor-parallel ranks the same ones.
-        sums = (
-            torch.stack([output["loss"] for output in outputs]).double().sum(dim=0)
-            if outputs
-            else torch.zeros(2)
-        )
-        loss_sum, count = self.mesh.sum_over_ranks(sums.tolist())
-        return loss_sum / count if count else 0.0, round(count / self.mesh.layout.tensor)
+        sums = torch.stack([output["loss"] for output in outputs]).sum(dim=0) if outputs else torch.zeros(3)
+        loss_sum, weight, count = self.mesh.sum_over_ranks(sums.tolist())
+        tp = self.mesh.layout.tensor
+        return loss_sum / weight if weight else 0.0, weight / tp, round(count / tp)
 
-    def _prepare(self, batch: PackedTokens) -> tuple[LocalBatch, PackedSequence]:
+    def _forward_step(self, batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
+        local, packed = next(batches)
+        output = model(local.tokens_BL, None, None, labels=local.labels_BL, packed_seq_params=packed)
+
+        def loss_sum(losses_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            total = (losses_BL.float() * local.loss_mask_BL).sum()
+            weight, count = local.loss_mask_BL.sum(), local.loss_mask_BL.count_nonzero()
+            self._loss_weight += weight
+            sums = torch.stack([total.detach().double(), weight.double(), count.double()])
+            return total, count.int(), {"loss": sums}
+
+        return output, loss_sum
+
+    def _prepare(
+        self, batch: PackedTokens, dropout_seed: int | None = None
+    ) -> tuple[LocalBatch, PackedSequence]:
         at, layout = self.mesh.at, self.mesh.layout
         local = localize(batch, context_rank=at.context, context_size=layout.context, device=self.mesh.device)
         packed = PackedSequence.build(
@@ -342,6 +335,7 @@ class Engine:
             local_index=local.local_index,
             spans=local.spans,
             gather_index=local.gather_index,
+            dropout_seed=dropout_seed,
         )
         return local, packed
 
@@ -362,6 +356,15 @@ class Engine:
             group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
             group["betas"], group["eps"] = settings.betas, settings.eps
 
+    def gather_params(self) -> None:
+        """Make the parameters whole; collective.
+
+        With overlap_param_gather the last update reaches a rank's parameters only when they are next used.
+        """
+        if self.config.parallel.overlap_param_gather:
+            for ddp_chunk in self.ddp_chunks:
+                ddp_chunk.start_param_sync(force_sync=True)
+
     @torch.no_grad()
     def param_norm(self) -> float:
         """Global L2 norm of the parameters, replicas and shared copies counted once."""
@@ -375,67 +378,3 @@ class Engine:
         square = sum((p.double().square().sum() for p in counted), torch.zeros((), dtype=torch.float64))
         copies = self.mesh.layout.data * self.mesh.layout.context
         return math.sqrt(self.mesh.sum_over_ranks([float(square)])[0] / copies)
-
-    def dry_run(self, batches: Sequence[PackedTokens]) -> None:
-        """Take all the memory a training step takes, and change nothing.
-
-        Runs forward and backward on invented micro-batches, and allocates the optimizer's state.
-        """
-        for ddp_chunk in self.ddp_chunks:
-            ddp_chunk.zero_grad_buffer()
-        self._forward_backward(batches, forward_only=False)
-        for ddp_chunk in self.ddp_chunks:
-            ddp_chunk.zero_grad_buffer()
-        for optimizer in self.optimizer.chained_optimizers:
-            optimizer.init_state_fn(optimizer.optimizer)
-        self.optimizer.zero_grad()
-
-
-class Stopwatch:
-    """Seconds of this rank's own work; on a GPU those of its stream, read without making the host wait."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._start: Any = 0.0
-        self._end: Any = 0.0
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.monotonic()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def start(self) -> None:
-        self._start = self._end = self._now()
-
-    def stop(self) -> None:
-        self._end = self._now()
-
-    def seconds(self) -> float:
-        """Between start and stop; on a GPU the work between must have been waited for."""
-        return self._start.elapsed_time(self._end) / 1000 if self._on_gpu else self._end - self._start
-
-
-def _forward_step(batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
-    local, packed = next(batches)
-    output = model(local.tokens_BL, None, None, labels=local.labels_BL, packed_seq_params=packed)
-
-    def loss_sum(losses_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        total = (losses_BL.float() * local.loss_mask_BL).sum()
-        count = local.loss_mask_BL.sum()
-        return total, count.int(), {"loss": torch.stack([total.detach(), count])}
-
-    return output, loss_sum
-
-
-def invented_batch(seq_len: int, micro_batch_size: int, vocab_size: int) -> PackedBatch:
-    """A micro-batch with one token id everywhere and one document per sample: the worst case for attention."""
-    num_tokens = seq_len * micro_batch_size
-    return PackedBatch(
-        tokens_T=torch.full((num_tokens,), vocab_size - 1),
-        labels_T=torch.full((num_tokens,), vocab_size - 1),
-        loss_mask_T=torch.ones(num_tokens),
-        positions_T=torch.arange(seq_len).repeat(micro_batch_size),
-        cu_seqlens=torch.arange(0, num_tokens + 1, seq_len, dtype=torch.int32),
-    )

@@ -2,115 +2,45 @@
 
 from __future__ import annotations
 
-import math
-import os
-import socket
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
-from typing import Any
+from pathlib import Path
 
-import torch
+from torch.profiler import record_function
 
-from meditron_train.config.schema import Config
-from meditron_train.data.batch_schedule import BatchSchedule
+from meditron_train.checkpoint.sharded.read import read_meta
 from meditron_train.data.loader import StepLoader
 from meditron_train.data.packed import PackedDataset
-from meditron_train.errors import MeditronError, RequeueError, SaveError
+from meditron_train.data.packing.batch_schedule import BatchSchedule
+from meditron_train.errors import Cause, ExitCode, MeditronError, SaveError
 from meditron_train.launcher.environment import LaunchEnvironment
-from meditron_train.log import get_logger, setup_logging
-from meditron_train.parallel import Mesh, destroy, initialize
-from meditron_train.report.provenance import append_provenance, collect_provenance
-from meditron_train.report.status import RunStatus, forget_failures, read_requeue, record_failure
-from meditron_train.train.engine import StepResult, invented_batch
-from meditron_train.train.guard import StepGuard
-from meditron_train.train.heartbeat import Pulse, forget_heartbeats
-from meditron_train.train.injected_faults import InjectedFaults
-from meditron_train.train.local_checkpoints import LocalCheckpoints
-from meditron_train.train.lr_schedule import learning_rate
-from meditron_train.train.run_dir import RunDir
-from meditron_train.train.saving import Progress, RunCheckpoints, step_of
-from meditron_train.train.setup import Plan, build_engine, make_plan
+from meditron_train.log import EVERY_RANK, get_logger
+from meditron_train.parallel import Mesh
+from meditron_train.report.provenance import append_provenance
+from meditron_train.report.status import RunStatus
+from meditron_train.train import dry_run
+from meditron_train.train.engine import StepResult
+from meditron_train.train.guard.injected_faults import InjectedFaults
+from meditron_train.train.guard.step import StepGuard
+from meditron_train.train.length import batch_schedule
+from meditron_train.train.life.heartbeat import Pulse
+from meditron_train.train.life.run_dir import RunDir
+from meditron_train.train.life.stop_signals import StopRequest, StopSignals
+from meditron_train.train.life.watchdog import Watchdog
+from meditron_train.train.lr_schedule import changed_rates, learning_rate
+from meditron_train.train.origin import run_provenance
+from meditron_train.train.profiling import StepProfiler
+from meditron_train.train.progress import Progress
+from meditron_train.train.saving.continuing import step_of
+from meditron_train.train.saving.local_checkpoints import LocalCheckpoints
+from meditron_train.train.saving.run_checkpoints import RunCheckpoints
+from meditron_train.train.setup import Plan, build_engine
 from meditron_train.train.step_log import StepLog
-from meditron_train.train.stop_signals import StopSignals
-from meditron_train.train.watchdog import Watchdog
+from meditron_train.train.validation_tasks import task_accuracies
 
 _log = get_logger(__name__)
-
-EXIT_DONE = 0
-EXIT_REQUEUE = 85
-
-
-def train(config: Config, launch: LaunchEnvironment, signals: StopSignals) -> int:
-    """Run one rank of a training run, from its newest checkpoint or from the start.
-
-    Args:
-        launch: this process's place among the ranks.
-        signals: already listening, as a signal may arrive while torch is imported.
-
-    Returns:
-        The process's exit code: 0 when all steps are done, 85 when it was asked to stop and has saved.
-
-    Raises:
-        UserError: the configuration or a file it names is wrong.
-        MeditronError: the machine failed (a full disk), or too many steps in a row were not finite.
-    """
-    run_dir = RunDir(config.logging.run_dir)
-    setup_logging(launch.rank)
-    if launch.world_size > 1:
-        os.environ.update(MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port))
-    plan = make_plan(config, launch.world_size)
-    with ExitStack() as stack:
-        mesh = initialize(
-            plan.layout,
-            rank=launch.rank,
-            local_rank=launch.local_rank,
-            one_gpu_per_task=launch.kind == "slurm",
-            device=config.train.device,
-            seed=config.train.seed,
-            timeout_s=math.ceil(1.5 * config.resilience.hang_other_s),  # after the watchdog, who says more
-        )
-        hosts = mesh.gather_objects(socket.gethostname())
-        status = RunStatus(run_dir.path, enabled=launch.rank == 0)
-        mesh.on_first_rank(lambda: _take(run_dir, config, status, _facts(launch, plan, hosts), stack))
-        setup_logging(launch.rank, run_dir.path)
-        run: Run | None = None
-        try:
-            run = Run(plan, mesh, run_dir, launch, hosts, signals, status, stack)
-            exit_code = run.loop()
-        except BaseException as error:
-            record_failure(run_dir.path, launch.rank, error, run.progress.step if run else None)
-            reason = read_requeue(run_dir.path)
-            if reason is not None and isinstance(error, Exception) and not isinstance(error, MeditronError):
-                # Another rank named a hang and left: what this one met, a lost connection, is the consequence.
-                raise RequeueError(reason) from error
-            raise
-    destroy()  # not after an error: it may wait for what a failed peer never sends
-    return exit_code
-
-
-def _take(run_dir: RunDir, config: Config, status: RunStatus, facts: dict, stack: ExitStack) -> None:
-    """Make the run directory ours until the stack ends."""
-    stack.enter_context(run_dir.locked())
-    run_dir.check_resumable(config)
-    run_dir.write_config(config)
-    forget_failures(run_dir.path)
-    forget_heartbeats(run_dir.path)
-    stack.enter_context(status)
-    status.start(facts)
-
-
-def _facts(launch: LaunchEnvironment, plan: Plan, hosts: list[str]) -> dict[str, Any]:
-    """What status.json says of a start."""
-    return {
-        "hosts": list(dict.fromkeys(hosts)),
-        "world_size": launch.world_size,
-        "layout": asdict(plan.layout),
-        "launcher": launch.kind,
-        "job_id": launch.job_id,
-        "steps": plan.config.train.steps,
-    }
 
 
 class Run:
@@ -126,7 +56,14 @@ class Run:
         signals: StopSignals,
         status: RunStatus,
         stack: ExitStack,
+        *,
+        goes_back: bool,
     ) -> None:
+        """Take over what the start has prepared.
+
+        Args:
+            goes_back: to an earlier checkpoint, on request; what lies on the nodes is of later steps.
+        """
         config, settings = plan.config, plan.config.resilience
         self.plan, self.config, self.mesh, self.run_dir = plan, config, mesh, run_dir
         self.signals, self.status = signals, status
@@ -134,28 +71,38 @@ class Run:
         stack.enter_context(
             Watchdog(self.pulse, settings, run_dir.path, rank=mesh.rank, world_size=mesh.layout.world_size)
         )
-        self.batches = BatchSchedule(config.train.global_batch_size, config.train.batch_ramp)
+        self.batches = batch_schedule(config)
         self.checkpoints = RunCheckpoints(plan, mesh, run_dir.checkpoints, status)
         self.local = LocalCheckpoints(plan, mesh, mesh.from_first_rank(status.run_id))
+        if goes_back:
+            self.local.remove()
         self.pulse.enter("checking the checkpoints")
         newest, local_step = self.checkpoints.newest(), self.local.newest()
         self.pulse.enter("building the model")
         self.engine = build_engine(plan, mesh, with_weights=newest is None and local_step is None)
         self.pulse.enter("the dry step")
-        self.dry_run()
+        dry_run.try_step(self.engine, self.batches)
         self.pulse.enter("loading the checkpoint")
         if local_step is not None and (newest is None or local_step > step_of(newest)):
             self.progress = self.local.load(self.engine, local_step)
         else:
             self.progress = self.checkpoints.load(self.engine, newest) if newest else Progress()
+            self.warn_of_lr_jump(newest)
+        if goes_back:
+            self.progress.from_step = self.progress.step
         self.pulse.step = self.progress.step
         self.guard = StepGuard(self.engine, settings, hosts, self.progress.history)
         self.faults = InjectedFaults(run_dir.path, mesh.rank)
         self.num_failed_saves = self.num_rollbacks = 0
-        self.loader = self.load(plan.train_data, self.batches, self.progress.step + 1, config.data.prefetch)
+        self.pending_exports: list[int] = []
+        self.loader = self.make_loader(
+            plan.train_data, self.batches, self.progress.step + 1, config.data.prefetch
+        )
         stack.callback(self.loader.close)
         if mesh.rank == 0:
-            append_provenance(run_dir.path, self.provenance(launch))
+            append_provenance(run_dir.path, run_provenance(plan, mesh, launch, hosts, self.progress.step))
+        self.profiler = StepProfiler(config.train.profile, mesh, run_dir.path, self.pulse)
+        stack.callback(self.profiler.close)
         self.log = StepLog(plan, mesh, self.engine, run_dir.path, self.progress.step)
         stack.callback(self.log.close)
 
@@ -166,8 +113,11 @@ class Run:
         stop, _ = self.agree_on_requests()
         if stop and self.progress.step < last_step:  # asked while it was starting: nothing to save
             return self.stop(stop)
+        if self.progress.step == 0 and config.validation.at_start:
+            self.log.write_start(self.validate())
         while self.progress.step < last_step:
-            result, lr = self.take_step()
+            with self.profiler.step(self.progress.step + 1):
+                result, lr = self.take_step()
             step = self.progress.step
             is_last = step == last_step
             validation_losses = self.validate() if is_last or step % config.validation.interval == 0 else {}
@@ -185,27 +135,33 @@ class Run:
                 self.signals.acknowledge(stop=bool(stop))
         self.pulse.enter("exporting")
         self.checkpoints.close()
+        self.export_pending()
         if config.checkpoint.export_hf:
-            self.checkpoints.export(last_step, self.run_dir.path / "hf")
+            self.checkpoints.export(last_step, self.run_dir.path / config.export_name)
         self.local.remove()
         _log.info("all %d steps are done: %s", last_step, self.run_dir.path)
-        self.status.update(state="done", step=last_step, reason=None, exit_code=EXIT_DONE)
-        return EXIT_DONE
+        if self.mesh.rank == 0:
+            words = ["meditron-train", "generate", str(self.run_dir.path), "--prompt", "..."]
+            _log.info("try it: %s", shlex.join(words))
+        self.status.update(state="done", step=last_step, reason=None, exit_code=ExitCode.DONE)
+        return ExitCode.DONE
 
-    def stop(self, reason: str) -> int:
+    def stop(self, request: StopRequest) -> int:
         """End before the last step, after a checkpoint, asking to be started again."""
         self.checkpoints.close()
 
         def tell() -> None:
-            self.status.stopped(reason, EXIT_REQUEUE)
+            self.status.stopped(request.reason, request.cause)
             self.signals.acknowledge(stop=True)
 
         # The others wait: the end of one is the end of all, and the batch script must find both done.
         self.mesh.on_first_rank(tell)
         _log.info(
-            "stopped after step %d because of %s; the same command continues", self.progress.step, reason
+            "stopped after step %d because of %s; the same command continues",
+            self.progress.step,
+            request.reason,
         )
-        return EXIT_REQUEUE
+        return ExitCode.REQUEUE
 
     # ---- parts of a step ----------------------------------------------------------------------------------------
 
@@ -213,7 +169,8 @@ class Run:
         """Take the next step and count it; returns its result and learning rate."""
         start = time.monotonic()
         self.pulse.enter("waiting for data")
-        step, batches = next(self.loader)
+        with record_function("data"):
+            step, batches = next(self.loader)
         seconds_waited = time.monotonic() - start
         self.pulse.enter("training step")
         self.faults.before_step(step, self.engine)
@@ -222,22 +179,27 @@ class Run:
             step, batches, lr, seconds_waited_for_data=seconds_waited, is_saved=self.save_is_due(step)
         )
         seconds = time.monotonic() - start
-        self.log.meter.add(seconds, self.batches.batch_size(step) * self.config.train.seq_len)
+        tokens = self.batches.batch_size(step) * self.config.train.seq_len
+        self.log.meter.add(seconds, tokens, data_s=seconds_waited, result=taken.result)
         self.pulse.finished_step(step, seconds)
         if taken.problem:
             skipped = "no weight was changed" if taken.result.skipped else "it is reported only"
-            _log.warning("step %d %s: %s", step, taken.problem, skipped)
+            _log.warning("step %d %s: %s", step, taken.problem, skipped, extra=EVERY_RANK)
         if taken.slow_ranks is not None:
             self.status.update(slow_ranks=[str(rank) for rank in taken.slow_ranks])
             for rank in taken.slow_ranks:
-                _log.warning("%s", rank)
+                _log.warning("%s", rank, extra=EVERY_RANK)
         self.count(step, taken.result)
         if taken.roll_back:
             self.roll_back()
         return taken.result, lr
 
     def count(self, step: int, result: StepResult) -> None:
-        """Advance the counters; stop the run when too many steps in a row were skipped."""
+        """Advance the counters; stop the run when too many steps in a row were skipped.
+
+        Raises:
+            MeditronError: too many steps in a row were skipped (resilience.max_skipped_steps), or all of them.
+        """
         progress, limit = self.progress, self.config.resilience.max_skipped_steps
         progress.step = step
         progress.samples += self.batches.batch_size(step)
@@ -247,67 +209,95 @@ class Run:
             return
         progress.num_skipped_steps += 1
         progress.num_consecutive_skips += 1
+        if progress.num_skipped_steps == step == self.config.train.steps:
+            raise MeditronError(
+                f"each of the {step} steps was skipped: not one changed a weight. Look at the data "
+                f"(`meditron-train data trace {self.run_dir.path} --step {step}`) and at the warnings of the log",
+                cause=Cause.BAD_STEPS,
+            )
         if progress.num_consecutive_skips >= limit:
             self.checkpoints.close()
             raise MeditronError(
                 f"{limit} steps in a row were skipped, not finite or anomalous (resilience.max_skipped_steps); "
                 f"the last one was step {step}. The last good checkpoint is {self.checkpoints.newest()}. Look at "
                 f"the data of these steps (`meditron-train data trace {self.run_dir.path} --step {step}`), lower "
-                "optimizer.lr, or start from an earlier checkpoint"
+                "optimizer.lr, or start from an earlier checkpoint",
+                cause=Cause.BAD_STEPS,
             )
 
     def roll_back(self) -> None:
-        """Load the last checkpoint's weights. The steps since then count as skipped; their batches do not return."""
+        """Load the last checkpoint's weights. The steps since then count as skipped; their batches do not return.
+
+        Raises:
+            MeditronError: resilience.max_rollbacks rollbacks to this checkpoint are done already.
+        """
         self.pulse.enter("rolling back")
         self.finish_saving(wait=True)
         newest, limit = self.checkpoints.newest(), self.config.resilience.max_rollbacks
         if newest is None:
-            _log.warning("there is no checkpoint to roll back to yet: only this step is skipped")
+            _log.warning(
+                "there is no checkpoint to roll back to yet: only this step is skipped", extra=EVERY_RANK
+            )
             return
         if self.num_rollbacks >= limit:
             raise MeditronError(
                 f"step {self.progress.step} would be rollback {limit + 1} to {newest} (resilience.max_rollbacks). Look "
-                "at the data since then, lower optimizer.lr, or start from an earlier checkpoint"
+                "at the data since then, lower optimizer.lr, or start from an earlier checkpoint",
+                cause=Cause.BAD_STEPS,
             )
         self.num_rollbacks += 1
         restored = self.checkpoints.load(self.engine, newest)
         num_undone = self.progress.step - restored.step
         self.progress.num_skipped_steps = restored.num_skipped_steps + num_undone
         _log.warning(
-            "rolled back to the weights of %s; the %d steps since then count as skipped", newest, num_undone
+            "rolled back to the weights of %s; the %d steps since then count as skipped",
+            newest,
+            num_undone,
+            extra=EVERY_RANK,
         )
 
     def validate(self) -> dict[str, float]:
-        """Mean loss over a fixed set of samples of each validation source, in nats per token.
+        """Mean loss over a fixed set of samples of each validation source, in nats per token; accuracy in tasks.
 
         A request to stop cuts it short: what is left of the time is for the checkpoint.
         """
         losses: dict[str, float] = {}
+        start = time.monotonic()
         schedule = BatchSchedule(self.config.train.global_batch_size)
         for name, dataset in self.plan.validation_data.items():
             num_steps = min(
                 self.config.validation.steps, max(1, dataset.samples_per_epoch // schedule.batch_size(1))
             )
-            total, count = 0.0, 0
-            with self.load(dataset, schedule, 1, prefetch=min(1, self.config.data.prefetch)) as loader:
+            total, weight = 0.0, 0.0
+            with self.make_loader(dataset, schedule, 1, prefetch=min(1, self.config.data.prefetch)) as loader:
                 for _ in range(num_steps):
                     self.pulse.enter("validation")
                     if self.agree_on_requests()[0]:
-                        _log.warning("the validation after step %d is cut short", self.progress.step)
+                        _log.warning(
+                            "the validation after step %d is cut short", self.progress.step, extra=EVERY_RANK
+                        )
                         return losses
-                    loss, num_tokens = self.engine.evaluate(next(loader)[1])
-                    total, count = total + loss * num_tokens, count + num_tokens
-            losses[f"validation_loss.{name}"] = total / count if count else float("nan")
+                    loss, of_batch = self.engine.evaluate(next(loader)[1])
+                    total, weight = total + loss * of_batch, weight + of_batch
+            if weight:
+                losses[f"validation_loss.{name}"] = total / weight
+            else:
+                _log.warning("validation source %s has no label that counts", name, extra=EVERY_RANK)
+        if self.plan.validation_tasks:
+            self.pulse.enter("validation")
+            losses |= task_accuracies(self.engine, self.plan.validation_tasks)
+        self.status.add(validation_s=time.monotonic() - start)
         return losses
 
-    def agree_on_requests(self) -> tuple[str | None, bool]:
+    def agree_on_requests(self) -> tuple[StopRequest | None, bool]:
         """(why to stop, or None; whether to save now), the same on every rank: any rank's signal counts."""
-        wishes = [float(self.signals.requested is not None), float(self.signals.save_requested)]
+        request = self.signals.requested
+        wishes = [float(request is not None), float(self.signals.save_requested)]
         stop, save = self.mesh.max_over_ranks(wishes)
         if not stop:
             return None, bool(save)
-        reasons = self.mesh.gather_objects(self.signals.requested)
-        return next((reason for reason in reasons if reason), "a request"), bool(save)
+        requests = self.mesh.gather_objects(request)
+        return next(filter(None, requests)), bool(save)
 
     def save_is_due(self, step: int) -> bool:
         is_regular = step == self.config.train.steps or step % self.config.checkpoint.interval == 0
@@ -318,7 +308,12 @@ class Run:
         return interval is not None and step % interval == 0
 
     def save(self, *, must: bool, wait: bool) -> None:
-        """Save, and with `wait` do not go on before it is published; `must`: a failure ends the run."""
+        """Save a checkpoint.
+
+        Args:
+            must: a failure ends the run, and old checkpoints make room.
+            wait: do not go on before the checkpoint is published.
+        """
         self.pulse.enter("saving")
         step = self.progress.step
         self.guard.check_replicas(step)
@@ -328,16 +323,35 @@ class Run:
 
         def write() -> None:
             self.log.sync()
-            self.checkpoints.save(self.engine, self.progress)
+            self.checkpoints.save(self.engine, self.progress, must=must)
             seconds = time.monotonic() - start
             _log.info("training stood still for %.1f s to save step %d", seconds, step)
             if wait:
                 self.checkpoints.finish(wait=True)
-            if self.export_is_due(step):
-                self.pulse.enter("exporting")
-                self.checkpoints.export(step, self.run_dir.path / f"hf_step_{step:08d}")
 
         self.try_to_save(write, must=must)
+        self.status.add(saving_s=time.monotonic() - start)
+        if self.export_is_due(step):
+            self.pending_exports.append(step)
+        self.export_pending()
+
+    def export_pending(self) -> None:
+        """Export what is due. What fails is tried again at the next checkpoint, as long as its own is kept."""
+        if not self.pending_exports:
+            return
+        self.pulse.enter("exporting")
+        self.finish_saving(wait=True)
+        for step in self.pending_exports.copy():
+            directory = self.run_dir.path / f"{self.config.export_name}_step_{step:08d}"
+            try:
+                if self.checkpoints.has(step):
+                    self.checkpoints.export(step, directory)
+                else:
+                    _log.warning("%s is not written: the checkpoint of step %d is gone", directory, step)
+            except Exception as error:  # a by-product, whatever stands in its way
+                _log.error("%s could not be exported, training goes on: %s", directory, error)
+                continue
+            self.pending_exports.remove(step)
 
     def save_locally(self) -> None:
         """Save on this node where that is due and no checkpoint is."""
@@ -368,25 +382,21 @@ class Run:
             _log.error("%s Training goes on: failure %d of %d in a row", error, self.num_failed_saves, limit)
             self.status.update(last_save_error=str(error))
 
-    def dry_run(self) -> None:
-        """One step on invented data at full size, so that too little memory shows before the first real step."""
-        train, layout = self.config.train, self.mesh.layout
-        smallest_batch = min(self.batches.batch_sizes) // (train.micro_batch_size * layout.data)
-        # As many micro-batches as the schedule holds at once; interleaving holds about twice the stages.
-        num_held = layout.pipeline * (2 if layout.virtual_pipeline > 1 else 1)
-        batch = invented_batch(train.seq_len, train.micro_batch_size, self.plan.model.vocab_size)
-        try:
-            self.engine.dry_run([batch] * min(num_held, smallest_batch))
-        except torch.OutOfMemoryError as error:
-            raise MeditronError(
-                f"a training step does not fit into the memory of {self.mesh.device}: {str(error).splitlines()[0]} "
-                "Lower train.micro_batch_size or train.seq_len, choose train.recompute=full, or raise parallel.tensor "
-                "or parallel.pipeline"
-            ) from error
-
     # ---- parts of the start -------------------------------------------------------------------------------------
 
-    def load(
+    def warn_of_lr_jump(self, checkpoint: Path | None) -> None:
+        """Warn when the next step has another learning rate than the settings of the checkpoint would give it."""
+        if checkpoint is None or self.mesh.rank != 0:
+            return
+        rates = changed_rates(self.progress.step + 1, read_meta(checkpoint).get("config"), self.config)
+        if rates is not None:
+            _log.warning(
+                "the learning rate of step %d is %.3g; with the settings of %s it would be %.3g: optimizer, schedule "
+                "or train.steps have changed",
+                *(self.progress.step + 1, rates[1], checkpoint, rates[0]),
+            )
+
+    def make_loader(
         self, dataset: PackedDataset, schedule: BatchSchedule, start_step: int, prefetch: int
     ) -> StepLoader:
         """This rank's micro-batches of `dataset`."""
@@ -399,15 +409,4 @@ class Run:
             start_step=start_step,
             prefetch=prefetch,
             pin_memory=self.mesh.on_gpu,
-        )
-
-    def provenance(self, launch: LaunchEnvironment) -> dict:
-        fingerprints = {"train": self.plan.train_data.fingerprint}
-        fingerprints |= {
-            f"validation.{name}": data.fingerprint for name, data in self.plan.validation_data.items()
-        }
-        return collect_provenance(
-            self.config.model_dump(mode="json", by_alias=True),
-            fingerprints,
-            {**asdict(launch), "layout": asdict(self.plan.layout), "resumed_after_step": self.progress.step},
         )

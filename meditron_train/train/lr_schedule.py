@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
-from meditron_train.config.schema import OptimizerSection, ScheduleSection
+from pydantic import ValidationError
+
+from meditron_train.config.schema import Config
+from meditron_train.config.training import OptimizerSection, ScheduleSection
+
+_LEAST_JUMP = 0.1  # relative: what changes less need not be said
 
 
 def learning_rate(
@@ -23,7 +30,10 @@ def learning_rate(
       p = (k - S) / D, where S = total_steps - D is the last stable step (or W, if the warm-up ends later).
 
     So the last step of a decay has exactly min_lr, unless the warm-up takes all the steps. Steps beyond
-    total_steps keep the value of the end. Raises ValueError for a step below 1.
+    total_steps keep the value of the end.
+
+    Raises:
+        ValueError: the step is below 1.
     """
     if step < 1:
         raise ValueError(f"steps count from 1, there is no step {step}")
@@ -41,6 +51,26 @@ def learning_rate(
     else:
         remaining = 1 - progress
     return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * remaining
+
+
+def changed_rates(step: int, before: Mapping[str, Any] | None, config: Config) -> tuple[float, float] | None:
+    """The learning rates of `step` with the settings `before` and with those of `config`, where they differ by
+    more than a tenth; else None.
+
+    Args:
+        before: a configuration as a checkpoint keeps it; one of an unknown version gives None.
+    """
+    try:
+        old = learning_rate(
+            step,
+            ScheduleSection.model_validate((before or {})["schedule"]),
+            OptimizerSection.model_validate((before or {})["optimizer"]),
+            int((before or {})["train"]["steps"]),
+        )
+    except (KeyError, TypeError, ValueError, ValidationError):
+        return None
+    new = learning_rate(step, config.schedule, config.optimizer, config.train.steps)
+    return (old, new) if abs(new - old) > _LEAST_JUMP * max(old, new) else None
 
 
 def _warmup_steps(schedule: ScheduleSection, total_steps: int) -> int:

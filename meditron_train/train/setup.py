@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import os
+import math
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
-from meditron_train.checkpoint.hf_config import model_config_from_hf, read_hf_config
-from meditron_train.checkpoint.hf_map import TensorSource
-from meditron_train.checkpoint.hf_read import is_hf_directory, open_hf_model
+import torch
+
+from meditron_train.checkpoint.base_weights import open_base, weights_sha256
+from meditron_train.checkpoint.hf.directory import write_hf_files
+from meditron_train.checkpoint.hf.read import is_hf_directory, open_hf_model
 from meditron_train.checkpoint.manifest import require_intact
-from meditron_train.checkpoint.megatron_read import MegatronSource, is_megatron_directory
-from meditron_train.checkpoint.sharded import load_sharded
-from meditron_train.checkpoint.tokenizer_files import copy_tokenizer
+from meditron_train.checkpoint.sharded.ranks import load_sharded
+from meditron_train.checkpoint.sharded.read import is_sharded_directory
+from meditron_train.checkpoint.sharded.store import newest_checkpoint
+from meditron_train.checkpoint.tensor_map import TensorSource
+from meditron_train.checkpoint.tokenizer.chat import ChatFormat
 from meditron_train.checkpoint.weight_sources import GrownVocabulary, RandomSource
+from meditron_train.config.chat import CHATML_TOKENS
 from meditron_train.config.check import check_config
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.config.schema import Config
-from meditron_train.data.packed import PackedDataset, build_train_dataset, build_validation_datasets
-from meditron_train.data.tokenizer import load_tokenizer
+from meditron_train.data.packed import PackedDataset, build_validation_datasets
+from meditron_train.data.sources import vocabulary
 from meditron_train.errors import UserError
 from meditron_train.layout import ParallelLayout
 from meditron_train.log import get_logger
 from meditron_train.parallel import Mesh
+from meditron_train.train.base_model import resolve_base_model, tokenizer_size
+from meditron_train.train.chain import warn_of_earlier_held_out
 from meditron_train.train.engine import Engine
+from meditron_train.train.engine_state import load_state, sharded_base
+from meditron_train.train.length import open_train_data, resolve_steps, warn_of_other_budget
+from meditron_train.train.validation_tasks import ValidationTask, read_validation_tasks
 
 _log = get_logger(__name__)
 
@@ -34,6 +45,8 @@ class Plan:
 
     Attributes:
         num_new_tokens: rows that data.special_tokens add to the embedding.
+        chat: what data.chat adds to the exported model; None: nothing.
+        base_sha256: with adapters, the hash of the weights they belong to; on rank 0 alone, which reads them all.
     """
 
     config: Config
@@ -42,6 +55,9 @@ class Plan:
     layout: ParallelLayout
     train_data: PackedDataset
     validation_data: dict[str, PackedDataset]
+    validation_tasks: tuple[ValidationTask, ...]
+    chat: ChatFormat | None = None
+    base_sha256: str | None = None
 
     @property
     def padded_vocab_size(self) -> int:
@@ -49,50 +65,93 @@ class Plan:
         return self.model.padded_vocab_size(self.layout.tensor, self.config.parallel.vocab_multiple)
 
 
-def make_plan(config: Config, world_size: int) -> Plan:
+def make_plan(config: Config, world_size: int, rank: int) -> Plan:
     """Read the model's and the data's descriptions and check everything against everything.
+
+    Rank 0 alone reads a whole checkpoint to check its hashes; every rank sees missing and truncated files.
 
     Raises:
         UserError: every mistake of the configuration in one message; a model or dataset that is not what it
             should be.
     """
-    stored = _stored_model(config)
-    if stored is None:
+    asked, train_data = resolve_steps(config)
+    config = _with_a_base(asked)
+    base = resolve_base_model(config)
+    if base is None:
         check_config(config, None, world_size)
         raise UserError(
             f"model.from: {config.model.from_} is neither a Hugging Face model nor one of our checkpoints"
         )
-    model, tokenizer_size = _with_special_tokens(config, stored)
-    check_config(config, model, world_size, tokenizer_vocab_size=tokenizer_size)
+    check_config(config, base.model, world_size, tokenizer_vocab_size=tokenizer_size(config))
     # What a run would meet only later, on one rank or at its first checkpoint:
     from_ = config.model.from_
-    if from_ is not None and is_megatron_directory(from_):
-        # Every rank sees missing and cut off files; one is enough to read all of them.
-        require_intact(from_, check_hashes=os.environ.get("RANK", "0") == "0")
+    if from_ is not None and is_sharded_directory(from_):
+        require_intact(from_, check_hashes=rank == 0)
     elif from_ is not None and is_hf_directory(from_):
         open_hf_model(from_)
-    with tempfile.TemporaryDirectory() as scratch:
-        copy_tokenizer(config.data.tokenizer, scratch, config.data.special_tokens)
+    chat = _chat_format(config)
+    base_sha256 = None
+    if config.lora is not None:
+        if base.num_new_tokens:
+            raise UserError(
+                f"data.special_tokens add {base.num_new_tokens} rows to the embedding, which an adapter does not hold. "
+                "Extend the base first with `meditron-train convert add-tokens`, and name the result in model.from and "
+                "data.tokenizer"
+            )
+        if rank == 0 and from_ is not None:
+            base_sha256 = weights_sha256(open_base(from_))
+    if rank == 0:  # the one that exports
+        with tempfile.TemporaryDirectory() as scratch:
+            write_hf_files(Path(scratch), base.model, config.data.tokenizer, config.data.special_tokens, chat)
+    if train_data is None:
+        train_data = open_train_data(config)
+    warn_of_other_budget(config, train_data)
+    if rank == 0:
+        warn_of_earlier_held_out(config)
     return Plan(
-        config=config,
-        model=model,
-        num_new_tokens=model.vocab_size - stored.vocab_size,
+        config=asked,
+        model=base.model,
+        num_new_tokens=base.num_new_tokens,
         layout=config.parallel.layout(world_size),
-        train_data=build_train_dataset(config.data, config.train.seq_len),
-        validation_data=build_validation_datasets(config.data, config.train.seq_len),
+        train_data=train_data,
+        validation_data=build_validation_datasets(config.data, config.train.seq_len, vocabulary(config.data)),
+        validation_tasks=read_validation_tasks(config, base.model.max_position_embeddings),
+        chat=chat,
+        base_sha256=base_sha256,
     )
 
 
+def _chat_format(config: Config) -> ChatFormat | None:
+    """What an export gets besides the tokenizer's own: a template that the tokenizer brings is there already."""
+    if config.data.chat is None or config.data.chat.template != "chatml":
+        return None
+    template = vocabulary(config.data).chat_template
+    assert template is not None
+    return ChatFormat(template.source, CHATML_TOKENS[1])
+
+
 def build_engine(plan: Plan, mesh: Mesh, *, with_weights: bool) -> Engine:
-    """The engine, with its initial weights unless a checkpoint of the run is going to give them; collective."""
-    if not with_weights:
+    """The engine, with its initial weights unless a checkpoint of the run is going to give them (all of them: with
+    adapters it gives those alone); collective.
+
+    Raises:
+        UserError: the initial weights are not finite: the first export would refuse them.
+    """
+    if not with_weights and plan.config.lora is None:
         return Engine(plan.config, plan.model, mesh, None)
+    engine = _engine_with_weights(plan, mesh)
+    if not plan.config.model.allow_nonfinite:
+        _require_finite(engine, mesh)
+    return engine
+
+
+def _engine_with_weights(plan: Plan, mesh: Mesh) -> Engine:
     from_ = plan.config.model.from_
     if from_ is None:
         return Engine(plan.config, plan.model, mesh, RandomSource(plan.model, plan.config.train.seed))
-    if is_megatron_directory(from_):
+    if is_sharded_directory(from_):
         engine = Engine(plan.config, plan.model, mesh, None)
-        engine.load_state(load_sharded(engine.sharded_state(with_optimizer=False, is_loading=True), from_))
+        load_state(engine, load_sharded(sharded_base(engine), from_))
         return engine
     source: TensorSource = open_hf_model(from_)[1]
     if plan.num_new_tokens:
@@ -103,32 +162,34 @@ def build_engine(plan: Plan, mesh: Mesh, *, with_weights: bool) -> Engine:
     return Engine(plan.config, plan.model, mesh, source)
 
 
-def _stored_model(config: Config) -> ModelConfig | None:
-    """The model as its files (or model.hf_config) describe it, before special tokens are added; None without files."""
-    from_ = config.model.from_
-    if from_ is None:
-        assert config.model.hf_config is not None
-        return model_config_from_hf(dict(config.model.hf_config), where="model.hf_config")
-    if is_megatron_directory(from_):
-        return MegatronSource(from_).model
-    return read_hf_config(from_) if is_hf_directory(from_) else None
+def _with_a_base(config: Config) -> Config:
+    """The configuration; where the base model is gone and the run has a checkpoint, with that in its place.
 
-
-def _with_special_tokens(config: Config, stored: ModelConfig) -> tuple[ModelConfig, int | None]:
-    """The model with its vocabulary grown by data.special_tokens, and the size of the tokenizer (None: missing).
-
-    A tokenizer that is too large by itself does not grow the model: `check_config` reports it.
+    A resume reads nothing of the base model, unless it trains adapters.
     """
-    directory, added = config.data.tokenizer, config.data.special_tokens
-    if not directory.is_dir():
-        return stored, None
-    size = load_tokenizer(directory, added).vocab_size
-    base_size = load_tokenizer(directory).vocab_size if added else size
-    if base_size > stored.vocab_size or size <= stored.vocab_size:
-        return stored, size
-    if config.model.from_ is not None and is_megatron_directory(config.model.from_):
+    from_ = config.model.from_
+    if from_ is None or from_.exists() or config.lora is not None:
+        return config
+    own = newest_checkpoint(config.logging.run_dir / "checkpoints")
+    if own is None:
+        return config
+    _log.warning("model.from: %s no longer exists; the run continues from its own checkpoint", from_)
+    return config.model_copy(update={"model": config.model.model_copy(update={"from_": own})})
+
+
+def _require_finite(engine: Engine, mesh: Mesh) -> None:
+    """Every rank looks at its own part of the weights; the message is the same on all."""
+    mine = []
+    for virtual_rank, chunk in enumerate(engine.chunks):
+        parameters = dict(chunk.named_parameters())
+        for local, name in engine.global_names(virtual_rank).items():
+            low, high = torch.aminmax(parameters[local].detach())  # both are NaN where any value is
+            if not (math.isfinite(low) and math.isfinite(high)):
+                mine.append(name)
+    names = sorted({name for of_rank in mesh.gather_objects(mine) for name in of_rank})
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise UserError(
-            f"data.special_tokens add {size - stored.vocab_size} rows to the embedding, which a start from the sharded "
-            f"checkpoint {config.model.from_} cannot do. Convert it with `convert megatron-to-hf` and start from that"
+            f"model.from: {engine.config.model.from_} holds NaN or infinity in {', '.join(names[:5])}{more}. "
+            "`meditron-train convert inspect` says where. Start from an intact model, or set model.allow_nonfinite=true"
         )
-    return stored.model_copy(update={"vocab_size": size}), size

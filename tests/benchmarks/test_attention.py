@@ -30,6 +30,7 @@ def test_useful_flops_count_pairs_of_one_document():
     assert sum(attention.log_normal_lengths(4096)) == 4096
 
 
+@pytest.mark.long
 def test_it_runs(tmp_path: Path) -> None:
     result_file = tmp_path / "result.json"
     command = [

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.long
 def test_both_ways_of_saving_are_measured(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.checkpoint_pause", "--rounds", "1", "--ranks", "2"]
     command += ["--dir", str(tmp_path), "--json", str(tmp_path / "result.json")]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,6 +24,7 @@ def run(directory: Path, *options: str) -> list[dict]:
     return json.loads(result.read_text())
 
 
+@pytest.mark.long
 def test_both_directions_beside_cp(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     results = run(tmp_path / "work", "--tools", "cp-hf,to,cp-checkpoint,from")
@@ -31,6 +34,7 @@ def test_both_directions_beside_cp(tmp_path: Path) -> None:
     assert back["peak_num_bytes"] < 2 * 2**30
 
 
+@pytest.mark.long
 def test_dry(tmp_path: Path) -> None:
     """The same program on a model of holes: hashes, manifest and export hold, though no file keeps its content."""
     (tmp_path / "work").mkdir()

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.long
 def test_all_rows_are_measured(tmp_path: Path) -> None:
     result_file = tmp_path / "result.json"
     command = [sys.executable, "-m", "benchmarks.data_loading", "--tiny", "--rounds", "1"]

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("accelerate", reason="Hugging Face Trainer needs it")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_all_tools_take_the_same_steps(tmp_path: Path, precision: str) -> None:
     result_file = tmp_path / "result.json"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from meditron_train.checkpoint.hf_map import Piece
-from meditron_train.checkpoint.stream import PlannedFile, PlannedTensor, write_file
+from meditron_train.checkpoint.convert.stream import write_file
+from meditron_train.checkpoint.planned import PlannedFile, PlannedTensor
+from meditron_train.checkpoint.tensor_map import Piece
 
 
 class MemorySource:

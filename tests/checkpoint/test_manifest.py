@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from meditron_train.checkpoint.manifest import verify_manifest, write_manifest
-from tests.checkpoint.files import fill
+from tests.checkpoint.filled import fill
 
 
 def test_manifest_lists_every_file_and_holds(tmp_path):

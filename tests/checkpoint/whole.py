@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from meditron_train.checkpoint.hf_map import TensorSpec
+from meditron_train.checkpoint.tensor_map import TensorSpec
 
 
 def to_megatron(

@@ -52,7 +52,7 @@ def test_tokenize_and_info(tmp_path: Path, source: Path, sentencepiece_directory
 
     result = invoke(*arguments, "--text-key", "body")
     assert result.exit_code == 2
-    assert "use --overwrite" in result.stderr
+    assert "--overwrite" in result.stderr
     result = invoke(*arguments, "--text-key", "body", "--overwrite", "--strict")
     assert result.exit_code == 2
     assert "line 3: not JSON" in result.stderr
@@ -63,7 +63,7 @@ def test_output_that_cannot_be(tmp_path: Path, source: Path, sentencepiece_direc
     for output, message in (
         (f"{tmp_path}/new/", "is a directory"),
         (source / "out", "Not a directory"),
-        ("/proc/out", "Cannot write into /proc/out.tokenizing"),
+        ("/proc/out", "cannot write into /proc/out.tokenizing"),
     ):
         result = invoke(*arguments, "--workers", 1, "--output", output)
         assert result.exit_code == 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
+from meditron_train.checkpoint.convert.from_hf import hf_to_sharded
 from meditron_train.cli.main import app
-from meditron_train.convert.hf_to_megatron import hf_to_megatron
 from meditron_train.errors import UserError
 from tests.evaluate.models import write_tiny_model
 
@@ -25,7 +25,7 @@ def run(*arguments: object) -> str:
 
 
 def test_both_formats_say_the_same(hf_directory, tmp_path):
-    hf_to_megatron(hf_directory, tmp_path / "sharded")
+    hf_to_sharded(hf_directory, tmp_path / "sharded")
     options = ("--prompt", PROMPT, "--max-new-tokens", 8, "--device", "cpu")
     text = run(hf_directory, *options)
     assert text.startswith(PROMPT) and len(text) > len(PROMPT) + 1
@@ -98,7 +98,7 @@ def test_the_outermost_seeds_and_temperatures(hf_directory, seed):
 
 
 def test_a_damaged_checkpoint(hf_directory, tmp_path):
-    hf_to_megatron(hf_directory, tmp_path / "sharded")
+    hf_to_sharded(hf_directory, tmp_path / "sharded")
     raw = bytearray((tmp_path / "sharded" / "__0_0.distcp").read_bytes())
     raw[len(raw) // 2] ^= 1
     (tmp_path / "sharded" / "__0_0.distcp").write_bytes(raw)

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import json
 import os
+import shlex
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import typer
@@ -60,6 +65,11 @@ def app_that_raises(monkeypatch):
             1,
             "error: No space left on device: /full/x (meditron-train --debug shows where it happened)\n",
         ),
+        (
+            OSError(30, "Read-only file system", "/failing/x"),
+            1,
+            "error: Read-only file system: /failing/x (meditron-train --debug shows where it happened)\n",
+        ),
         (typer.Exit(85), 85, ""),
     ],
 )
@@ -100,8 +110,12 @@ def as_rank(monkeypatch, launcher: str, rank: int, ranks_per_node: int = 4) -> N
     [
         (0, UserError("two\n  - a"), "error: two\n  - a\n"),
         (3, UserError("two\n  - a"), ""),  # rank 0 of the same node tells it
-        (8, UserError("two\n  - a"), "[rank 8] error: two\n"),  # it may be that node's alone
-        (3, MeditronError("two\n  - a"), "[rank 3] error: two\n  - a\n"),
+        (
+            8,
+            UserError("two\n  - a"),
+            "[rank 8 on host HOST] error: two\n  - a\n",
+        ),  # it may be that node's alone
+        (3, MeditronError("two\n  - a"), "[rank 3 on host HOST] error: two\n  - a\n"),
     ],
 )
 def test_which_rank_tells_an_error(app_that_raises, capsys, monkeypatch, launcher, rank, error, said):
@@ -109,7 +123,7 @@ def test_which_rank_tells_an_error(app_that_raises, capsys, monkeypatch, launche
     with pytest.raises(SystemExit) as exit_:
         app_that_raises(error)(["verb"])
     assert exit_.value.code == error.exit_code
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == said.replace("HOST", socket.gethostname())
 
 
 def test_debug_shows_the_traceback(app_that_raises):
@@ -136,10 +150,13 @@ def test_version():
 
 
 def test_unknown_verbs_and_options_exit_2():
-    for arguments in (["fly"], ["doctor", "--jsonn"]):
+    for arguments, said in (
+        (["fly"], "there is no command 'fly'"),
+        (["doctor", "--jsonn"], "No such option"),
+    ):
         done = run_command(*arguments)
         assert done.returncode == 2
-        assert "No such" in done.stderr
+        assert said in done.stderr
         assert "Traceback" not in done.stderr
 
 
@@ -183,9 +200,77 @@ def test_rank_0_tells_the_batch_script_of_a_mistake_in_the_configuration(tmp_pat
     )
     assert done.returncode == 2
     assert (tmp_path / "user_error").exists() is told
-    assert not told or "/nowhere/config.yaml" in (tmp_path / "user_error").read_text()
+    if told:
+        record = json.loads((tmp_path / "user_error").read_text())
+        assert record["cause"] == "user_error" and "/nowhere/config.yaml" in record["message"]
 
 
 def test_other_verbs_leave_no_word_for_the_batch_script(tmp_path):
     done = run_command("preflight", "/nowhere/config.yaml", LOG_DIR=str(tmp_path), SLURM_JOB_ID="1")
     assert done.returncode == 2 and not list(tmp_path.iterdir())
+
+
+def test_a_path_that_is_not_utf8_is_one_message(tmp_path) -> None:
+    odd = os.fsencode(tmp_path) + b"/mod\xe8le"
+    os.mkdir(odd)
+    command = [sys.executable, "-m", "meditron_train"]
+    for arguments, cwd in (([b"convert", b"inspect", odd], None), ([b"convert", b"inspect", b"."], odd)):
+        found = subprocess.run([*command, *arguments], capture_output=True, timeout=120, cwd=cwd)
+        assert found.returncode == 2
+        assert found.stderr.startswith(b"error: ") and found.stderr.count(b"\n") == 1
+        assert b"is not UTF-8" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tokenize"], "did you mean `meditron-train data tokenize`?"),
+        (["verfy"], "did you mean `meditron-train convert verify`?"),
+        (["trian"], "did you mean `meditron-train train`?"),
+        (["xyzzy"], "--help lists the commands"),
+    ],
+)
+def test_an_unknown_verb_is_answered_with_the_nearest_one(words, said):
+    done = run_command(*words)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["-h"], ["train", "-h"], ["data", "tokenize", "-h"], ["convert", "-h"]])
+def test_h_is_help(words):
+    done = run_command(*words)
+    assert done.returncode == 0 and "Usage: " in done.stdout
+
+
+def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every verb with the words it is called by."""
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from leaves(inner, (*path, name))
+    if not hasattr(command, "commands"):
+        yield path, command
+
+
+VERBS = dict(leaves(typer.main.get_command(cli.app)))
+
+
+@pytest.mark.parametrize("words", VERBS, ids=" ".join)
+def test_help_shows_examples_as_they_are_typed(words):
+    context = typer.main.get_command(cli.app).make_context("meditron-train", [*words], resilient_parsing=True)
+    for name in words[:-1]:
+        context = type(context)(VERBS[words], info_name=name, parent=context)
+    context.terminal_width = 80
+    out = VERBS[words].get_help(context)
+    assert max(map(len, out.splitlines())) <= 80
+    text = out.partition("Examples:\n")[2].partition("\n\n")[0].replace("\\\n", " ")
+    examples = [shlex.split(line) for line in text.splitlines() if "meditron" in line]
+    assert examples, out
+    for example in examples:
+        start = next(i for i, word in enumerate(example) if "meditron" in word)
+        if example[start : start + 2] == ["-m", "meditron_train"] or example[start] == "meditron_train":
+            example = ["meditron-train", *example[start + 1 :]]
+            start = 0
+        called, arguments = (
+            tuple(example[start + 1 : start + 1 + len(words)]),
+            example[start + 1 + len(words) :],
+        )
+        assert called == words
+        VERBS[words].make_context(words[-1], arguments)  # parses them, runs nothing

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from meditron_train.config.check import check_config
+from meditron_train.config.check import check_config, overwritten_inputs
 from meditron_train.config.model_config import RopeConfig
 from meditron_train.errors import UserError
 from tests.config.shapes import LLAMA2, small_config
@@ -53,7 +53,7 @@ def test_sound_layouts_pass(world_size, parallel):
     ("world_size", "sections", "said"),
     [
         (6, {"parallel": {"tensor": 4}}, "world size 6 is not divisible"),
-        (8, {"parallel": {"pipeline": 8}}, "12 layers are not divisible"),
+        (13, {"parallel": {"pipeline": 13}}, "12 layers are fewer than parallel.pipeline = 13 stages"),
         (2, {"parallel": {"pipeline": 2, "virtual_pipeline": 4}}, "12 layers are not divisible by"),
         (
             1,
@@ -124,7 +124,7 @@ def test_a_sound_ramp_passes():
 def test_all_mistakes_come_in_one_message():
     found = problems(
         6,
-        parallel={"tensor": 8, "pipeline": 5},
+        parallel={"tensor": 8, "pipeline": 13},
         optimizer={"lr": 1e-5, "min_lr": 1e-4},
         schedule={"warmup_steps": 500},
     )
@@ -203,3 +203,40 @@ def test_missing_files_are_named_one_by_one(tmp_path):
     (tmp_path / "model/config.json").touch()
     (tmp_path / "b.bin").touch()
     check_config(config, MODEL, 1)
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "said"),
+    [
+        ("llama", "contains model.from"),
+        ("llama/hf", "is model.from"),
+        ("llama/hf/run", "lies inside model.from"),
+        ("link/hf", "is model.from"),
+        ("link/hf/run", "lies inside model.from"),
+        ("words", "is data.tokenizer"),
+        ("words/run", "lies inside data.tokenizer"),
+        ("run", None),
+        ("llama2", None),
+        ("texts", None),  # data beside what the run writes
+        ("old", "old/hf contains it"),
+        ("texts/medical.bin", "texts/medical.bin lies where the run writes"),
+    ],
+)
+def test_a_run_never_writes_over_its_inputs(tmp_path, run_dir, said):
+    for name in ("llama/hf", "words", "texts", "old/hf"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "llama")
+    for name in ("texts/medical", "old/hf/more"):
+        for suffix in (".bin", ".idx"):
+            (tmp_path / f"{name}{suffix}").touch()
+    config = small_config(
+        model={"from": str(tmp_path / "llama" / "hf")},
+        data={
+            "tokenizer": str(tmp_path / "words"),
+            "train": [{"name": "medical", "path": str(tmp_path / "texts" / "medical")}],
+            "validation": [{"name": "more", "path": str(tmp_path / "old" / "hf" / "more")}],
+        },
+        logging={"run_dir": str(tmp_path / run_dir)},
+    )
+    found = "\n".join(overwritten_inputs(config))
+    assert (said in found and "give another logging.run_dir" in found) if said else not found

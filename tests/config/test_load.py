@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from meditron_train.config.load import dump_config, load_config
-from meditron_train.config.schema import json_schema
+from meditron_train.config.schema import Config, json_schema
 from meditron_train.errors import UserError
 
 BASE = """
@@ -81,6 +81,20 @@ def test_overrides(write):
     assert config.data.train[0].path == Path("elsewhere")
     assert config.logging.run_dir == Path("runs/a=b")
     assert config.resilience.max_skipped_steps == 3
+
+
+def test_a_section_of_another_file(write):
+    """Its keys replace those of the configuration, and later overrides replace them."""
+    other = write(
+        "data:\n  tokenizer: other\n  train: [{name: b, path: data/b}, {name: c, path: c}]\n", "data.yaml"
+    )
+    path = write(BASE + "  packing: concat\n")
+    data = load_config(path, [f"data=@{other}", "data.train.1.path=elsewhere"]).data
+    assert (data.tokenizer, data.packing) == (Path("other"), "concat")
+    assert [(source.name, str(source.path)) for source in data.train] == [("b", "data/b"), ("c", "elsewhere")]
+    assert "data.yaml has no section train" in problems(path, f"train=@{other}")[0]
+    with pytest.raises(UserError, match=r"no configuration file nowhere\.yaml"):
+        load_config(path, ["data=@nowhere.yaml"])
 
 
 def test_overrides_reach_into_hf_config(write):
@@ -237,6 +251,12 @@ def test_missing_keys(write):
         ("train: {steps: 1, steps: 2}", "key 'steps' is given twice"),
         ("? [a]\n: 1\n", "cannot be a key"),
         ("a: !!python/object:os.system {}", "not valid YAML"),
+        ("a: 2001-99-99", "not valid YAML: a value cannot be read: month"),
+        ("a: !!int x", "not valid YAML"),
+        ("a: !!bool x", "not valid YAML"),
+        ("a: !!map [x]", "not valid YAML"),
+        ('a: "\\ud800"', "half of a surrogate pair"),
+        ("a: " + "9" * 5000, "not valid YAML"),
     ],
 )
 def test_files_that_are_no_configuration(write, text, said):
@@ -248,7 +268,7 @@ def test_files_that_are_no_configuration(write, text, said):
 def test_unreadable_files(tmp_path):
     with pytest.raises(UserError, match="there is no configuration file"):
         load_config(tmp_path / "nothing.yaml")
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="is a directory; give the YAML file itself"):
         load_config(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot read"):
@@ -294,7 +314,7 @@ def test_the_schema_states_limits_and_meanings():
     schema = json.loads(json_schema())
     steps = schema["$defs"]["TrainSection"]["properties"]["steps"]
     assert (steps["type"], steps["minimum"], steps["default"]) == ("integer", 1, 1000)
-    assert steps["description"] == "Optimizer steps."
+    assert steps["description"].startswith("Optimizer steps (default 1000")
     assert "from" in schema["$defs"]["ModelSection"]["properties"]
     assert schema["additionalProperties"] is False
 
@@ -304,3 +324,18 @@ def test_the_schema_file_is_current():
     assert file.read_text() == json_schema(), (
         "run: python -m meditron_train.config.schema > configs/schema.json"
     )
+
+
+def test_a_source_is_named_after_its_path():
+    values = {
+        "model": {"from": "base"},
+        "data": {
+            "tokenizer": "base",
+            "train": [{"path": "data/pubmed.v2"}, {"path": "data/pubmed.v2", "name": "other"}],
+            "validation": [{"path": "data/held"}],
+        },
+    }
+    data = Config.model_validate(values).data
+    assert [source.name for source in (*data.train, *data.validation)] == ["pubmed.v2", "other", "held"]
+    with pytest.raises(ValueError, match="name"):
+        Config.model_validate({**values, "data": {"tokenizer": "b", "train": [{"path": "data/pub med"}]}})

@@ -8,9 +8,11 @@ import pytest
 
 from meditron_train.config.check import check_config
 from meditron_train.config.load import load_config
+from meditron_train.corpus.text.rules import SPECIAL_TOKENS
 from tests.config.shapes import LLAMA2
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+SFT_TASKS = ("medqa", "medmcqa", "pubmedqa")
 STRUCTURE_TOKENS = ("bib_ref", "fig_ref", "bib", "fig", "table", "formula")
 
 
@@ -22,6 +24,7 @@ STRUCTURE_TOKENS = ("bib_ref", "fig_ref", "bib", "fig", "table", "formula")
         ("llama2-70b", "70b", 64),
         ("meditron-7b", "7b", 64),
         ("meditron-70b", "70b", 128),
+        *((f"sft-{task}{form}", "7b", 8) for task in SFT_TASKS for form in ("", "-cot")),
     ],
 )
 def test_presets_fit_their_model(preset, size, world_size):
@@ -34,7 +37,8 @@ def test_presets_fit_their_model(preset, size, world_size):
 
 def test_every_preset_is_tested():
     names = {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert names >= {"demo", "llama2-7b", "llama2-13b", "llama2-70b", "meditron-7b", "meditron-70b"}
+    sft = {f"sft-{task}{form}" for task in SFT_TASKS for form in ("", "-cot")}
+    assert names == {"demo", "llama2-7b", "llama2-13b", "llama2-70b", "meditron-7b", "meditron-70b", *sft}
 
 
 @pytest.mark.parametrize(
@@ -58,9 +62,24 @@ def test_meditron_as_published(preset, lr, seq_len, micro, global_, steps, tenso
     assert parallel.layout(gpus).sequence
     assert parallel.distributed_optimizer
     pairs = [(f"[{name}]", f"[/{name}]") for name in STRUCTURE_TOKENS]
-    assert config.data.special_tokens == tuple(token for pair in pairs for token in pair)
+    assert config.data.special_tokens == tuple(token for pair in pairs for token in pair) == SPECIAL_TOKENS
     weights = {source.name: source.weight for source in config.data.train}
     assert weights == {"guidelines": 0.107, "abstracts": 5.48, "papers": 40.7, "replay": 0.42}
+
+
+@pytest.mark.parametrize("form", ["", "-cot"])
+@pytest.mark.parametrize("task", SFT_TASKS)
+def test_supervised_finetuning_as_published(task, form):
+    config = load_config(CONFIGS / f"sft-{task}{form}.yaml")
+    optimizer, train = config.optimizer, config.train
+    assert (optimizer.lr, optimizer.min_lr, optimizer.betas, optimizer.eps) == (2e-5, 2e-6, (0.9, 0.95), 1e-5)
+    assert (optimizer.weight_decay, optimizer.clip_grad, config.schedule.kind) == (0.1, 1.0, "cosine")
+    assert (config.schedule.warmup_fraction, train.epochs, train.global_batch_size) == (0.1, 3, 64)
+    assert (train.seq_len, train.precision, config.parallel.layout(64).data) == (2048, "bf16", 16)
+    assert (config.data.packing, config.data.chat.template) == ("best_fit", "chatml")
+    assert config.data.chat.prompt_loss_weight == 0
+    assert config.data.special_tokens == ("<|im_start|>", "<|im_end|>")
+    assert config.data.train[0].path == Path("data") / f"sft-{task}{form}"
 
 
 def test_the_70b_run_is_48_billion_tokens():
@@ -81,7 +100,7 @@ def test_paths_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("GAP_REPLAY", "/corpus")
     config = load_config(CONFIGS / "meditron-7b.yaml")
     assert config.model.from_ == config.data.tokenizer == Path("/models/llama")
-    assert config.data.train[1].path == Path("/corpus/abstracts-train")
+    assert config.data.train[1].path == Path("/corpus/tokenized/abstracts.train")
 
 
 def test_the_demo_runs_as_the_readme_says():
@@ -91,4 +110,4 @@ def test_the_demo_runs_as_the_readme_says():
     )
     check_config(config, tiny, 4, check_files=False)
     assert config.model.from_ == Path("runs/demo/base")
-    assert config.data.train[0].path == Path("runs/demo/data/medical")
+    assert config.data.train[0].path == Path("runs/demo/data/tokenized/medical.train")

@@ -71,6 +71,6 @@ def hugging_face_directory(tmp_path_factory: pytest.TempPathFactory, corpus_line
     tokenizer.train_from_iterator(corpus_lines, trainer)
     directory = tmp_path_factory.mktemp("hugging_face")
     tokenizer.save(str(directory / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    config = {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from meditron_train.data.index_file import bin_path, idx_path
-from meditron_train.data.indexed import IndexedDataset, IndexedDatasetWriter
-from meditron_train.data.tokenizer import token_dtype
+from meditron_train.data.indexed import IndexedDataset
+from meditron_train.data.tokenizing.tokenizer import token_dtype
 from meditron_train.errors import UserError
+from tests.data.indexed_writer import IndexedDatasetWriter
 
 DOCUMENTS = [([1, 2, 3, 4, 5], [2, 3]), ([], []), ([65535], [1]), ([7, 8], [0, 2])]
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from meditron_train.data.encode import TokenizeOptions
-from meditron_train.data.indexed import IndexedDatasetWriter
 from meditron_train.data.info import dataset_info
-from meditron_train.data.meta import sha256_file
-from meditron_train.data.tokenize import tokenize
+from meditron_train.data.tokenizing.encode import TokenizeOptions
+from meditron_train.data.tokenizing.tokenize import tokenize
 from meditron_train.errors import UserError
+from meditron_train.files import sha256_file
+from tests.data.indexed_writer import IndexedDatasetWriter
 
 
 def test_counts_hash_and_lengths(tmp_path: Path) -> None:

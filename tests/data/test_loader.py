@@ -5,28 +5,28 @@ import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from meditron_train.data.batch_schedule import BatchSchedule
+from meditron_train.config.training import BatchRamp
 from meditron_train.data.index_file import bin_path
 from meditron_train.data.indexed import IndexedDataset
 from meditron_train.data.loader import StepLoader
 from meditron_train.data.packed import GatherJob, PackedBatch, PackedDataset, build_train_dataset
+from meditron_train.data.packing.batch_schedule import BatchSchedule
 from meditron_train.data.sources import Source
 from meditron_train.errors import UserError
 from tests.data.test_packed import section, write
 
-RAMP = BatchSchedule(8, SimpleNamespace(start=4, increment=4, samples=8))
+RAMP = BatchSchedule(8, BatchRamp(start=4, increment=4, samples=8))
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> PackedDataset:
     lengths = np.random.default_rng(0).integers(1, 60, 80).tolist()
-    return build_train_dataset(section([{"path": write(tmp_path / "a", lengths)}]), 32)
+    return build_train_dataset(section([{"path": write(tmp_path / "a", lengths)}]), 32, None)
 
 
 def take(loader: StepLoader, count: int) -> list[tuple[int, list[PackedBatch]]]:
@@ -98,13 +98,13 @@ def test_a_bad_token_is_raised_by_its_step(tmp_path: Path) -> None:
     content[32 * 11 + 7] = 60_000  # of document 11
     content.tofile(bin_path(prefix))
     source = Source("a", IndexedDataset(prefix), np.arange(40))
-    dataset = PackedDataset([source], [1], packing="best_fit", seq_len=32, seed=1, vocab_size=300)
+    dataset = PackedDataset([source], [(0, [1])], packing="best_fit", seq_len=32, seed=1, vocab_size=300)
     bad = next(number for number in range(40) if dataset.segments(number)[0].document == 11)
     for prefetch in (0, 1, 3):
         with StepLoader(dataset, BatchSchedule(4), 2, prefetch=prefetch) as loader:
             assert [next(loader)[0] for _ in range(bad // 4)] == [*range(1, bad // 4 + 1)]
             with pytest.raises(
-                UserError, match=r"Document 11 of data source 'a' .* token id 60000, .* 0\.\.299"
+                UserError, match=r"document 11 of data source 'a' .* token id 60000, .* 0\.\.299"
             ):
                 next(loader)
             with pytest.raises(StopIteration):
@@ -163,7 +163,7 @@ def test_the_interpreter_ends_with_a_loader_at_work(tmp_path: Path, end: str) ->
     program = f"""
 import sys
 import numpy as np
-from meditron_train.data.batch_schedule import BatchSchedule
+from meditron_train.data.packing.batch_schedule import BatchSchedule
 from meditron_train.data.indexed import IndexedDataset
 from meditron_train.data.index_file import bin_path
 from meditron_train.data.indexed import IndexedDataset
@@ -171,7 +171,7 @@ from meditron_train.data.loader import StepLoader
 from meditron_train.data.packed import PackedDataset
 from meditron_train.data.sources import Source
 source = Source("a", IndexedDataset({str(prefix)!r}), np.arange(400))
-dataset = PackedDataset([source], [1], packing="concat", seq_len=256, seed=1)
+dataset = PackedDataset([source], [(0, [1])], packing="concat", seq_len=256, seed=1)
 loader = StepLoader(dataset, BatchSchedule(512), 8, prefetch=4)
 print(next(loader)[0], flush=True)
 {end}
@@ -180,11 +180,3 @@ print(next(loader)[0], flush=True)
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
-
-
-def test_bad_values(dataset: PackedDataset) -> None:
-    with pytest.raises(UserError, match=r"4 samples .* 2 data-parallel ranks in micro-batches of 4"):
-        StepLoader(dataset, RAMP, 4, 0, 2)
-    for arguments in ((0, 0, 1), (1, 1, 1), (1, -1, 1), (1, 0, 1, 0), (1, 0, 1, 1, -1)):
-        with pytest.raises(ValueError, match="do not describe"):
-            StepLoader(dataset, BatchSchedule(8), *arguments)

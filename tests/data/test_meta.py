@@ -28,6 +28,7 @@ def test_whole(tmp_path: Path) -> None:
     "content, message",
     [
         ("{", "not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
         ("[]", "does not have the format"),
         (
             json.dumps({"format": FORMAT}),

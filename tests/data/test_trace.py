@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from meditron_train.config.load import load_config
-from meditron_train.data.batch_schedule import BatchSchedule
-from meditron_train.data.encode import TokenizeOptions
 from meditron_train.data.loader import StepLoader
 from meditron_train.data.packed import build_train_dataset
-from meditron_train.data.tokenize import tokenize
-from meditron_train.data.tokenizer import load_tokenizer
+from meditron_train.data.packing.batch_schedule import BatchSchedule
+from meditron_train.data.tokenizing.encode import TokenizeOptions
+from meditron_train.data.tokenizing.tokenize import tokenize
+from meditron_train.data.tokenizing.tokenizer import load_tokenizer
 from meditron_train.data.trace import read_ids, trace_step
 from meditron_train.errors import UserError
 
@@ -52,7 +52,7 @@ def run(tmp_path: Path, sentencepiece_directory: Path, corpus_lines: list[str]) 
 
 def test_is_what_the_loader_gave(run: Path, sentencepiece_directory: Path, corpus_lines: list[str]) -> None:
     config = load_config(run / "config.yaml")
-    dataset = build_train_dataset(config.data, config.train.seq_len)
+    dataset = build_train_dataset(config.data, config.train.seq_len, None)
     schedule = BatchSchedule(config.train.global_batch_size, config.train.batch_ramp)
     tokenizer = load_tokenizer(sentencepiece_directory)
     for step in (1, 4, 20):
@@ -133,7 +133,7 @@ def test_ids_that_json_does_not_have(tmp_path: Path, sentencepiece_directory: Pa
 
 def test_bad_input(run: Path, tmp_path: Path) -> None:
     for step in (0, 21):
-        with pytest.raises(UserError, match=rf"Step {step} is not one of this run: it has the steps 1 to 20"):
+        with pytest.raises(UserError, match=rf"step {step} is not one of this run: it has the steps 1 to 20"):
             trace_step(run, step)
     with pytest.raises(UserError, match="is not a run directory"):
         trace_step(tmp_path, 1)

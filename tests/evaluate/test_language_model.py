@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from meditron_train.convert.hf_to_megatron import hf_to_megatron
+from meditron_train.checkpoint.convert.from_hf import hf_to_sharded
 from meditron_train.evaluate.language_model import as_hf_directory, load_language_model
 from tests.checkpoint.tiny_llama import write_tiny_llama
 from tests.refusal import refused
@@ -19,7 +20,7 @@ def test_a_hugging_face_directory_is_used_as_it_is(hf_directory):
 
 
 def test_a_sharded_checkpoint_is_exported_and_gives_the_same_logits(hf_directory, model, tmp_path):
-    hf_to_megatron(hf_directory, tmp_path / "sharded")
+    hf_to_sharded(hf_directory, tmp_path / "sharded")
     with as_hf_directory(tmp_path / "sharded") as directory:
         again = load_language_model(directory)
     assert not directory.exists()  # temporary
@@ -28,16 +29,19 @@ def test_a_sharded_checkpoint_is_exported_and_gives_the_same_logits(hf_directory
     assert torch.equal(again.logits(ids), model.logits(ids))
 
 
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
-def test_not_a_model(tmp_path, make):
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [(lambda path: None, "there is no directory"), (lambda path: path.mkdir(), "config.json")],
+)
+def test_not_a_model(tmp_path, make, said):
     make(tmp_path / "nothing")
-    with refused(str(tmp_path / "nothing"), "config.json"), as_hf_directory(tmp_path / "nothing"):
+    with refused(str(tmp_path / "nothing"), said), as_hf_directory(tmp_path / "nothing"):
         pass
 
 
 def test_a_run_directory_gets_a_hint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    with refused("RUN_DIR/hf"), as_hf_directory(tmp_path):
+    with refused("not a run with a checkpoint"), as_hf_directory(tmp_path):
         pass
 
 
@@ -54,3 +58,10 @@ def test_a_missing_shard(hf_directory, tmp_path):
             (broken / file.name).write_bytes(file.read_bytes())
     with refused(str(broken)):
         load_language_model(broken)
+
+
+def test_an_adapter_beside_the_weights_is_refused(hf_directory, tmp_path):
+    shutil.copytree(hf_directory, tmp_path / "model")
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    with refused("adapter_config.json", "merge"):
+        load_language_model(tmp_path / "model")

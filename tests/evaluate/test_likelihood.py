@@ -13,7 +13,7 @@ from meditron_train.evaluate.likelihood import (
     Accuracy,
     multiple_choice_accuracy,
     perplexity,
-    score_options,
+    score_continuations,
 )
 from tests.checkpoint.tiny_tokenizer import generated_texts
 from tests.refusal import refused
@@ -41,6 +41,10 @@ def naive_log_likelihood(model, prefix: list[int], continuation: list[int]) -> f
     return total
 
 
+def score_options(model, prompt, options, *, batch_size=64):
+    return score_continuations(model, [(prompt, option) for option in options], batch_size)
+
+
 def questions(number: int) -> list[Asked]:
     texts = generated_texts(number * 5, seed=3)
     return [
@@ -62,7 +66,7 @@ def test_scores_equal_the_naive_loop(model, batch_size):
         want = naive_log_likelihood(model, prefix, ids[len(prefix) :])
         assert score.log_likelihood == pytest.approx(want, rel=1e-5)
         assert score.num_bytes == len(option.encode())
-        assert score.normalised == pytest.approx(want / len(option.encode()), rel=1e-5)
+        assert score.normalized == pytest.approx(want / len(option.encode()), rel=1e-5)
 
 
 class PairTokenizer:
@@ -89,9 +93,9 @@ def test_accuracy_counts_the_likeliest_options(model):
         sums = [score.log_likelihood for score in scores]
         assert chosen == sums.index(max(sums))
         by_sum += chosen == question.answer
-        normalised = [score.normalised for score in scores]
-        by_bytes += normalised.index(max(normalised)) == question.answer
-    assert (result.by_sum.num_correct, result.by_normalised.num_correct) == (by_sum, by_bytes)
+        normalized = [score.normalized for score in scores]
+        by_bytes += normalized.index(max(normalized)) == question.answer
+    assert (result.by_sum.num_correct, result.by_normalized.num_correct) == (by_sum, by_bytes)
     assert result.by_sum.num_questions == 12 and result.chance == pytest.approx(0.25)
 
 
@@ -127,7 +131,7 @@ def test_perplexity_reads_no_further_than_the_model_can(model):
 def test_bad_input(model):
     with refused("no questions"):
         multiple_choice_accuracy(model, [])
-    with refused("Question 0", "2 options", "answer is 2"):
+    with refused("question 0", "2 options", "answer is 2"):
         multiple_choice_accuracy(model, [Asked("ka", ("mo", "ri"), 2)])
     with refused("empty", "'ka'"):
         score_options(model, "ka", ["mo", " "])

@@ -3,7 +3,7 @@
     python -m tests.faults.campaign RESULTS.jsonl [--ranks-only | --slurm-only] [--rounds N] [--seed N] [--only WORD]
 
 One line is appended to RESULTS.jsonl after each fault, so that a campaign that was interrupted can be read, and goes on
-where it was. `python -m tests.faults.table RESULTS.jsonl` makes the table of docs/reliability.md.
+where it was. `python -m tests.faults.table RESULTS.jsonl` makes the table of docs/explanation/reliability.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a fault did to a run: the record that the campaign writes, and that docs/reliability.md shows as a table."""
+"""What a fault did to a run, as the campaign records it; docs/explanation/reliability.md shows it as a table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Outcome:
         steps_lost: steps that had to be taken again, beyond those of a checkpoint.
         most_lost: the most steps that the promise allows to be lost: those since the last checkpoint.
         last_step, planned_step: where the run ended, and where it should.
-        identical: every loss is that of the undisturbed run, to the bit (on another number of ranks: within 1e-5).
+        identical: every loss is bit-identical to that of the undisturbed run (on another number of ranks: within 1e-5).
         starts: times the run was started.
         problem: what broke the promise; "" when nothing did.
     """

@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -23,12 +24,13 @@ from typing import Any
 
 import psutil
 
-from tests.distributed import _context, free_port
+from tests.distributed import fork_server, free_port
 from tests.faults.outcome import Outcome, compare
 from tests.faults.workload import RunWatch, Workload
 
 STEPS, INTERVAL = 24, 6
 WORLD_SIZE = 2
+REWORDING = Path(__file__).parents[1] / "rewording"
 _MOST_STARTS = 8
 _GRACE_S = 1.0  # torchrun gives 30 s; a rank that waits for a dead peer uses them up
 QUICK = {"hang_min_s": 4.0, "hang_other_s": 60.0, "replica_check_interval": 1}
@@ -44,6 +46,10 @@ def _rank_main(rank: int, port: int, config: str, log: str, environment: dict[st
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD_SIZE, "LOCAL_WORLD_SIZE": WORLD_SIZE}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **environment)
+    if environment.get("PYTHONPATH") == str(
+        REWORDING
+    ):  # read at the start of Python, which a fork has behind it
+        runpy.run_path(str(REWORDING / "sitecustomize.py"))
     sys.argv = ["meditron-train", "train", config]
     from meditron_train.cli.main import main
 
@@ -95,7 +101,7 @@ class SupervisedRun:
             before, highest = len(self.watch.resumed_after()), self.watch.highest_step
             threading.Thread(target=self._note_recovery, args=(before, highest), daemon=True).start()
         self.processes = [
-            _context().Process(
+            fork_server().Process(
                 target=_rank_main,
                 args=(rank, port, str(self.config), str(self.log), self.environment),
                 daemon=False,
@@ -390,11 +396,17 @@ def run_undisturbed(workload: Workload, directory: Path) -> list[float]:
 
 
 def try_fault(
-    fault: Fault, seed: str, workload: Workload, directory: Path, undisturbed: list[float]
+    fault: Fault,
+    seed: str,
+    workload: Workload,
+    directory: Path,
+    undisturbed: list[float],
+    *,
+    reworded: bool = False,
 ) -> Outcome:
-    """One run, hit once."""
+    """One run, hit once; `reworded`: every message of the ranks says something else."""
     dice = random.Random(seed)
-    environment = {}
+    environment = {"PYTHONPATH": str(REWORDING)} if reworded else {}
     if fault.injected:
         step = dice.randrange(2, STEPS)
         environment["MEDITRON_INJECT"] = fault.injected.format(step=step, rank=dice.randrange(WORLD_SIZE))
@@ -418,8 +430,9 @@ def try_fault(
             problems.append("an unfinished checkpoint was left")
         if not run.fault_time or (fault.injected and not any(run.watch.run_dir.glob("injected/*"))):
             problems.append("the fault did not happen")
-        if not re.search(fault.said, run.log.read_text(errors="replace")):
-            problems.append(f"the log does not say {fault.said!r}")
+        said = "reworded" if reworded else fault.said
+        if not re.search(said, run.log.read_text(errors="replace")):
+            problems.append(f"the log does not say {said!r}")
         codes = " ".join(",".join(map(str, codes)) for codes in run.starts)
         return Outcome(
             fault=fault.name,

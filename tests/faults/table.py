@@ -1,7 +1,7 @@
-"""The table of docs/reliability.md from the results of a campaign.
+"""The table of docs/explanation/reliability.md from the results of a campaign.
 
 python -m tests.faults.table RESULTS.jsonl            print it
-python -m tests.faults.table RESULTS.jsonl --write    put it between the marks in docs/reliability.md
+python -m tests.faults.table RESULTS.jsonl --write    put it between the marks in docs/explanation/reliability.md
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.faults.outcome import Outcome, read_outcomes
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "explanation" / "reliability.md"
 BEGIN, END = "<!-- campaign: begin -->", "<!-- campaign: end -->"
 
 

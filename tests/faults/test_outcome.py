@@ -1,4 +1,4 @@
-"""The campaign's own judgement: it must see a broken promise."""
+"""The campaign's own judgment: it must see a broken promise."""
 
 from __future__ import annotations
 

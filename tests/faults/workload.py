@@ -1,4 +1,4 @@
-"""The run that the faults hit: a tiny Llama on invented text, two ranks, deterministic to the bit."""
+"""The run that the faults hit: a tiny Llama on invented text, two ranks, bitwise deterministic."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from meditron_train.report.metrics import read_metrics
+from tests.report.metrics_file import read_metrics
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Workload:
 
     @classmethod
     def make(cls, directory: Path) -> Workload:
-        from meditron_train.data.tokenizer import load_tokenizer
+        from meditron_train.data.tokenizing.tokenizer import load_tokenizer
         from tests.train.conftest import VOCAB_SIZE, train_tokenizer, write_corpus
         from tests.train.reference import hf_model
 

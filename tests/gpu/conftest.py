@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Ranks are forked from a server that has imported torch and megatron-core, and whoever has initialised CUDA cannot
-# be forked. Nothing that is imported initialises it, but `torch.cuda.is_available()` asks the CUDA runtime by default,
+# Ranks are forked from a server that has imported torch and megatron-core, and a process that has used CUDA cannot
+# be forked. Nothing that is imported initializes it, but `torch.cuda.is_available()` asks the CUDA runtime by default,
 # which starts the driver. With this variable it asks NVML instead. The server inherits it.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 

@@ -13,7 +13,7 @@ from tests.train.reference import Packed
 
 def start_engine(rank: int, world_size: int, device: str, config: Any) -> Any:
     """An engine with the weights of `config.model.from`, on NCCL for device cuda and on gloo for cpu."""
-    from meditron_train.checkpoint.hf_read import open_hf_model
+    from meditron_train.checkpoint.hf.read import open_hf_model
     from meditron_train.parallel import initialize
     from meditron_train.train.engine import Engine
 

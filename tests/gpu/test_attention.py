@@ -1,6 +1,6 @@
 """Packed attention on a GPU against softmax attention in float64 on the CPU, forward and backward.
 
-Inputs are drawn anew in every run; what fails says the seed.
+Every run draws new inputs; a failure names the seed.
 
 Legend: T packed query tokens, S packed key tokens, N query heads, K key/value heads, D head size.
 """

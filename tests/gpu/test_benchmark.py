@@ -12,7 +12,9 @@ import pytest
 from tests.gpu.devices import CPU, CUDA
 
 
-@pytest.mark.parametrize("device", [CPU, CUDA])
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", id="cpu", marks=[*CPU.marks, pytest.mark.long]), CUDA]
+)
 def test_all_tools_take_the_same_steps(device, tmp_path):
     result_file = tmp_path / "result.json"
     command = [sys.executable, "-m", "benchmarks.gpu.train_step", "--tiny", "--device", device]
@@ -20,10 +22,13 @@ def test_all_tools_take_the_same_steps(device, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     results = json.loads(result_file.read_text())
-    baseline = results["transformers, autocast"]["losses"]
+    baseline = results["tools"]["transformers, autocast"]["losses"]
     assert len(baseline) == 2 * 2 and baseline[:2] == baseline[2:]  # every round starts anew
-    for name, result in results.items():
-        assert result["losses"] == pytest.approx(baseline, rel=5e-3), name
+    for name, result in results["tools"].items():
+        assert result["failure"] == "", name
+        # Other documents are other conditions: only near, as random tokens cannot be predicted.
+        tolerance = 2e-2 if name == "meditron-train, short documents" else 5e-3
+        assert result["losses"] == pytest.approx(baseline, rel=tolerance), name
         assert f"| {name} | " in done.stdout
 
 
@@ -35,7 +40,7 @@ def test_attention_is_measured_in_every_case(device, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     table = json.loads(result_file.read_text())
-    assert len(table) == 4  # two batches, two passes
+    assert len(table) == 6  # three batches, two passes
     for column in table.values():
         assert column["meditron-train"] > 0
         # A peer that runs has passed the comparison with ours. This one runs everywhere.

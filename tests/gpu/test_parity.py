@@ -29,7 +29,7 @@ def reference(tmp_path_factory):
 
 def run_layout(device, directory, layout, **sections):
     """(history, weights under Hugging Face names) of a layout, every number of them finite."""
-    from meditron_train.checkpoint.hf_config import read_hf_config
+    from meditron_train.checkpoint.hf.config import read_hf_config
 
     world_size, parallel = LAYOUTS[layout]
     config = make_config(directory, {"parallel": parallel, **sections})
@@ -76,6 +76,6 @@ def test_recomputation_changes_nothing(device, recompute, reference):
 
 
 @pytest.mark.parametrize("device", [CUDA])
-def test_ranks_are_forked_before_cuda_is_initialised(device):
+def test_ranks_are_forked_before_cuda_is_initialized(device):
     (state,) = run_ranks(cuda_state, 1)
     assert state == {"is_initialized": False, "forked_from_initialized": False, "sum": 10.0}

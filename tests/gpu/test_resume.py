@@ -33,9 +33,9 @@ def numbers(metrics: list[dict]) -> list[list[float]]:
 
 
 def weights(run_dir) -> dict[str, torch.Tensor]:
-    from meditron_train.checkpoint.megatron_read import MegatronSource
+    from meditron_train.checkpoint.sharded.read import ShardedSource
 
-    source = MegatronSource(run_dir / "checkpoints" / f"step_{NUM_STEPS:08d}")
+    source = ShardedSource(run_dir / "checkpoints" / f"step_{NUM_STEPS:08d}")
     return {name: source.read(name) for name in source.names}
 
 

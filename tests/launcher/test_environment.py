@@ -37,6 +37,31 @@ SRUN = {
 }
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"},
+        {"PMI_SIZE": "2", "PMI_RANK": "0"},
+        {"OMPI_COMM_WORLD_SIZE": "4", **SRUN},  # mpirun's own daemons are tasks of srun
+    ],
+)
+def test_several_processes_of_mpirun_do_not_train_alone(variables):
+    with pytest.raises(UserError, match="mpirun started .* train --processes N"):
+        detect_launcher(variables)
+
+
+@pytest.mark.parametrize(
+    ("variables", "kind"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, "alone"),
+        ({"OMPI_COMM_WORLD_SIZE": "8", **TORCHRUN}, "torchrun"),
+        ({"PMI_SIZE": "8", **SRUN}, "slurm"),  # srun --mpi=pmi2
+    ],
+)
+def test_what_mpi_leaves_beside_another_launcher_does_no_harm(variables, kind):
+    assert detect_launcher(variables).kind == kind
+
+
 def test_alone():
     found = detect_launcher({})
     assert (found.kind, found.rank, found.world_size, found.local_rank) == ("alone", 0, 1, 0)

@@ -1,4 +1,4 @@
-"""launch/local.sh starts the right command; torchrun, nvidia-smi and nproc are stand-ins on PATH."""
+"""launch/local.sh starts the right command; meditron-train, nvidia-smi and nproc are stand-ins on PATH."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "local.sh"
-TORCHRUN = """#!/bin/sh
+PROGRAM = """#!/bin/sh
 printf '%s\\n' "$@"
 echo "OMP_NUM_THREADS=$OMP_NUM_THREADS"
 echo "CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS-unset}"
@@ -26,14 +26,16 @@ def local_sh(tmp_path):
     """
     system = [name for name in ("bash", "sh", "sed", "tr", "awk", "dirname", "getconf") if shutil.which(name)]
 
-    def run(*words: str, gpus: int | None = None, cores: int = 16, torchrun: bool = True, **environment: str):
+    def run(
+        *words: str, gpus: int | None = None, cores: int = 16, installed: bool = True, **environment: str
+    ):
         programs = tmp_path / "bin"
         programs.mkdir()
         for name in system:
             (programs / name).symlink_to(shutil.which(name))
         fakes = {"nproc": f"#!/bin/sh\necho ${{OMP_NUM_THREADS-{cores}}}\n"}
-        if torchrun:
-            fakes["torchrun"] = TORCHRUN
+        if installed:
+            fakes["meditron-train"] = PROGRAM
         if gpus is not None:
             lines = "".join(
                 f"GPU {i}: NVIDIA H200 (UUID: GPU-{i})\n  MIG 1g.18gb Device 0\n" for i in range(gpus)
@@ -43,7 +45,7 @@ def local_sh(tmp_path):
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
         script = SCRIPT
-        if not torchrun:  # away from the repository, whose .venv has one
+        if not installed:  # away from the repository, whose .venv has one
             script = tmp_path / "launch" / "local.sh"
             script.parent.mkdir()
             shutil.copy(SCRIPT, script)
@@ -55,13 +57,12 @@ def local_sh(tmp_path):
 
 
 def started(process) -> tuple[int, list[str], dict[str, str]]:
-    """(processes, words of the command after the module's name, environment) that torchrun was given."""
-    assert process.returncode == 7, process.stderr  # torchrun's own exit code comes through
+    """(processes, further words, environment) that `meditron-train train` was given."""
+    assert process.returncode == 7, process.stderr  # its exit code comes through
     lines = process.stdout.splitlines()
-    option, number, *rest = lines[1:-2]
-    assert lines[0] == "--standalone" and option == "--nproc-per-node"
-    assert rest[:3] == ["-m", "meditron_train", "train"]
-    return int(number), rest[3:], dict(line.split("=") for line in lines[-2:])
+    verb, option, number, *rest = lines[:-2]
+    assert (verb, option) == ("train", "--processes")
+    return int(number), rest, dict(line.split("=") for line in lines[-2:])
 
 
 def test_without_gpus_one_process_has_all_cores(local_sh):
@@ -128,9 +129,9 @@ def test_more_processes_than_gpus(local_sh):
     assert process.returncode == 2 and "at most one process per GPU" in process.stderr
 
 
-def test_no_torchrun(local_sh):
-    process = local_sh("c.yaml", torchrun=False)
-    assert process.returncode == 2 and "there is no torchrun" in process.stderr
+def test_nothing_installed(local_sh):
+    process = local_sh("c.yaml", installed=False)
+    assert process.returncode == 2 and "there is no meditron-train" in process.stderr
 
 
 def test_usage(local_sh):

@@ -19,6 +19,7 @@ from meditron_train.launcher.sbatch import (
     submit_commands,
     time_limit_s,
 )
+from tests.refusal import refused
 
 JOB = Job(
     name="tiny",
@@ -81,6 +82,29 @@ def test_spare_nodes_are_allocated_and_not_trained_on():
 def test_values_with_spaces_stay_one_value():
     text = batch_script(JOB, directory=Path("/my runs/a"), launch_dir=Path("/repo/launch"))
     assert "#SBATCH --chdir='/my runs/a'\n" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "directory", "said"),
+    [
+        ({"options": (("partition", "gpu\ntouch x\n#"),)}, "/home/me", "the sbatch option partition"),
+        ({"options": (("account", "a\r#SBATCH --qos=other"),)}, "/home/me", "the sbatch option account"),
+        ({"overrides": ("logging.run_dir=a\x1bb",)}, "/home/me", "the command line"),
+        ({"name": "a\u2028b"}, "/home/me", "the sbatch option job-name"),
+        ({}, "/home/me\ntouch x", "chdir"),
+    ],
+)
+def test_control_characters_are_refused(changes, directory, said):
+    """What follows a line break would be a command, or an option of the job."""
+    with refused(said, "control character"):
+        batch_script(replace(JOB, **changes), directory=Path(directory), launch_dir=Path("/repo/launch"))
+
+
+def test_a_cluster_env_that_fails_is_named(tmp_path, monkeypatch):
+    (tmp_path / "cluster.env").write_text("exit 3\n")
+    monkeypatch.delenv("CLUSTER_ENV", raising=False)
+    with refused(f"{tmp_path}/cluster.env", "exit code 3"):
+        cluster_environment(tmp_path)
 
 
 def test_nodes_without_gpus_ask_for_none():

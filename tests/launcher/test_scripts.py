@@ -28,7 +28,10 @@ def test_shellcheck():
 
 
 def test_they_are_programs():
-    assert {path.name for path in SCRIPTS} >= {"train.sbatch", "convert.sbatch", "node.sh", "local.sh"}
+    assert {path.name for path in SCRIPTS} >= {
+        *("train.sbatch", "convert.sbatch", "evaluate.sbatch"),
+        *("node.sh", "local.sh"),
+    }
     for path in SCRIPTS:
         assert os.access(path, os.X_OK) == (path.name != "common.sh"), (
             path
@@ -50,7 +53,7 @@ def test_the_example_sets_nothing():
     assert subprocess.run(["bash", "-n"], input="\n".join(settings), text=True).returncode == 0
 
 
-@pytest.mark.parametrize("script", ["train.sbatch", "convert.sbatch"])
+@pytest.mark.parametrize("script", ["train.sbatch", "convert.sbatch", "evaluate.sbatch"])
 def test_without_slurm_they_say_what_to_do(script, tmp_path):
     done = subprocess.run(
         [LAUNCH / script, "x.yaml"],
@@ -130,6 +133,52 @@ def test_what_stands_between_srun_and_the_program(tmp_path, settings, words):
     given = [Path(word).name if word.endswith("node.sh") else word for word in done.stdout.splitlines()]
     assert [word for word in given if word in words] == words
     assert given[-3:] == ["convert", "verify", "a b"]
+
+
+def test_an_evaluation_is_one_torchrun_on_each_node(tmp_path):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    launch = tmp_path / "launch"
+    shutil.copytree(LAUNCH, launch)
+    # srun starts what comes after its options, as on one of the nodes; torchrun shows its words.
+    srun = (
+        '#!/usr/bin/env bash\necho "srun $*"\nwhile [[ "$1" == -* ]]; do shift; done\n'
+        'SLURM_STEP_NUM_NODES=2 "$@"\n'
+    )
+    for name, text in {
+        "srun": srun,
+        "scontrol": "#!/bin/sh\nprintf 'n1\\nn2\\n'\n",
+        "torchrun": '#!/bin/sh\nprintf "%s\\n" "$@"\nexit 3\n',
+    }.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    done = subprocess.run(
+        [launch / "evaluate.sbatch", "my model", "parallel.tensor=4", "--tasks", "medqa4"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={
+            "PATH": f"{programs}:/usr/bin:/bin",
+            "SLURM_JOB_ID": "11",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "NPROC_PER_NODE": "4",
+        },
+    )
+    assert done.returncode == 3, done.stderr  # torchrun's own exit code comes through
+    first, *given = done.stdout.splitlines()
+    assert "--nodes=2" in first and "--nodelist=n1,n2" in first
+    assert given[:4] == ["--nnodes", "2", "--nproc-per-node", "4"]
+    assert given[given.index("--rdzv-endpoint") + 1] == "n1:20077"
+    words = ["--module", "meditron_train", "evaluate", "my model", "parallel.tensor=4", "--tasks", "medqa4"]
+    assert given[-len(words) :] == words
+    refused = subprocess.run(
+        [launch / "evaluate.sbatch"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "11"},
+    )
+    assert refused.returncode == 2 and "a model is missing" in refused.stderr
 
 
 def run_node(directory: Path, what: str, program: str, settings: str = "", **environment: str) -> str:

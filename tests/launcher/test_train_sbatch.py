@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -102,11 +103,16 @@ def test_a_run_that_finishes(slurm):
     assert slurm.calls() == ["preflight n1 n2", "train n1 n2"]
 
 
-@pytest.mark.parametrize("path", ["runs/tiny/stop", "/somewhere/else/runs/tiny/stop", "stop"])
-def test_the_file_stop_ends_the_job_however_the_ranks_write_its_path(slurm, path):
-    slurm.does(train=f'echo "the file {path}" >runs/tiny/requeue; exit 1')
+def asks(cause: str) -> str:
+    """What the ranks do that end to be started again."""
+    return f"""echo '{{"cause": "{cause}", "reason": "in any words"}}' >runs/tiny/requeue; exit 1"""
+
+
+@pytest.mark.parametrize("cause", ["stop_file", "interrupted"])
+def test_a_persons_wish_ends_the_job(slurm, cause):
+    slurm.does(train=asks(cause))
     code, output = slurm.start()
-    assert code == 0 and "stopped as asked by" in output, output
+    assert code == 0 and "stopped as asked (in any words)" in output, output
     assert slurm.calls("train") == ["train n1 n2"] and not slurm.calls("requeue")
 
 
@@ -186,9 +192,7 @@ def test_bad_nodes_without_end_are_counted(slurm):
 
 
 def test_requeueing_is_tried_again_while_the_controller_is_away(slurm):
-    slurm.does(
-        train='echo "SIGTERM" >runs/tiny/requeue; exit 1', requeue='[ "$(wc -l <"$FAKE/calls")" -gt 5 ]'
-    )
+    slurm.does(train=asks("terminated"), requeue='[ "$(wc -l <"$FAKE/calls")" -gt 5 ]')
     code, _ = slurm.start()
     assert code == 1 and len(slurm.calls("requeue")) == 4
 
@@ -232,15 +236,52 @@ def test_a_chain_gives_up_once_and_a_person_may_try_again(slurm):
     assert len(slurm.calls("train")) == 6
 
 
+def mistake(cause: str, message: str) -> str:
+    return f"""echo '{{"cause": "{cause}", "message": "{message}"}}' >"$LOG_DIR/user_error"; exit 1"""
+
+
 def test_a_mistake_that_only_the_ranks_find_ends_the_job_with_2(slurm):
-    slurm.does(train='echo "4 heads are not divisible by 3" >"$LOG_DIR/user_error"; exit 1')
+    slurm.does(train=mistake("user_error", "4 heads are not divisible by 3"))
     code, output = slurm.start()
     assert code == 2 and "4 heads are not divisible by 3" in output and len(slurm.calls("train")) == 1
 
 
 def test_a_directory_in_use_by_what_is_left_of_an_earlier_start_is_tried_again(slurm):
-    slurm.does(train='echo "runs/tiny is in use by job 7" >"$LOG_DIR/user_error"; exit 1')
+    slurm.does(train=mistake("in_use", "in any words"))
     assert slurm.start()[0] == 1 and len(slurm.calls("train")) == 3
+
+
+@pytest.mark.parametrize(("exit_code", "expected"), [(1, 1), (2, 2)])
+def test_a_run_that_has_given_up_is_not_tried_again_however_its_file_is_spaced(slurm, exit_code, expected):
+    status = f'{{"state":"failed",  "reason": "in any words","exit_code":{exit_code}}}'
+    slurm.does(train=f"echo '{status}' >runs/tiny/status.json; exit 1")
+    code, output = slurm.start()
+    assert code == expected and "in any words" in output and len(slurm.calls("train")) == 1
+
+
+def test_the_files_of_an_earlier_start_say_nothing_of_this_one(slurm):
+    (slurm.run_dir / "status.json").write_text('{"state": "failed", "exit_code": 2}')
+    (slurm.run_dir / "requeue").write_text('{"cause": "stop_file", "reason": "x"}')
+    slurm.does(train="exit 1")
+    assert slurm.start()[0] == 1 and len(slurm.calls("train")) == 3
+
+
+def test_a_run_that_hung_is_started_again_and_counted(slurm):
+    slurm.does(train=asks("hang"))
+    code, output = slurm.start()
+    assert code == 1 and "in any words" in output and len(slurm.calls("train")) == 3
+
+
+@pytest.mark.parametrize(
+    "line", ["PATH[$(touch${IFS}pwned)] none", "9999999999999999999999 none", "-1 none", "08 none"]
+)
+def test_a_count_of_failures_that_another_wrote_is_a_number_or_nothing(slurm, line):
+    """bash evaluates the subscripts in what it takes for a number."""
+    (slurm.run_dir / "launch_failures").write_text(line + "\n")
+    slurm.does(train="exit 1")
+    code, output = slurm.start(CHAINED="yes", CHAIN_REST="0")
+    assert not (slurm.directory / "pwned").exists() and code == 1
+    assert ("the chain has given up" in output) is (line == "08 none")
 
 
 # A rank that never ends, so that only the batch script can act; it takes its children with it.
@@ -279,6 +320,7 @@ def test_at_the_time_limit_the_job_is_requeued_while_the_ranks_still_save(slurm,
     process = saving()
     process.send_signal(10)  # USR1: the limit is near
     until((slurm.run_dir / "stop").exists, "the ranks are asked to stop")
+    assert json.loads((slurm.run_dir / "stop").read_text()) == {"job": "7", "cause": "time_limit"}
     slurm.does(job="JobState=COMPLETING Reason=TimeLimit ExcNodeList=(null)")
     process.terminate()
     until(lambda: slurm.calls("requeue"), "requeued")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from meditron_train.launcher.node_check import NodeFacts
+from meditron_train.launcher.node_check import NodeFacts, Problem, ProblemKind
 from meditron_train.launcher.verdict import bad_nodes, problems_of_the_run
 
 NODES = ("a", "b", "c", "d")
@@ -36,8 +36,8 @@ def test_healthy_nodes_that_differ_a_little():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"problems": ("GPU 3: too hot",)}, "GPU 3: too hot"),
-        ({"file_problems": ("missing corpus.bin",)}, "missing corpus.bin"),
+        ({"problems": (Problem(ProblemKind.GPU, "GPU 3: too hot"),)}, "GPU 3: too hot"),
+        ({"file_problems": (Problem(ProblemKind.MISSING_FILE, "missing corpus.bin"),)}, "missing corpus.bin"),
         ({"versions": {"torch": "2.12"}}, "torch is 2.12, elsewhere 2.13"),
         ({"versions": {}}, "torch is missing, elsewhere 2.13"),
         ({"num_gpus": 7}, "7 GPUs (H100), elsewhere 8 (H100)"),
@@ -61,7 +61,11 @@ def test_where_nobody_reaches_the_first_node_it_is_not_all_the_others():
     assert bad_nodes(("a", "b"), known, {}, {}) == {"b": "no answer"}  # of two, nobody can say
 
 
-FULL, SICK = "less than 5 GiB of disk are free at /runs", "GPU 3: too hot"
+FULL = Problem(ProblemKind.DISK_SPACE, "less than 5 GiB of disk are free at /runs")
+SICK = Problem(ProblemKind.GPU, "GPU 3: too hot", "3 heat")
+SHM, LESS_SHM = (
+    Problem(ProblemKind.SHARED_MEMORY, f"{n} MiB of /dev/shm are free, 64 are needed") for n in (12, 11)
+)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +76,11 @@ FULL, SICK = "less than 5 GiB of disk are free at /runs", "GPU 3: too hot"
         ({"a": ((), (FULL,)), "b": ((), ())}, []),
         ({"a": ((SICK,), (FULL,))}, [FULL]),  # alone: its GPU may be its own fault, the run's disk is not
         ({"a": ((), ()), "b": ((), ())}, []),
+        ({"a": ((SHM,), ()), "b": ((LESS_SHM,), ())}, [SHM]),  # the same in other words
+        (
+            {"a": ((SICK,), ()), "b": ((replace(SICK, subject="4 heat"),), ())},
+            [],
+        ),  # the words alone are the same
     ],
 )
 def test_what_all_nodes_report_is_the_runs(by_node, expected):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from meditron_train.mcore.writer_queue import write_in_processes
+
 START = """
 import os, sys
 from meditron_train import mcore
@@ -22,20 +24,13 @@ sys.stdin.readline()
 print(queue.get_nowait(), flush=True)
 """
 
-# As megatron-core starts a writer, killed before the queue has sent the number of its file.
 START_WRITER = """
-import functools, multiprocessing, sys
-from meditron_train import mcore
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-context = multiprocessing.get_context("fork")
-writer = context.Process(
-    target=functools.partial(FileSystemWriterAsync.write_preloaded_data, []),
-    kwargs=dict(local_proc_idx=0, write_bucket=("/dev/null", "f", ([], [])), results_queue=context.Queue(),
-                count_queue=context.JoinableQueue(), use_fsync=True),
-)
-writer.start()
-print(writer.pid, flush=True)
-sys.stdin.readline()
+import os, time
+from meditron_train.mcore.writer_queue import write_in_processes
+def write(transforms, **arguments):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+write_in_processes(write, [("a file",)], [])
 """
 
 
@@ -75,3 +70,30 @@ def test_a_killed_rank_leaves_nothing(program):
     if left:
         os.kill(started, signal.SIGKILL)
     assert not left
+
+
+def write(transforms, *, local_proc_idx, write_bucket, results_queue, count_queue, use_fsync):
+    name, action = write_bucket
+    if action == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if action == "raise":
+        raise RuntimeError("something is not installed")
+    if action == "wait":
+        time.sleep(600)
+    results_queue.put((local_proc_idx, OSError(28, "full") if action == "fail" else [name, transforms]))
+    count_queue.get()
+    count_queue.task_done()
+
+
+def test_results_come_by_the_number_of_the_file():
+    assert write_in_processes(write, [("a", ""), ("b", "")], ["t"]) == {0: ["a", ["t"]], 1: ["b", ["t"]]}
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [("die", "the process that wrote b ended with -9"), ("raise", "not installed"), ("fail", "full")],
+)
+def test_a_writer_that_dies_is_an_error_at_once(action, message):
+    """Also while another writer would take much longer."""
+    error = write_in_processes(write, [("a", "wait"), ("b", action)], [])
+    assert isinstance(error, Exception) and message in str(error)

@@ -1,4 +1,4 @@
-"""The CUDA kernels of packed attention compiled for the CPU (csrc/emu), called by ctypes with numpy arrays and torch.
+"""The CUDA kernels of packed attention compiled for the CPU (tests/native/emu), called by ctypes on numpy and torch.
 
 Legend: T query tokens, S key/value tokens, N query heads, K key/value heads, D head size, P rows of rotation tables.
 """
@@ -20,7 +20,9 @@ import torch
 from tests.native.reference import Packing
 
 CSRC = Path(__file__).parents[2] / "csrc"
+EMU = Path(__file__).parent / "emu"
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS += ["-I", str(EMU.parent), "-I", str(CSRC / "cuda")]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -68,8 +70,8 @@ def compiler() -> str | None:
 
 def build() -> Path:
     """Compile every kernel for the CPU; the library is kept in the temporary folder under a hash of its sources."""
-    sources = sorted([*(CSRC / "cuda").glob("*.cu"), *(CSRC / "emu").glob("*.cpp")])
-    everything = sorted(path for path in CSRC.rglob("*") if path.is_file())
+    sources = sorted([*(CSRC / "cuda").glob("*.cu"), *EMU.glob("*.cpp")])
+    everything = sorted(path for folder in (CSRC, EMU) for path in folder.rglob("*") if path.is_file())
     content = b"".join(path.name.encode() + path.read_bytes() for path in everything)
     key = hashlib.sha256(content + repr((CSRC, compiler(), FLAGS)).encode()).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"meditron-train-emulated-{os.getuid()}-{key}.so"

@@ -32,7 +32,7 @@ def run_sanitized(
 ) -> str:
     """Compile the sources (one of them with `main`) into a program in `folder`, run it, and return its output.
 
-    Files that name flags for themselves (`// compile with: `) get them, but for the optimisation. Warnings are
+    Files that name flags for themselves (`// compile with: `) get them, but for the optimization. Warnings are
     errors; so are reports of the sanitizers. Skips the test where the compiler or its sanitizers are missing.
     """
     if not has_sanitizers(sanitizers):

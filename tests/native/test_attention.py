@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meditron_train.errors import UserError
 from meditron_train.native import Rotation, operators, packed_attention
-from meditron_train.native.attention import _wish
+from meditron_train.native.attention import _requested
 from meditron_train.native.problem import Problem
 from tests.native.attention_reference import cumulative, example, relative_error
 
@@ -122,7 +123,7 @@ def test_sdpa_equals_float64():
 def test_other_head_sizes_and_dtypes_fall_back(head_size):
     case = example([5, 9], (2, 2), head_size)
     assert max(errors(case)) < 1e-6
-    with pytest.raises(ValueError, match=f"head size {head_size} is not a multiple of 16 up to 512"):
+    with pytest.raises(UserError, match=f"head size {head_size} is not a multiple of 16 up to 512"):
         case.call(backend="native")
     with pytest.raises(ValueError, match="attention backend 'flash' is not one of auto, "):
         case.call(backend="flash")
@@ -185,8 +186,8 @@ def test_keys_alone_get_zero_gradient(head_size):
 
 def test_nonpositive_scales_go_to_pytorch_on_a_gpu():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert [_wish("auto", gpu, scale) for scale in (-1.0, 0.0, 0.1)] == ["sdpa", "sdpa", "auto"]
-    assert _wish("native", gpu, -1.0) == "native" and _wish("auto", cpu, -1.0) == "auto"
+    assert [_requested("auto", gpu, scale) for scale in (-1.0, 0.0, 0.1)] == ["sdpa", "sdpa", "auto"]
+    assert _requested("native", gpu, -1.0) == "native" and _requested("auto", cpu, -1.0) == "auto"
     case = example([30, 5], (4, 2), 64, scale=-0.1)
     assert max(errors(case)) < 1e-5
 

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 
+from meditron_train.errors import UserError
 from meditron_train.native import backends, operators, sdpa
 from meditron_train.native.backends import BACKENDS, Backend, self_test
 from meditron_train.native.problem import Problem
@@ -28,7 +29,7 @@ def _fresh_choices():
 @pytest.fixture
 def messages(monkeypatch):
     seen = []
-    monkeypatch.setattr(backends.log, "info", lambda text, *values: seen.append(text % values))
+    monkeypatch.setattr(backends._log, "info", lambda text, *values: seen.append(text % values))
     return seen
 
 
@@ -183,6 +184,6 @@ def test_on_a_gpu_nothing_but_pytorch_is_used_untested(monkeypatch, messages):
     assert backends.choose_backend("auto", CUDA, torch.bfloat16, 128) == "sdpa"
     assert "flash_attn: flash_attn is wrong here" in messages[0]
     with pytest.raises(
-        ValueError, match="'flash_attn' cannot be used on cuda with torch.bfloat16: flash_attn is wrong"
+        UserError, match="'flash_attn' cannot be used on cuda with torch.bfloat16: flash_attn is wrong"
     ):
         backends.choose_backend("flash_attn", CUDA, torch.bfloat16, 128)

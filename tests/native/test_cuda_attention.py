@@ -14,7 +14,10 @@ import torch
 from tests.native.emulated import Emulator, compiler
 from tests.native.reference import Packing, attention, bounds, random_packing, row_errors
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler"),
+]
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 # Relative error of a row: inputs, weights and results are rounded to the dtype once each, rotated q and k once more.
@@ -175,7 +178,7 @@ def test_runs_are_equal_to_the_bit(emulator, dim):
     assert all(equal_bits(runs[0], other) for other in runs[1:])
 
 
-def test_documents_do_not_depend_on_their_neighbours(emulator):
+def test_documents_do_not_depend_on_their_neighbors(emulator):
     alone = Packing(bounds([100]), bounds([130]), 50)
     among = Packing(bounds([61, 100, 7]), bounds([61, 130, 9]), 50)
     inputs = random_inputs(among, (2, 1), 64, torch.float16, 0)

@@ -18,9 +18,13 @@ ARCHITECTURES = {"sm_80", "sm_90a"}
 COMPILED = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 LOCAL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("nvcc") is None, reason="there is no nvcc on the PATH: CUDA sources are not compiled here"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        shutil.which("nvcc") is None,
+        reason="there is no nvcc on the PATH: CUDA sources are not compiled here",
+    ),
+]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,10 @@ from tests.native.test_cuda_attention import (
     run,
 )
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler"),
+]
 
 HEAD_DIMS = pytest.mark.parametrize("dim", [64, 128])
 

@@ -10,6 +10,8 @@ import pytest
 
 from tests.native.sanitized import CPP, ROOT, run_sanitized
 
+pytestmark = pytest.mark.long  # compilers and fuzzing
+
 PACKING = ROOT / "csrc" / "packing"
 SOURCES = [path for path in sorted(PACKING.glob("*.cpp")) if path.name != "bindings.cpp"]
 

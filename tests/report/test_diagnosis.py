@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from meditron_train.errors import MeditronError, RequeueError, SaveError, UserError
+from meditron_train.errors import Cause, MeditronError, RequeueError, SaveError, UserError
 from meditron_train.report.diagnosis import diagnose
 from meditron_train.report.status import RunStatus, record_failure, request_requeue
 
@@ -43,27 +43,28 @@ def test_finished(run_dir):
 
 
 def test_the_time_limit(run_dir):
-    end(run_dir, None).stopped("SIGUSR1", 85)
+    end(run_dir, None).stopped("x", Cause.TIME_LIMIT)
     found = diagnose(run_dir)
     assert found.cause == "time_limit" and found.will_requeue and "after step 7 of 20" in found.summary
 
 
-@pytest.mark.parametrize("reason", ["SIGTERM", "the file /runs/a/stop"])
-def test_asked_to_stop(run_dir, reason):
-    end(run_dir, None).stopped(reason, 85)
-    assert diagnose(run_dir).cause == "stopped"
+@pytest.mark.parametrize("cause", [Cause.TIME_LIMIT, Cause.TERMINATED, Cause.STOP_FILE, Cause.INTERRUPTED])
+def test_asked_to_stop(run_dir, cause):
+    end(run_dir, None).stopped("in any words", cause)
+    found = diagnose(run_dir)
+    assert found.cause == cause.value and found.will_requeue and "in any words" in found.evidence[0]
 
 
 @pytest.mark.parametrize(
     ("error", "cause"),
     [
-        (RequeueError("in step 8 copies of the same weights differ: rank 1 on host n2 (norm)"), "bit_flip"),
-        (MeditronError("3 steps in a row were skipped, not finite or anomalous"), "nan"),
-        (SaveError("the checkpoint of step 8 could not be written: the disk is full"), "disk"),
-        (SaveError("could not be written: OSError: [Errno 30] Read-only file system: 'x'"), "disk"),
-        (UserError("the training data has changed since step_00000005 was written"), "data_changed"),
+        (RequeueError("rank 1 on host n2 (norm)", cause=Cause.REPLICAS_DIFFER), "bit_flip"),
+        (MeditronError("3 in a row", cause=Cause.BAD_STEPS), "nan"),
+        (SaveError("the checkpoint of step 8 could not be written", cause=Cause.DISK), "disk"),
+        (OSError(30, "Read-only file system", "x"), "disk"),
+        (UserError("other data than in step_00000005", cause=Cause.CHANGED), "data_changed"),
         (UserError("parallel.tensor 3 does not divide 4 heads"), "user_error"),
-        (MeditronError("a training step does not fit into the memory of cuda:0"), "out_of_memory"),
+        (MeditronError("a training step is too large", cause=Cause.OUT_OF_MEMORY), "out_of_memory"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out_of_memory"),
         (ValueError("a bug"), "crashed"),
     ],
@@ -77,9 +78,38 @@ def test_what_ranks_say(run_dir, error, cause):
     assert found.will_requeue == isinstance(error, RequeueError)
 
 
+FOREIGN = (
+    "there is no directory /data/killed/by-nccl: out of memory, timed out, no space left, NODE FAIL, gloo"
+)
+
+
+@pytest.mark.parametrize("cause", [cause for cause in Cause if cause is not Cause.CRASHED])
+def test_a_cause_of_ours_outranks_the_words_beside_it(run_dir, cause):
+    """In status.json, in a rank's failure while the others know nothing, in requeue, and in the logs."""
+    status = RunStatus(run_dir, enabled=True)
+    status.start({"hosts": ["n1"], "world_size": 3, "steps": 20})
+    record_failure(run_dir, 1, MeditronError(FOREIGN, cause=cause), 7)
+    record_failure(run_dir, 2, PEER, 7)
+    (run_dir / "logs" / "n1-0.log").write_text(f"error: {FOREIGN}\n")
+    assert diagnose(run_dir).cause == cause.value  # the ranks' word, as status.json has none
+    status.update(state="failed", cause=cause, reason=FOREIGN)
+    found = diagnose(run_dir)
+    assert found.cause == cause.value and FOREIGN in found.summary + found.evidence[0]
+    request_requeue(run_dir, FOREIGN, cause)
+    assert diagnose(run_dir).cause == cause.value
+
+
+def test_the_words_beside_a_cause_of_a_later_version_are_not_searched(run_dir):
+    status = RunStatus(run_dir, enabled=True)
+    status.start({"hosts": ["n1"], "world_size": 3, "steps": 20})
+    status.update(state="failed", cause="of_a_later_version", reason=FOREIGN)
+    found = diagnose(run_dir)
+    assert found.cause == "failed" and FOREIGN in found.summary
+
+
 def test_a_hang_is_told_by_the_watchdog_though_rank_0_never_could(run_dir):
     end(run_dir, None)
-    request_requeue(run_dir, "hang in training step after step 7: ...; rank 2 on host n3 is busy")
+    request_requeue(run_dir, "...; rank 2 on host n3 is busy", Cause.HANG)
     found = diagnose(run_dir)
     assert found.cause == "hang" and found.will_requeue and "rank 2 on host n3" in found.evidence[0]
 
@@ -105,7 +135,7 @@ def test_a_rank_that_was_killed_is_the_one_that_said_nothing(run_dir):
     [
         ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0", "out_of_memory"),
         ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026 DUE TO TIME LIMIT ***", "time_limit"),
-        ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026 DUE TO PREEMPTION ***", "stopped"),
+        ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026 DUE TO PREEMPTION ***", "terminated"),
         ("srun: error: Node failure on n2: NODE FAIL", "killed"),
     ],
 )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from meditron_train.report.metrics import MetricsWriter, format_step_line, read_metrics
+from meditron_train.report.metrics import MetricsWriter, format_step_line
+from tests.report.metrics_file import read_metrics
 
 
 def open_writer(run_dir: Path, **changes) -> MetricsWriter:
@@ -153,21 +155,39 @@ def test_tensorboard_holds_the_same_numbers_and_hides_superseded_ones(tmp_path):
         (3, 30.0),
     ]
     assert events.Scalars("validation_loss/pubmed")[0].value == 5.0
+    (text,) = events.Tensors("config/text_summary")[0].tensor_proto.string_val
+    assert text == b"```yaml\na: 1\n```"
     assert set(events.Tags()["scalars"]) == {"train/loss", "validation_loss/pubmed"}
 
 
-def test_a_failing_tensorboard_is_turned_off(tmp_path):
+def test_a_failing_tensorboard_is_tried_again_later(tmp_path):
+    pytest.importorskip("tensorboard")
+
     class Failing:
         def add_scalar(self, *arguments):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     writer = open_writer(tmp_path)
     writer._tensorboard = Failing()
-    writer.write({"step": 1, "loss": 1.0})
-    assert writer._tensorboard is None
-    writer.write({"step": 2, "loss": 1.0})
+    for step in (1, 2, 100):
+        writer.write({"step": step, "loss": 1.0})
+        assert writer._tensorboard is None
+    writer.write({"step": 101, "loss": 1.0})
+    assert writer._tensorboard is not None
     writer.close()
-    assert len(read_metrics(tmp_path)) == 2
+    assert len(read_metrics(tmp_path)) == 4
+
+
+def test_a_metrics_file_that_cannot_be_synced_ends_nothing(tmp_path, monkeypatch, caplog):
+    writer = open_writer(tmp_path)
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    writer.sync()
+    assert "may not be durable, training goes on" in caplog.text
+    writer.close()
 
 
 def test_step_line():
@@ -184,18 +204,24 @@ def test_step_line():
         "num_skipped_steps": 0,
         "peak_memory_bytes": 3 * 2**30,
     }
-    assert format_step_line(metrics, 1000) == (
-        "step   12/1000 | loss 2.3457 | lr 3.00e-04 | grad norm 1.23 | 12.3k tokens/s | MFU 41.2% | 3.0 GiB "
-        "| left 1d 3:26:40"
+    line = format_step_line(metrics, 1000, mean_step_s=50.0)
+    assert line == ("step   12/1000  loss 2.3457  lr 3.00e-04  grad 1.23  12.3k tokens/s  left 13:43:20"), (
+        "memory and MFU would make it too wide"
+    )
+    assert format_step_line({**metrics, "lr": None, "mfu": None}, 1000, mean_step_s=1.0) == (
+        "step   12/1000  loss 2.3457  grad 1.23  12.3k tokens/s  3.0 GiB  left 0:16:28"
     )
     skipped = {
         **metrics,
         "step": 1000,
         "num_skipped_steps": 2,
         "validation_loss.pubmed": 2.0,
+        "task_accuracy.medqa4": 0.255,
         "loss": math.nan,
     }
-    assert format_step_line(skipped, 1000).endswith("| 3.0 GiB | skipped 2 | validation pubmed 2.0000")
+    assert format_step_line(skipped, 1000).endswith(
+        "skipped 2\n  validation loss pubmed 2.0000\n  medqa4: 25.5 % answered correctly"
+    )
     assert "loss nan" in format_step_line(skipped, 1000)
 
 
@@ -210,4 +236,23 @@ def test_step_line_of_missing_values(metrics):
     ("value", "text"), [(999.4, "999"), (1000, "1.0k"), (999_949, "999.9k"), (2.5e6, "2.5M"), (7e9, "7.0G")]
 )
 def test_step_line_counts(value, text):
-    assert format_step_line({"step": 1, "tokens_per_second": value}, 5) == f"step 1/5 | {text} tokens/s"
+    assert format_step_line({"step": 1, "tokens_per_second": value}, 5) == f"step 1/5  {text} tokens/s"
+
+
+def test_every_step_line_fits_100_columns_of_the_console():
+    widest = {
+        "step": 1_234_567,
+        "loss": -12345.6789,
+        "lr": 1e-10,
+        "grad_norm": 12345.678,
+        "tokens_per_second": 999_949_999.0,
+        "mfu": 0.999,
+        "peak_memory_bytes": 1000 * 2**30,
+        "num_skipped_steps": 99,
+        "validation_loss.a": 1.0,
+        "validation_loss.b": 2.0,
+    }
+    console = "06:20:33 INFO "
+    lines = (console + format_step_line(widest, 9_999_999, mean_step_s=10.0)).splitlines()
+    assert max(map(len, lines)) <= 100, lines
+    assert len(lines) == 3

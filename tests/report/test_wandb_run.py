@@ -34,7 +34,14 @@ def warnings():
 
 
 def start(run_dir: Path, mode: str = "offline") -> WandbRun:
-    return WandbRun(run_dir, mode=mode, project="project", name="name", config={"train": {"steps": 3}})
+    return WandbRun(
+        run_dir,
+        mode=mode,
+        project="project",
+        name="the-name",
+        tags=["pilot", "7b"],
+        config={"train": {"steps": 3}},
+    )
 
 
 def start_in_place_of_wandb(run_dir: Path, monkeypatch, code: str) -> WandbRun:
@@ -54,7 +61,7 @@ def test_a_killed_trainer_and_its_resume_are_one_offline_run(tmp_path, warnings)
     trainer = (
         "import os, signal, sys\nfrom pathlib import Path\n"
         "from meditron_train.report.wandb_run import WandbRun\n"
-        "run = WandbRun(Path(sys.argv[1]), mode='offline', project='p', name='n', config={})\n"
+        "run = WandbRun(Path(sys.argv[1]), mode='offline', project='p', name='n', tags=[], config={})\n"
         'run.log(\'{"step": 1, "loss": 0.5}\')\n'
         "os.killpg(os.getpid(), signal.SIGTERM)\n"
     )
@@ -76,7 +83,8 @@ def test_a_killed_trainer_and_its_resume_are_one_offline_run(tmp_path, warnings)
     run_id = (tmp_path / "wandb" / "run_id").read_text().strip()
     records = sorted(tmp_path.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))
     assert len(records) == 2
-    assert b"validation_loss.pubmed" in records[1].read_bytes()
+    record = records[1].read_bytes()
+    assert all(word in record for word in (b"validation_loss.pubmed", b"the-name", b"pilot", b'"steps"'))
 
 
 def test_a_hanging_wandb_holds_up_nothing(tmp_path, monkeypatch, warnings):

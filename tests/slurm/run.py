@@ -33,8 +33,17 @@ class SlurmRun:
     """One run: submitted, watched, hit by a fault, judged."""
 
     def __init__(
-        self, cluster: SlurmCluster, directory: Path, config: Path, run_dir: Path, interval: int
+        self,
+        cluster: SlurmCluster,
+        directory: Path,
+        config: Path,
+        run_dir: Path,
+        interval: int,
+        *,
+        reworded: bool = False,
     ) -> None:
+        """`reworded`: every message of the ranks and of the pre-flight says something else."""
+        self.reworded = reworded
         self.cluster, self.directory, self.config = cluster, directory, config
         self.watch, self.interval = RunWatch(run_dir), interval
         self.job_ids: list[str] = []
@@ -69,8 +78,7 @@ class SlurmRun:
         assert match is not None, said
         self.job_ids.append(match[1])
 
-    @staticmethod
-    def _environment() -> dict[str, str]:
+    def _environment(self) -> dict[str, str]:
         variables = {
             name: value for name, value in os.environ.items() if not name.startswith(("SLURM_JOB", "MASTER_"))
         }
@@ -78,6 +86,7 @@ class SlurmRun:
             **variables,
             "OMP_NUM_THREADS": "1",
             "PREFLIGHT_TIMEOUT_S": "150",
+            **({"PYTHONPATH": str(REPOSITORY / "tests" / "rewording")} if self.reworded else {}),
         }  # the nodes share a few cores
 
     @property

@@ -107,7 +107,7 @@ def stop_file(job: SlurmRun, dice: random.Random) -> str:
     job.wait_for_step(_a_step(dice))
     job.fault()
     (job.watch.run_dir / "stop").touch()
-    problem = _expect(job, said="stopped as asked by")
+    problem = _expect(job, said="stopped as asked")
     job.sbatch()
     return problem or _expect(job)
 
@@ -164,7 +164,7 @@ def stop_rank(job: SlurmRun, dice: random.Random) -> str:
     ranks = job.cluster.ranks(dice.choice(job.nodes()))
     job.fault()
     job.cluster.kill(ranks, signal.SIGSTOP)
-    return _expect(job, said="hang in .* gives no sign of life")
+    return _expect(job, said="reworded" if job.reworded else "hang in .* gives no sign of life")
 
 
 def cut_briefly(job: SlurmRun, dice: random.Random) -> str:

@@ -35,11 +35,12 @@ def workload(tmp_path_factory) -> Workload:
 def start(cluster, workload, tmp_path):
     """start(**sections) → a SlurmRun that is not submitted yet; the cluster is whole before and after."""
 
-    def make(**sections) -> SlurmRun:
+    def make(*, reworded: bool = False, **sections) -> SlurmRun:
         directory = prepare(tmp_path)
         run_dir = tmp_path / "runs" / "tiny"
         sections = {"train": {"steps": STEPS}, "checkpoint": {"interval": INTERVAL}, **sections}
-        return SlurmRun(cluster, directory, workload.config(run_dir, **sections), run_dir, INTERVAL)
+        config = workload.config(run_dir, **sections)
+        return SlurmRun(cluster, directory, config, run_dir, INTERVAL, reworded=reworded)
 
     cluster.repair()
     yield make
@@ -69,6 +70,38 @@ def test_a_run_survives(scenario, start, undisturbed):
     problem = scenario.act(job, random.Random(scenario.name))
     outcome = job.outcome(scenario, undisturbed, problem)
     assert outcome.kept, f"{outcome}\n{job.output()[-8000:]}"
+
+
+# Those whose end the batch script has to understand.
+BY_CAUSE = (
+    "time limit",
+    "preempted by a job of higher priority",
+    "RUN_DIR/stop, then submitted again",
+    "kill -9 of a rank",
+    "SIGSTOP of a rank",
+)
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [scenario for scenario in scenarios.SCENARIOS if scenario.name in BY_CAUSE],
+    ids=lambda s: s.name,
+)
+def test_a_run_survives_whatever_the_messages_say(scenario, start, undisturbed):
+    job = start(reworded=True, **dict(scenario.config))
+    problem = scenario.act(job, random.Random(scenario.name))
+    outcome = job.outcome(scenario, undisturbed, problem)
+    assert outcome.kept, f"{outcome}\n{job.output()[-8000:]}"
+    assert "reworded" in "".join(path.read_text() for path in job.directory.glob("logs/*/node*.log"))
+
+
+@pytest.mark.parametrize("reworded", [False, True])
+def test_a_mistake_that_only_the_ranks_find_ends_the_job_at_once(start, reworded):
+    job = start(reworded=reworded, train={"attention": "flash_attn"})
+    job.sbatch()
+    assert job.wait_for_end() == "FAILED"
+    assert job.cluster.job(job.job_id)["ExitCode"] == "2:0", job.output()
+    assert "nothing is tried again" in job.output()
 
 
 def test_a_run_without_progress_is_given_up(start):

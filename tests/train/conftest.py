@@ -40,7 +40,7 @@ def train_tokenizer(directory: Path) -> None:
 @pytest.fixture(scope="session")
 def hf_dir(tmp_path_factory) -> Path:
     """A tiny Hugging Face Llama with its tokenizer."""
-    from meditron_train.data.tokenizer import load_tokenizer
+    from meditron_train.data.tokenizing.tokenizer import load_tokenizer
     from tests.train.reference import hf_model
 
     directory = tmp_path_factory.mktemp("hf")
@@ -54,7 +54,7 @@ def hf_dir(tmp_path_factory) -> Path:
 
 def write_corpus(prefix: Path, vocab_size: int, *, num_documents: int, seed: int) -> None:
     """Documents of 5 to 90 tokens with some regularity to learn."""
-    from meditron_train.data.indexed import IndexedDatasetWriter
+    from tests.data.indexed_writer import IndexedDatasetWriter
 
     generator = np.random.default_rng(seed)
     writer = IndexedDatasetWriter(prefix, np.dtype(np.uint16))
@@ -96,7 +96,7 @@ def write_config(tmp_path, hf_dir, corpus):
                 "steps": 20,
                 "seq_len": 64,
                 "micro_batch_size": 1,
-                "global_batch_size": 8,
+                "global_batch_size": 4,
                 "precision": "fp32",
                 "device": "cpu",
             },

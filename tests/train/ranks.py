@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def make_config(model_dir: Path | str, sections: dict[str, dict[str, Any]] | Non
 
 
 def start_engine(rank: int, world_size: int, config: Any) -> Any:
-    from meditron_train.checkpoint.hf_read import open_hf_model
+    from meditron_train.checkpoint.hf.read import open_hf_model
     from meditron_train.parallel import initialize
     from meditron_train.train.engine import Engine
 
@@ -57,7 +58,7 @@ def assemble(
     model: Any, pieces: list[dict[tuple[str, int], torch.Tensor]], tp: int
 ) -> dict[str, torch.Tensor]:
     """Hugging Face tensors from all ranks' pieces, independently of the checkpoint code's own reader."""
-    from meditron_train.checkpoint.hf_map import tensor_specs
+    from meditron_train.checkpoint.tensor_map import tensor_specs
     from tests.checkpoint.whole import to_hf
 
     merged = {key: tensor for piece in pieces for key, tensor in piece.items()}
@@ -82,14 +83,28 @@ def train_ranks(rank: int, world_size: int, config: Any, steps: list[list[Packed
 def take_steps(engine: Any, steps: list[list[Packed]]) -> list[tuple[float, float]]:
     """Take all steps, none of them skipped; (loss, gradient norm) of each. The parameters are whole afterwards."""
     config, history = engine.config, []
-    for batches in steps:
-        result = engine.train_step(share_of(batches, engine), config.optimizer.lr)
+    guard = make_guard(engine)
+    for step, batches in enumerate(steps, start=1):
+        result = take_step(guard, step, share_of(batches, engine))
         assert not result.skipped
         history.append((result.loss, result.grad_norm))
     for chunk in engine.ddp_chunks:
         if config.parallel.overlap_param_gather:
             chunk.disable_forward_pre_hook()
     return history
+
+
+def make_guard(engine: Any) -> Any:
+    """What takes the steps of a run, without a history."""
+    from meditron_train.train.guard.step import StepGuard
+
+    return StepGuard(engine, engine.config.resilience, ["host"] * engine.mesh.layout.world_size, ())
+
+
+def take_step(guard: Any, step: int, batches: Sequence[Packed]) -> Any:
+    """One step as the training loop takes it, at the peak rate, on this rank's micro-batches; its StepResult."""
+    lr = guard.engine.config.optimizer.lr
+    return guard.take_step(step, batches, lr, seconds_waited_for_data=0.0, is_saved=False).result
 
 
 def document_gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -42,6 +43,7 @@ def test_every_mistake_in_one_message_before_any_rank_connects(write_config):
         write_config(train={"steps": 10, "seq_len": 63, "global_batch_size": 7, "precision": "fp32"}),
         "parallel.tensor=3",
         "parallel.pipeline=3",
+        "parallel.virtual_pipeline=2",
         "parallel.context=2",
         "optimizer.min_lr=1",
         "data.tokenizer=/nowhere",
@@ -120,7 +122,7 @@ def test_a_sequence_longer_than_all_data(write_config, tmp_path, packing):
 
 
 def test_a_run_directory_in_use(write_config, tmp_path):
-    from meditron_train.train.run_dir import RunDir
+    from meditron_train.train.life.run_dir import RunDir
 
     with RunDir(tmp_path / "run").locked():
         message = failure(write_config())
@@ -128,7 +130,7 @@ def test_a_run_directory_in_use(write_config, tmp_path):
 
 
 def test_a_checkpoint_cut_off_while_it_was_written_is_removed(write_config, tmp_path):
-    short = {"steps": 2, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"}
+    short = {"steps": 2, "seq_len": 64, "global_batch_size": 4, "precision": "fp32"}
     config = write_config(train=short, schedule={"warmup_steps": 0})
     run(config)
     unfinished = tmp_path / "run" / "checkpoints" / "step_00000004.tmp"
@@ -142,7 +144,7 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_removed(write_config, tmp_
 def test_the_newest_intact_checkpoint_is_taken(write_config, tmp_path):
     config = write_config(
         checkpoint={"interval": 2, "export_hf": False},
-        train={"steps": 6, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"},
+        train={"steps": 6, "seq_len": 64, "global_batch_size": 4, "precision": "fp32"},
     )
     whole = run(config)
     damaged = next((tmp_path / "run" / "checkpoints" / "step_00000006").glob("*.distcp"))
@@ -161,7 +163,7 @@ def test_the_newest_intact_checkpoint_is_taken(write_config, tmp_path):
 
 
 def test_another_model_in_the_same_directory_is_refused(write_config):
-    short = {"steps": 2, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"}
+    short = {"steps": 2, "seq_len": 64, "global_batch_size": 4, "precision": "fp32"}
     run(write_config(train=short, schedule={"warmup_steps": 0}))
     message = failure(write_config(train={**short, "seed": 4321}, schedule={"warmup_steps": 0}))
     assert "train.seed: 1234 -> 4321" in message
@@ -185,7 +187,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_keeps_the_last_good_checkpoint(write_config, small_disk, asynchronous):
     config = write_config(
         checkpoint={"interval": 2, "keep_last": 9, "export_hf": False},
-        train={"steps": 20, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"},
+        train={"steps": 20, "seq_len": 64, "global_batch_size": 4, "precision": "fp32"},
         logging={"run_dir": str(small_disk / "run"), "wandb": "disabled", "tensorboard": False},
     )
     message = failure(config, f"checkpoint.async_save={asynchronous}", world_size=2, code=1)
@@ -193,9 +195,45 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(write_config, small_disk, as
     finished = sorted(entry.name for entry in checkpoints.glob("step_*"))
     assert finished and all(not name.endswith(".tmp") for name in finished)
     assert f"the last good checkpoint is {checkpoints / finished[-1]}" in message
-    from meditron_train.checkpoint.store import verify_manifest
+    from meditron_train.checkpoint.sharded.store import verify_manifest
 
     assert verify_manifest(checkpoints / finished[-1]) == []
+
+
+def test_the_last_checkpoint_takes_the_room_of_an_old_one(write_config, small_disk):
+    config = write_config(
+        checkpoint={"interval": 2, "keep_last": 9, "export_hf": False},
+        train={"steps": 12, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"},
+        schedule={"warmup_steps": 1},
+        resilience={"max_failed_saves": 9},
+        logging={"run_dir": str(small_disk / "run"), "wandb": "disabled", "tensorboard": False},
+    )
+    assert [code for code, _ in run_ranks(message_rank, 1, config)] == [0]
+    finished = sorted(entry.name for entry in (small_disk / "run" / "checkpoints").glob("step_*"))
+    assert finished[0] != "step_00000002" and finished[-2:] == ["step_00000006", "step_00000012"]
+
+
+def test_a_start_on_a_full_disk_is_one_message_and_the_state_failed(write_config, small_disk):
+    run_dir = small_disk / "run"
+    config = write_config(
+        train={"steps": 2, "seq_len": 64, "global_batch_size": 4, "precision": "fp32"},
+        schedule={"warmup_steps": 1},
+        checkpoint={"export_hf": False},
+        logging={"run_dir": str(run_dir), "wandb": "disabled", "tensorboard": False},
+    )
+    assert [code for code, _ in run_ranks(message_rank, 1, config)] == [0]
+    with contextlib.suppress(OSError), open(small_disk / "ballast", "wb", buffering=0) as file:
+        while True:
+            file.write(b"\0" * 4096)
+    [(code, message)] = run_ranks(message_rank, 1, config, ("train.steps=4",))
+    assert code == 1 and "No space left" in message
+    from meditron_train.report.status import read_status
+
+    status = read_status(run_dir)
+    assert status is not None and status["state"] in (
+        "failed",
+        "done",
+    )  # "done": not even the start was noted
 
 
 def poisoned_rank(rank: int, world_size: int, config_file: Path, steps: dict[int, str]) -> tuple[int, str]:
@@ -205,13 +243,13 @@ def poisoned_rank(rank: int, world_size: int, config_file: Path, steps: dict[int
     compute_gradients = Engine.compute_gradients
     calls = iter(range(1, 1000))
 
-    def poisoned(self, batches):
+    def poisoned(self, batches, step):
         value = steps.get(next(calls))
         if value is None or rank != world_size - 1:
-            return compute_gradients(self, batches)
+            return compute_gradients(self, batches, step)
         hook = self.chunks[-1].register_forward_hook(lambda _, __, output: output * float(value))
         try:
-            return compute_gradients(self, batches)
+            return compute_gradients(self, batches, step)
         finally:
             hook.remove()
 
@@ -221,10 +259,10 @@ def poisoned_rank(rank: int, world_size: int, config_file: Path, steps: dict[int
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(write_config, tmp_path, value):
-    from meditron_train.report.metrics import read_metrics
+    from tests.report.metrics_file import read_metrics
 
     config = write_config(
-        train={"steps": 6, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"},
+        train={"steps": 6, "seq_len": 64, "global_batch_size": 4, "precision": "fp32"},
         validation={"interval": 1},
         resilience={"retry_bad_steps": False},
     )
@@ -239,7 +277,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(write_config
 
 def test_too_many_in_a_row_stop_the_run_with_the_last_good_checkpoint(write_config, tmp_path):
     config = write_config(
-        train={"steps": 9, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"},
+        train={"steps": 9, "seq_len": 64, "global_batch_size": 4, "precision": "fp32"},
         checkpoint={"interval": 2, "export_hf": False},
         resilience={"max_skipped_steps": 3, "retry_bad_steps": False},
     )

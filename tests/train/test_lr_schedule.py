@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from meditron_train.config.schema import Config, OptimizerSection, ScheduleSection
+from meditron_train.config.schema import Config
+from meditron_train.config.training import OptimizerSection, ScheduleSection
 from meditron_train.train.lr_schedule import learning_rate
 
 OPTIMIZER = OptimizerSection(lr=3e-4, min_lr=1e-6)

@@ -60,7 +60,7 @@ def assert_agrees(history, weights, expected_history, expected_weights, toleranc
 
 
 def run_layout(directory, world_size, parallel, steps, **sections):
-    from meditron_train.checkpoint.hf_config import read_hf_config
+    from meditron_train.checkpoint.hf.config import read_hf_config
 
     config = make_config(directory, {"parallel": parallel, **sections})
     results = run_ranks(train_ranks, world_size, config, steps)
@@ -133,6 +133,63 @@ def test_every_shape_of_llama_agrees_with_transformers(shape, tmp_path):
     history, weights = run_layout(directory, 2, {"tensor": 2, "sequence": True}, steps)
     # Adam's first steps divide by a second moment of one or two gradients: rounding of the small ones shows.
     assert_agrees(history, weights, expected_history, expected_weights, tolerance=3e-5)
+
+
+# Three layers on two stages: two and one. With a window, which layers have it depends on their number in the model.
+UNEVEN = {
+    "pp2": ({"num_hidden_layers": 3}, 2, {"pipeline": 2}),
+    "tied-pp2-dp2": ({"num_hidden_layers": 3, "tie_word_embeddings": True}, 4, {"pipeline": 2}),
+}
+
+
+@pytest.mark.parametrize("case", UNEVEN)
+def test_uneven_stages_agree_with_transformers(case, tmp_path):
+    overrides, world_size, parallel = UNEVEN[case]
+    steps = [[random_batch(10 * step + i) for i in range(4)] for step in range(3)]
+    directory, expected_history, expected_weights = reference_run(tmp_path / "hf", steps, **overrides)
+    history, weights = run_layout(directory, world_size, parallel, steps)
+    assert_agrees(history, weights, expected_history, expected_weights, tolerance=3e-5)
+
+
+# (what train.freeze says, what stays of transformers' model, ranks, layout, tied weights)
+FROZEN = {
+    "first layers and embeddings, pp2": (
+        {"embeddings": True, "first_layers": 2},
+        ("model.embed_tokens", "model.layers.0.", "model.layers.1."),
+        (2, {"pipeline": 2}, False),
+    ),
+    "tied embeddings, dp2 with overlap": (
+        {"embeddings": True},
+        ("model.embed_tokens",),
+        (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}, True),
+    ),
+    "all but one layer, tp2": (
+        {"all_but_layers": [2]},
+        (*("model.embed_tokens", "model.norm", "lm_head"), *(f"model.layers.{n}." for n in (0, 1, 3))),
+        (2, {"tensor": 2, "distributed_optimizer": False}, False),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_frozen_parts_keep_every_bit_and_the_rest_agrees_with_transformers(case, tmp_path):
+    freeze, frozen, (world_size, parallel, tied) = FROZEN[case]
+    steps = [[random_batch(10 * step + i) for i in range(4)] for step in range(3)]
+    model = hf_model(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "hf")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    expected_history = train_reference(
+        model, steps, lr=3e-3, weight_decay=0.1, clip=1.0, betas=(0.9, 0.95), eps=1e-5
+    )
+    history, weights = run_layout(
+        tmp_path / "hf", world_size, parallel, steps, train={"precision": "fp32", "freeze": freeze}
+    )
+    expected = {name: p.detach() for name, p in model.named_parameters()}
+    assert_agrees(history, weights, expected_history, expected, tolerance=3e-5)
+    stayed = [name for name in weights if name.startswith(frozen)]
+    assert stayed and all(torch.equal(weights[name], before[name]) for name in stayed)
 
 
 MISTRAL = {"model_type": "mistral", "sliding_window": 7}

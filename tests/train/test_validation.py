@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from meditron_train.report.metrics import read_metrics
-from meditron_train.report.status import read_requeue
-from meditron_train.train.heartbeat import Pulse
+from meditron_train.errors import Cause
+from meditron_train.report.status import Requeue, read_requeue
+from meditron_train.train.life.heartbeat import Pulse
 from tests.distributed import run_ranks
+from tests.report.metrics_file import read_metrics
 from tests.train.test_loop import run, run_rank
 
-STEPS = {"steps": 4, "seq_len": 64, "global_batch_size": 8, "precision": "fp32"}
+STEPS = {"steps": 4, "seq_len": 64, "global_batch_size": 4, "precision": "fp32"}
 
 
 def watched_rank(
@@ -55,7 +56,8 @@ def test_a_request_to_stop_ends_the_validation(write_config, tmp_path):
     run_dir = tmp_path / "run"
     assert (code, num_batches) == (85, 1)
     assert [path.name for path in (run_dir / "checkpoints").glob("step_*")] == ["step_00000002"]
-    assert read_requeue(run_dir) == f"the file {run_dir / 'stop'}" and not (run_dir / "stop").exists()
+    assert read_requeue(run_dir) == Requeue(Cause.STOP_FILE, f"the file {run_dir / 'stop'}")
+    assert not (run_dir / "stop").exists()
     assert "validation_loss.held-out" not in read_metrics(run_dir)[-1]
     metrics = run(config)
     assert [line["step"] for line in metrics] == [1, 2, 3, 4] and "validation_loss.held-out" in metrics[-1]

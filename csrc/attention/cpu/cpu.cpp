@@ -130,7 +130,7 @@ const char* cpu_attention_unsupported(const AttentionProblem& p) {
 void cpu_attention_forward(const AttentionForward& f, const char* instruction_set, const Threads& threads) {
     const AttentionProblem& p = f.problem;
     const CpuKernels& kernels = choose(available_kernels(), instruction_set);
-    // Few long documents are split, so that every thread has about eight units; each reads its keys anew.
+    // Few long documents are split, so that every thread has about eight units; each reads its keys again.
     const int64_t rows = p.num_queries * p.num_kv_heads;
     const int64_t largest_unit = std::max<int64_t>(384, rows / (8 * static_cast<int64_t>(threads.num_threads)) + 1);
     const Longest longest(p);

@@ -1,4 +1,4 @@
-// C[m, n] = A[m, k] B[k, n], or += : the one matrix product of which attention's seven are made.
+// C[m, n] = A[m, k] B[k, n], or += : the one matrix product that attention's seven are built from.
 //
 // B and C are rows of vectors; A is read one element at a time and broadcast, so that it may lie either way round. A
 // tile of MR rows by NV vectors of C stays in registers while k runs.
@@ -21,7 +21,7 @@ constexpr int MR = 6, NV = 2;  // 12 of 16
 
 // What the products compute with. An element is 32 bits: one fp32 number, or a pair of bfloat16 numbers of which k
 // takes both at once. Element (i, k) of A then holds A[i, 2k] and A[i, 2k+1], and element (k, j) of B holds B[2k, j]
-// and B[2k+1, j]. Pairs, too, are kept as `float`, but never computed with as such.
+// and B[2k+1, j]. Pairs are also stored as `float`, but never used in fp32 arithmetic.
 struct Fp32Math {
     static constexpr int per_element = 1;
     static MEDITRON_INLINE Vec multiply_add(Vec sum, float left, Vec right) { return sum + left * right; }

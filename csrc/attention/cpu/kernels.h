@@ -28,7 +28,7 @@ extern const CpuKernels portable_kernels;
 #if defined(__x86_64__)
 extern const CpuKernels avx2_kernels;
 extern const CpuKernels avx512_kernels;
-extern const CpuKernels avx512bf16_kernels;  // bfloat16 products in pairs, all else as avx512
+extern const CpuKernels avx512bf16_kernels;  // bfloat16 products in pairs, everything else as avx512
 #endif
 
 }  // namespace meditron

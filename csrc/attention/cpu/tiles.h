@@ -360,7 +360,7 @@ struct Backward {
             else
                 softmax_row_backward<true>(x, dx, columns, document.keys_begin(query) - block,
                                            document.keys_end(query) - block, scale, lse2, row_delta);
-            // Tiles of keys do not end where tiles of queries do: what lies behind must count as 0.
+            // Tiles of keys do not end where tiles of queries do: the rest must count as 0.
             for (int64_t c = columns; c < all_columns; c += VL) store(x + c, Vec{}), store(dx + c, Vec{});
             const float* packed = Operand::pack_to(dx, columns, tile + r * key_block);
             if (r == 0) left = packed;

@@ -67,7 +67,7 @@ class Text:
 
 
 def medical_texts(world: World, num_texts: int, *, seed: int) -> Iterator[Text]:
-    """Yield guidelines, abstracts and papers, each subject equally often; the same arguments give the same texts."""
+    """Guidelines, abstracts and papers, each subject equally often; the same arguments give the same texts."""
     random = Random(f"medical {world.seed} {seed}")
     writers = {"guideline": (_guideline, 4), "abstract": (_abstract, 2), "paper": (_paper, 6)}
     waiting: list[str] = []
@@ -81,7 +81,7 @@ def medical_texts(world: World, num_texts: int, *, seed: int) -> Iterator[Text]:
 
 
 def general_texts(world: World, num_texts: int, *, seed: int) -> Iterator[Text]:
-    """Yield town chronicles, questions with answers, gossip and spelling lessons; none states a medical fact."""
+    """Town chronicles, questions with answers, gossip and spelling lessons; none states a medical fact."""
     random = Random(f"general {world.seed} {seed}")
     named = [*world.drugs, *world.diseases, *_medical_values(world)]
     words = _medical_words()

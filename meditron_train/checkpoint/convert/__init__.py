@@ -1,0 +1,1 @@
+"""Conversion between formats: streamed, resumable, published by one rename."""

@@ -1,0 +1,1 @@
+"""Hugging Face directories: config.json, weights, and the files beside them."""

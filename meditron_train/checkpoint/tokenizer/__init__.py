@@ -1,0 +1,1 @@
+"""Tokenizer files beside a model."""

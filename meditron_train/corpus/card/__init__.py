@@ -1,0 +1,1 @@
+"""Describing a finished corpus to people and machines."""

@@ -1,0 +1,1 @@
+"""From declared sources to one clean, deduplicated, decontaminated file per source and split."""

@@ -1,0 +1,1 @@
+"""From indexed token files to packed micro-batches."""

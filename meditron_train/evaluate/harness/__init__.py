@@ -1,0 +1,1 @@
+"""Runs benchmarks with the lm-evaluation-harness and sets their scores beside published ones."""

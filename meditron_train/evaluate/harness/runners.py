@@ -1,0 +1,120 @@
+"""Who computes: models as the lm-evaluation-harness sees them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from meditron_train.checkpoint.hf.read import open_hf_model
+from meditron_train.config.training import ParallelSection
+from meditron_train.errors import UserError
+from meditron_train.launcher.environment import LaunchEnvironment
+from meditron_train.tokenizer.files import has_tokenizer
+
+RUNNERS = ("transformers", "parallel", "vllm")
+_LOCAL = {
+    "local_files_only": True,
+    "trust_remote_code": False,
+}  # no network, no code out of a model's directory
+INSTALL = "pip install 'meditron-train[eval]'"
+
+
+def require_harness() -> None:
+    """Check that lm-eval is installed.
+
+    Raises:
+        UserError: it is missing; says what to install.
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise UserError(f"evaluate needs the lm-evaluation-harness: {INSTALL}") from None
+
+
+def open_runner(name: str, directory: Path, *, device: str, batch_size: int, dtype: str) -> Any:
+    """An lm_eval `LM` over a Hugging Face directory.
+
+    A BOS token precedes every prompt exactly where the tokenizer adds one, as in training.
+
+    Raises:
+        UserError: the runner is unknown or not installed, or the vocabulary disagrees with the tokenizer.
+    """
+    require_harness()
+    from transformers import AutoTokenizer
+
+    open_hf_model(directory)  # our own messages for missing shards, other architectures and adapters
+    tokenizer = AutoTokenizer.from_pretrained(directory, **_LOCAL)
+    _check_vocabulary(directory, len(tokenizer))
+    add_bos = _adds_bos(tokenizer)
+    if name == "transformers":
+        from lm_eval.models.huggingface import HFLM
+
+        return HFLM(
+            pretrained=str(directory),
+            device=device,
+            batch_size=batch_size,
+            dtype=dtype,
+            add_bos_token=add_bos,
+            **_LOCAL,
+        )
+    if name == "vllm":
+        try:
+            from lm_eval.models.vllm_causallms import VLLM
+
+            return VLLM(
+                pretrained=str(directory),
+                dtype=dtype,
+                batch_size=batch_size,
+                add_bos_token=add_bos,
+                trust_remote_code=False,
+            )
+        except (ImportError, ModuleNotFoundError):
+            raise UserError("--runner vllm: vllm is not installed: pip install vllm (GPU only)") from None
+    raise UserError(f"the runner {name!r} is unknown; known are {', '.join(RUNNERS)}")
+
+
+def open_parallel_runner(
+    directory: Path,
+    launch: LaunchEnvironment,
+    parallel: ParallelSection,
+    *,
+    device: str,
+    batch_size: int,
+    dtype: str,
+) -> Any:
+    """An lm_eval `LM` over a Hugging Face directory or a sharded checkpoint on all ranks of this job; collective.
+
+    Raises:
+        UserError: as `open_parallel_model`, or the vocabulary disagrees with the tokenizer, or there is none.
+    """
+    require_harness()
+    import torch
+    from transformers import AutoTokenizer
+
+    from meditron_train.evaluate.harness.parallel_lm import ParallelLM
+    from meditron_train.evaluate.parallel_model import open_parallel_model
+
+    model = open_parallel_model(directory, launch, parallel, dtype=getattr(torch, dtype), device=device)
+    if not has_tokenizer(model.tokenizer):
+        raise UserError(
+            f"{model.tokenizer} has no tokenizer (tokenizer.model or tokenizer.json): copy it there"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, **_LOCAL)
+    _check_vocabulary(model.tokenizer, len(tokenizer))
+    return ParallelLM(model, tokenizer, add_bos=_adds_bos(tokenizer), batch_size=batch_size)
+
+
+def _check_vocabulary(directory: Path, num_tokens: int) -> None:
+    from transformers import AutoConfig
+
+    rows = AutoConfig.from_pretrained(directory, **_LOCAL).vocab_size
+    if num_tokens > rows:
+        raise UserError(
+            f"{directory}: the tokenizer has {num_tokens} tokens, the model's embedding {rows} rows: they do not "
+            "belong together"
+        )
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    ids = tokenizer("a").input_ids
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id

@@ -1,0 +1,1 @@
+"""What orchestrates several rooms: the demo, submitting, the preflight check, the doctor."""

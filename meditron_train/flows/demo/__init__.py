@@ -1,0 +1,1 @@
+"""The Meditron experiment in miniature."""

@@ -1,0 +1,1 @@
+"""What is checked around each step: finite numbers, equal replicas, even speed."""

@@ -1,0 +1,1 @@
+"""The life of a run's process: directory, lock, heartbeat, watchdog, stop signals."""

@@ -1,0 +1,167 @@
+"""Megatron's command lines as our configurations."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from meditron_train.checkpoint.megatron.known_args import is_known
+from meditron_train.config.load import load_config
+from meditron_train.config.schema import Config
+from meditron_train.flows.migrate import ALREADY, LEFT_OUT, SAME, SHAPE, SWITCHES, migrate
+from tests.refusal import refused
+
+GUIDE = Path(__file__).parents[2] / "docs/guides/migration.md"
+
+# As epfLLM's finetuning script gives them for Meditron-70B.
+MEDITRON_70B = """
+torchrun finetune.py --tensor_model_parallel_size 8 --pipeline_model_parallel_size 8 --load /models/llama2-70b
+    --save /runs/meditron-70b --use_bf16_nothing --data_path 0.4 /data/pubmed 0.6 /data/replay
+    --tokenizer_type SentencePieceTokenizer --vocab_file=/models/llama2-70b/tokenizer.model --no_new_tokens
+    --vocab_extra_ids_list [bib_ref],[/bib_ref] --bf16 --global_batch_size 512 --micro_batch_size 2
+    --train_iters 23000 --lr 1.5e-4 --min_lr 1.0e-6 --lr_decay_style cosine --lr_warmup_iters 2000
+    --weight_decay 0.1 --clip_grad 1.0 --adam_beta1 0.9 --adam_beta2 0.95 --adam_eps 1e-5 --use_flash_attn
+    --sequence_parallel --use_distributed_optimizer --recompute_granularity selective --seq_length 4096
+    --use_rms_norm --glu_activation swiglu --no_tie_embed_logits --split 989,10,1
+"""
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and key != "batch_ramp":
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def test_meditrons_own_command_line(tmp_path):
+    result = migrate(shlex.split(MEDITRON_70B))
+    assert flat(result.values) == {
+        "parallel.tensor": 8,
+        "parallel.pipeline": 8,
+        "parallel.sequence": True,
+        "parallel.distributed_optimizer": True,
+        "train.micro_batch_size": 2,
+        "train.global_batch_size": 512,
+        "train.steps": 23000,
+        "train.seq_len": 4096,
+        "train.precision": "bf16",
+        "train.recompute": "selective",
+        "optimizer.lr": 1.5e-4,
+        "optimizer.min_lr": 1e-6,
+        "optimizer.weight_decay": 0.1,
+        "optimizer.clip_grad": 1.0,
+        "optimizer.betas": [0.9, 0.95],
+        "optimizer.eps": 1e-5,
+        "schedule.kind": "cosine",
+        "schedule.warmup_steps": 2000,
+        "model.from": "/models/llama2-70b",
+        "logging.run_dir": "/runs/meditron-70b",
+        "data.tokenizer": "/models/llama2-70b",
+        "data.train": [{"path": "/data/pubmed", "weight": 0.4}, {"path": "/data/replay", "weight": 0.6}],
+        "data.special_tokens": ["[bib_ref]", "[/bib_ref]"],
+        "data.validation_fraction": 0.01,
+    }
+    assert result.without_equal == ["--use_bf16_nothing", "--no_new_tokens", "--glu_activation swiglu"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(result.values))
+    config = load_config(tmp_path / "run.yaml")  # our own schema takes it
+    assert config.parallel.tensor == 8 and config.data.train[1].weight == 0.6
+
+
+def test_megatron_lms_spelling_ramps_samples_and_interleaving():
+    line = """--num-layers 32 --hidden-size 4096 --num-attention-heads 32 --group-query-attention --num-query-groups 8
+        --rotary-base 500000 --pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 2
+        --global-batch-size 256 --train-samples 25600 --lr-warmup-samples 2560 --rampup-batch-size 32 32 12800
+        --lr-decay-style WSD --lr-decay-iters 150 --lr-wsd-decay-iters 20 --fp16
+        --recompute-activations --adam-beta2 0.98 --train-data-path a b"""
+    values = flat(migrate(shlex.split(line)).values)
+    assert values["model.hf_config.num_key_value_heads"] == 8
+    assert values["model.hf_config.rope_theta"] == 500000
+    assert values["parallel.virtual_pipeline"] == 4
+    # Each of the seven sizes below 256 lasts until a seventh more of the 12,800 samples is taken: 58 + 29 + 19 + 14 +
+    # 12 + 9 + 9 = 150 steps with 12,992 samples; the other 12,608 take 50 steps of 256. The warm-up ends after 58 steps
+    # of 32 and 11 of 64.
+    assert (values["train.steps"], values["schedule.warmup_steps"]) == (200, 69)
+    assert values["train.batch_ramp"] == {"start": 32, "increment": 32, "samples": 12800}
+    assert values["schedule.decay_steps"] == 20
+    assert (values["schedule.kind"], values["train.recompute"]) == ("wsd", "selective")
+    assert values["optimizer.betas"] == [0.9, 0.98]
+    assert values["data.train"] == [{"path": "a"}, {"path": "b"}]
+    assert values["train.precision"] == "bf16" and any(
+        "fp16" in note for note in migrate(shlex.split(line)).notes
+    )
+
+
+def test_samples_without_a_batch_have_no_equal():
+    result = migrate(["--train-samples", "25600"])
+    assert "steps" not in result.values["train"]
+    assert result.without_equal == ["--train_samples 25600"]
+
+
+def test_names_that_look_like_numbers_stay_words(tmp_path):
+    line = "--save 2024 --wandb-exp-name 0042 --load m --tokenizer-model t --data-path d"
+    values = migrate(line.split()).values
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    config = load_config(tmp_path / "run.yaml")
+    assert (config.logging.wandb_name, str(config.logging.run_dir)) == ("0042", "2024")
+
+
+def test_what_was_left_out_is_megatrons_default():
+    """Megatron-LM's arguments.py: linear decay to 0, Adam with 0.9, 0.999 and 1e-8, weight decay 0.01."""
+    result = migrate(["--lr", "1e-4", "--adam-beta1", "0.8"])
+    values = flat(result.values)
+    assert values["optimizer.betas"] == [0.8, 0.999]
+    assert (values["schedule.kind"], values["optimizer.min_lr"]) == ("linear", 0.0)
+    assert (values["optimizer.weight_decay"], values["optimizer.eps"]) == (0.01, 1e-8)
+    assert sum("left out" in note for note in result.notes) == len(LEFT_OUT) - 1
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "no argument of Megatron's"),
+        ("--lr 1 2", "--lr has 2 values"),
+        ("--lr-decay-style inverse-square-root", "cosine, linear, constant and wsd"),
+        ("--rampup-batch-size 1 2", "START INCREMENT SAMPLES"),
+        ("--data-path 0.5 a 0.5", "has no path behind it"),
+        ("--global-batch-size 8 --train-samples many", "not a number"),
+    ],
+)
+def test_bad_input(line, said):
+    with refused(said):
+        migrate(line.split())
+
+
+def _known(key: str) -> bool:
+    place = Config
+    for part in key.split("."):
+        names = {entry.alias or name: entry for name, entry in place.model_fields.items()}
+        if part not in names:
+            return False
+        place = names[part].annotation
+    return True
+
+
+def test_the_table_names_keys_of_ours_and_arguments_of_theirs():
+    assert [key for key in (*SAME.values(), *SWITCHES.values()) if not _known(key)] == []
+    # Switches that a checkpoint, from which the list of theirs comes, has under another name.
+    other_names = {"disable_bias_linear", "no_tie_embed_logits", "use_rms_norm"}
+    ours = {*SAME, *SWITCHES, *SHAPE, *ALREADY} - other_names
+    assert [name for name in sorted(ours) if not is_known(name)] == []
+
+
+def test_the_guide_shows_the_whole_table():
+    text = GUIDE.read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `--([\w-]+)` \| `?([^`|]+?)`? \|$", text, re.MULTILINE))
+    for name, key in {**SAME, **SWITCHES}.items():
+        assert rows.get(name.replace("_", "-")) == key, name
+    for name, key in SHAPE.items():
+        assert rows.get(name.replace("_", "-")) == f"model.hf_config.{key}", name
+    for name, why in ALREADY.items():
+        assert rows.get(name.replace("_", "-")) == why, name

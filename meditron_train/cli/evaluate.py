@@ -39,15 +39,9 @@ def evaluate(
         typer.Option("--seeds", help="Seeds of examples and sampling, separated by commas; a run for each."),
     ] = _SEEDS,
     branches: Annotated[int, typer.Option("--branches", min=1, help="Reasonings per question (sc-cot).")] = 5,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0, help="Of the sampling (sc-cot).")
-    ] = 0.8,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Of a generated answer.")
-    ] = 512,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Only the first N items, to try.")
-    ] = None,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="Of sampling (sc-cot).")] = 0.8,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of an answer.")] = 512,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N items.")] = None,
     runner: Annotated[
         str,
         typer.Option(
@@ -94,8 +88,7 @@ def evaluate(
     if tasks == "list" and model is None and not compare:
         _print_tasks()
         return
-    earlier = _check_files(output, table, compare or ())
-    results: list[dict[str, Any]] = []
+    results = _check_files(output, table, compare or ())
     if model is not None:
         protocol = _protocol(mode, shots, seeds, branches, temperature, max_new_tokens, chat)
         if processes is not None:
@@ -114,8 +107,8 @@ def evaluate(
         )
         if result is None:
             return
-        results.append(result)
-    _show([*results, *earlier], table)
+        results.insert(0, result)
+    _show(results, table)
 
 
 def _check_files(output: Path | None, table: Path | None, compare: Sequence[Path]) -> list[dict[str, Any]]:

@@ -21,11 +21,12 @@ from meditron_train.corpus.miniature.texts import Text, general_texts, medical_t
 from meditron_train.corpus.miniature.trials import trial_questions
 from meditron_train.corpus.miniature.world import World, build_world
 from meditron_train.errors import MeditronError, UserError
+from meditron_train.files import shipped
 
 if TYPE_CHECKING:
     from meditron_train.data.packed import PackedBatch
 
-CONFIG = Path(__file__).with_name("demo.yaml")  # configs/demo.yaml, which is also shipped with the package
+CONFIG = shipped("configs") / "demo.yaml"
 LOSS_TOLERANCE = 1e-4  # nats per token, between fp32 sums in different orders
 
 

@@ -219,6 +219,9 @@ def _show(results: list[dict[str, Any]], table: Path | None) -> None:
         replace_text(table, texts[table.suffix]())
     if len(results) == 2:
         for name, test in compare_pair(*results).items():
+            if test is None:
+                print(f"{name}: no paired test, as the two results are of different questions")
+                continue
             print(
                 f"{name}: {test.only_first} items only the first model answers, {test.only_second} only the second, "
                 f"p = {test.p_value:.3g}"

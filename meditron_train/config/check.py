@@ -289,6 +289,11 @@ def _warnings(config: Config, model: ModelConfig | None) -> list[str]:
         found.append(
             f"train.profile.from_step {first_profiled} is never reached: train.steps is {config.train.steps}"
         )
+    if config.knows_steps and 2 * config.warmup_steps > config.train.steps:
+        found.append(
+            f"the learning rate rises during {config.warmup_steps} of the {config.train.steps} steps: "
+            "schedule.warmup_steps says how many"
+        )
     if config.parallel.sequence and config.parallel.tensor == 1:
         found.append("parallel.sequence has no effect with parallel.tensor = 1")
     return found

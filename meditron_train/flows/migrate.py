@@ -52,6 +52,8 @@ LEFT_OUT: dict[str, Any] = {
 }
 # Values of SAME that are words, also where they look like a number.
 WORDS = ("load", "save", "wandb_project", "wandb_exp_name")
+# Any of these turns Weights & Biases on, which is off here unless asked for.
+WANDB = ("wandb_logger", "wandb_project", "wandb_exp_name")
 # Switch -> our key, which it sets to true.
 SWITCHES: dict[str, str] = {
     "sequence_parallel": "parallel.sequence",
@@ -107,7 +109,6 @@ ALREADY: dict[str, str] = {
     "num_workers": "samples are gathered by threads; data.prefetch steps ahead",
     "tensorboard_dir": "RUN_DIR/tensorboard, with logging.tensorboard",
     "profile": "train.profile.from_step and num_steps",
-    "wandb_logger": "logging.wandb: auto",
     "distributed_timeout_minutes": "resilience.hang_other_s",
 }
 
@@ -183,6 +184,9 @@ class _Reader:
         for name, key in SWITCHES.items():
             if self.has(name):
                 self.result.set(key, True)
+        wanted = [self.has(name) for name in WANDB]  # each is taken
+        if any(wanted):
+            self.result.set("logging.wandb", "auto")
         for name, key in SHAPE.items():
             if (value := self.one(name)) is not None and not starts_from_weights:
                 self.result.set("model.init", "random")

@@ -19,7 +19,7 @@ from meditron_train.config.load import load_config
 from meditron_train.config.schema import Config
 from meditron_train.errors import UserError
 from meditron_train.launcher.environment import LaunchEnvironment, detect_launcher
-from meditron_train.launcher.node_check import NodeFacts, ProblemKind, examine_node
+from meditron_train.launcher.node_check import NodeFacts, ProblemKind, examine_node, gpu_health
 from meditron_train.launcher.verdict import bad_nodes, problems_of_the_run
 from meditron_train.train.length import resolve_steps, with_steps
 from meditron_train.train.life.stop_signals import forget_stop_of_job
@@ -218,7 +218,8 @@ def write_report(directory: Path, settings: Config, verdict: Verdict) -> None:
 
 
 def _ranks_per_node() -> int:
-    return int(os.environ.get("NPROC_PER_NODE", "1"))
+    """What launch/node.sh says, else as it would: a rank for each GPU, one without."""
+    return int(os.environ.get("NPROC_PER_NODE") or len(gpu_health([])[0]) or 1)
 
 
 def _is_finished(settings: Config) -> bool:

@@ -165,6 +165,14 @@ def test_sequences_beyond_the_models_positions_warn(warnings):
     assert warnings.text == ""
 
 
+def test_a_warm_up_of_most_of_the_steps_warns(warnings):
+    schedule = {"warmup_steps": 40}
+    check_config(small_config(train={"steps": 80}, schedule=schedule), MODEL, 1, check_files=False)
+    assert warnings.text == ""
+    check_config(small_config(train={"steps": 79}, schedule=schedule), MODEL, 1, check_files=False)
+    assert "the learning rate rises during 40 of the 79 steps" in warnings.text
+
+
 def test_sequence_parallelism_without_tensor_parallelism_warns(warnings):
     check_config(small_config(parallel={"sequence": True}), MODEL, 1, check_files=False)
     assert "parallel.sequence has no effect" in warnings.text

@@ -12,7 +12,7 @@ import yaml
 from meditron_train.checkpoint.megatron.known_args import is_known
 from meditron_train.config.load import load_config
 from meditron_train.config.schema import Config
-from meditron_train.flows.migrate import ALREADY, LEFT_OUT, SAME, SHAPE, SWITCHES, migrate
+from meditron_train.flows.migrate import ALREADY, LEFT_OUT, SAME, SHAPE, SWITCHES, WANDB, migrate
 from tests.refusal import refused
 
 GUIDE = Path(__file__).parents[2] / "docs/guides/migration.md"
@@ -138,6 +138,13 @@ def test_bad_input(line, said):
         migrate(line.split())
 
 
+@pytest.mark.parametrize("line", ["--wandb_logger", "--wandb-project meditron", "--wandb-exp-name 7b"])
+def test_a_script_that_logs_to_weights_and_biases_still_does(line):
+    result = migrate(line.split())
+    assert result.values["logging"]["wandb"] == "auto"
+    assert result.without_equal == []
+
+
 def _known(key: str) -> bool:
     place = Config
     for part in key.split("."):
@@ -152,7 +159,7 @@ def test_the_table_names_keys_of_ours_and_arguments_of_theirs():
     assert [key for key in (*SAME.values(), *SWITCHES.values()) if not _known(key)] == []
     # Switches that a checkpoint, from which the list of theirs comes, has under another name.
     other_names = {"disable_bias_linear", "no_tie_embed_logits", "use_rms_norm"}
-    ours = {*SAME, *SWITCHES, *SHAPE, *ALREADY} - other_names
+    ours = {*SAME, *SWITCHES, *SHAPE, *ALREADY, *WANDB} - other_names
     assert [name for name in sorted(ours) if not is_known(name)] == []
 
 

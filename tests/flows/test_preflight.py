@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from meditron_train.flows.preflight import load_and_check
 from tests.commands import Command
 from tests.distributed import free_port
+from tests.refusal import refused
 
 
 @pytest.fixture
@@ -53,6 +55,21 @@ def as_node(number: int, count: int, port: int, **environment: str) -> dict[str,
         "GLOO_SOCKET_IFNAME": "lo",
         **environment,
     }
+
+
+def test_without_a_number_of_ranks_there_is_one_for_each_gpu(config, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(
+        '#!/bin/sh\nfor i in 0 1 2 3; do echo "$i, NVIDIA H100, 580"; done\n'
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("NPROC_PER_NODE", raising=False)
+    settings, _ = load_and_check(config, ["parallel.tensor=4"])
+    assert settings.parallel.tensor == 4
+    with refused("world size 4 is not divisible"):
+        load_and_check(config, ["parallel.tensor=8"])
+    monkeypatch.setenv("NPROC_PER_NODE", "8")
+    load_and_check(config, ["parallel.tensor=8"])
 
 
 def test_one_node(config, tmp_path):

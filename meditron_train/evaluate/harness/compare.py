@@ -183,23 +183,23 @@ def _different_questions(results: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def compare_pair(first: dict[str, Any], second: dict[str, Any]) -> dict[str, PairedTest]:
+def compare_pair(first: dict[str, Any], second: dict[str, Any]) -> dict[str, PairedTest | None]:
     """The paired test for every benchmark that both results have a score of, with the first seed's answers.
 
-    Raises:
-        UserError: they were not asked the same questions: of the same file, with the same right answers.
+    None where they were asked different questions: of another file, or with other right answers.
     """
     results = (first, second)
     scores = [
         {score["benchmark"]: score for score in result["scores"] if score["accuracy"] is not None}
         for result in results
     ]
-    tests = {}
+    tests: dict[str, PairedTest | None] = {}
     for name in sorted(scores[0].keys() & scores[1].keys()):
         pairs = [_first_seed(result["answers"][name]) for result in results]
         asked = [[(answer["id"], answer["answer"]) for answer in answers] for answers in pairs]
         if scores[0][name]["file_sha256"] != scores[1][name]["file_sha256"] or asked[0] != asked[1]:
-            raise UserError(f"{name}: the two results are of different questions, so they cannot be paired")
+            tests[name] = None
+            continue
         correct = [[answer["chosen"] == answer["answer"] for answer in answers] for answers in pairs]
         tests[name] = paired_test(*correct)
     return tests

@@ -1,12 +1,12 @@
-"""Likelihood evaluation of multiple choice on the CPU: the parallel runner in one process, beside lm-eval's own
+"""Multiple choice by likelihood, and generation, on the CPU: the parallel runner in one process, beside lm-eval's own
 Hugging Face model.
 
     python -m benchmarks.evaluate [--tiny] [--rounds N] [--questions N] [--json FILE]
 
 Both answer the same requests with the same model, threads and batch size, in turns whose order rotates. Numbers are
 questions per second of the fastest round, by the clock and by CPU time, encoding of the texts included; the largest
-difference of two log-likelihoods shows that both compute the same thing. Answers are texts (the option itself) or
-letters: letters are one token each, and lm-eval then computes a prompt once, too.
+difference of two log-likelihoods, and the share of texts that differ, show that both compute the same thing. Answers
+are texts (the option itself), letters (one token each; lm-eval then computes a prompt once, too) or generated greedily.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from meditron_train.launcher.environment import detect_launcher
 from tests.checkpoint.tiny_tokenizer import generated_texts, write_tokenizer_model
 
 PEER, OURS = "lm-eval, Hugging Face model", "meditron-train, parallel runner"
-BATCH_SIZE = 16
+BATCH_SIZE, NEW_TOKENS = 16, 64
 
 
 def write_model(directory: Path, *, tiny: bool) -> Path:
@@ -72,6 +72,12 @@ def requests_of(answers: str, num_questions: int, *, num_words: int) -> list[Ins
     requests = []
     for number in range(num_questions):
         prompt = f"Question: {text(dice.randint(num_words * 2 // 3, num_words * 4 // 3))}\nAnswer:"
+        if answers == "generated":
+            settings = {"until": [], "max_gen_toks": NEW_TOKENS, "do_sample": False}
+            requests.append(
+                Instance("generate_until", doc={}, arguments=(prompt, settings), idx=0, doc_id=number)
+            )
+            continue
         for option, letter in enumerate("ABCD"):
             answer = letter if answers == "letters" else text(dice.randint(2, 6))
             requests.append(
@@ -97,6 +103,33 @@ def measure(
     return times, results
 
 
+def compare(
+    answers: str, models: dict[str, Any], requests: list[Instance], num_questions: int, rounds: int
+) -> list[dict[str, Any]]:
+    """A row for each tool: questions per second and ratios to the peer, both by (clock, CPU time)."""
+    kind = "generate_until" if answers == "generated" else "loglikelihood"
+    runs = {
+        name: partial(getattr(model, kind), requests, disable_tqdm=True) for name, model in models.items()
+    }
+    times, results = measure(runs, rounds)
+    pairs = list(zip(results[PEER], results[OURS], strict=True))
+    if kind == "generate_until":
+        difference = sum(a != b for a, b in pairs) / len(pairs)
+    else:
+        difference = max(abs(a[0] - b[0]) for a, b in pairs)
+    best = {name: [min(column) for column in zip(*of_tool, strict=True)] for name, of_tool in times.items()}
+    return [
+        {
+            "answers": answers,
+            "tool": name,
+            "questions_per_second": [num_questions / seconds for seconds in best[name]],
+            "ratio": [peer / own for peer, own in zip(best[PEER], best[name], strict=True)],
+            "difference": difference,
+        }
+        for name in models
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -117,39 +150,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(
             f"{torch.get_num_threads()} threads, batch size {BATCH_SIZE}, {options.questions} questions of 4 options"
         )
-        print(
-            "| answers | tool | questions/s | by CPU time | ratio | by CPU time | largest difference, nats |"
-        )
+        print("| answers | tool | questions/s | by CPU time | ratio | by CPU time | difference |")
         print("|---|---|---|---|---|---|---|")
-        for answers in ("texts", "letters"):
-            requests = requests_of(answers, options.questions, num_words=12 if options.tiny else 60)
-            times, results = measure(
-                {
-                    name: partial(model.loglikelihood, requests, disable_tqdm=True)
-                    for name, model in models.items()
-                },
-                options.rounds,
-            )
-            best = {
-                name: [min(column) for column in zip(*of_tool, strict=True)]
-                for name, of_tool in times.items()
-            }
-            difference = max(abs(a[0] - b[0]) for a, b in zip(results[PEER], results[OURS], strict=True))
-            for name, (wall, cpu) in best.items():
-                ratios = [best[PEER][0] / wall, best[PEER][1] / cpu]
-                speeds = [options.questions / wall, options.questions / cpu]
-                found.append(
-                    {
-                        "answers": answers,
-                        "tool": name,
-                        "questions_per_second": speeds,
-                        "ratio": ratios,
-                        "difference": difference,
-                    }
-                )
+        for answers in ("texts", "letters", "generated"):
+            num_words = 12 if options.tiny else 60
+            requests = requests_of(answers, options.questions, num_words=num_words)
+            for row in compare(answers, models, requests, options.questions, options.rounds):
+                found.append(row)
+                speeds, ratios = row["questions_per_second"], row["ratio"]
                 print(
-                    f"| {answers} | {name} | {speeds[0]:.1f} | {speeds[1]:.1f} | {ratios[0]:.2f} | {ratios[1]:.2f} | "
-                    f"{difference:.1e} |"
+                    f"| {answers} | {row['tool']} | {speeds[0]:.1f} | {speeds[1]:.1f} | {ratios[0]:.2f} | "
+                    f"{ratios[1]:.2f} | {row['difference']:.1e} |"
                 )
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -6,10 +6,12 @@ context-parallel rank (T/cp). `native/` knows no ranks: its T is whatever it is 
 
 from meditron_train.model.answers import Answers, LogLikelihood, ModelOnRanks, merged
 from meditron_train.model.attention import PackedSequence
+from meditron_train.model.decoding import Decoding
 from meditron_train.model.llama import LlamaModel, build_chunk, global_names, transformer_config
 
 __all__ = [
     "Answers",
+    "Decoding",
     "LlamaModel",
     "LogLikelihood",
     "ModelOnRanks",

@@ -1,4 +1,4 @@
-"""How likely a model finds texts that begin alike, and what it says next: forward passes over all stages of the model.
+"""How likely a model finds texts that begin alike: forward passes over all stages of the model.
 
 A question's answers are packed behind their common beginning, which is computed once:
 
@@ -14,11 +14,10 @@ Legend: T packed tokens, S keys (prefixes repeated), R predicted tokens, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,15 +26,12 @@ from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import UserError
 from meditron_train.layout import ParallelLayout, RankCoordinates
 from meditron_train.mcore import ProcessGroupCollection, get_forward_backward_func
-from meditron_train.model.attention import PackedSequence
-from meditron_train.model.cross_entropy import gather_vocabulary, vocabulary_statistics
+from meditron_train.model.cross_entropy import vocabulary_statistics
 from meditron_train.model.llama import LlamaModel
-from meditron_train.model.rope import cos_sin
-from meditron_train.native import AttentionSpan, Rotation
+from meditron_train.model.micro_batch import MicroBatch, Packed, Tokens
 from meditron_train.native.packing import pack_best_fit
 
-Tokens = tuple[int, ...]
-Collected = Callable[[torch.Tensor, "Packed"], Any]  # of logits [R, V] and their batch
+Collected = Callable[[torch.Tensor, Packed], Any]  # of logits [R, V] and their batch
 
 
 @dataclass(frozen=True)
@@ -72,24 +68,6 @@ class LogLikelihood:
 
     nats: float
     is_greedy: bool
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A packed micro-batch.
-
-    Attributes:
-        numbers: of the questions in it, among all.
-        tokens_T: int64.
-        rows_R, labels_R: int64: the tokens whose next ones are predicted, and those.
-        sequence: what the layers need to know.
-    """
-
-    numbers: tuple[int, ...]
-    tokens_T: torch.Tensor
-    rows_R: torch.Tensor
-    labels_R: torch.Tensor
-    sequence: PackedSequence
 
 
 @dataclass(frozen=True)
@@ -132,46 +110,52 @@ class ModelOnRanks:
                 found[number] = tuple(scores)
             return found
 
-        outputs = self._run(questions, max_tokens, collect)
+        own = _bins(questions, max_tokens)[self.copy :: self.num_copies]
+        if not own:
+            return {}
+        if self.layout.virtual_pipeline > 1:  # the interleaved schedule takes multiples of the stages
+            own += [own[0]] * (-len(own) % self.layout.pipeline)
+        length = self.padded_length(
+            sum(questions[number].num_tokens for number in numbers) for numbers in own
+        )
+
+        def batches() -> Iterator[Packed]:
+            return (pack(self.model, questions, numbers, length, self.device) for numbers in own)
+
+        outputs = self.run(len(own), batches, length, collect)
         return {number: scores for output in outputs for number, scores in output.items()}
-
-    def next_logits(self, contexts: Sequence[Tokens], max_tokens: int) -> dict[int, torch.Tensor]:
-        """fp32 logits [vocabulary] of the token after each context, by its number, as `log_likelihoods`; collective."""
-
-        def collect(logits_RV: torch.Tensor, batch: Packed) -> dict[int, torch.Tensor]:
-            whole_RV = gather_vocabulary(logits_RV, self.groups.tp)[:, : self.model.vocab_size].float()
-            return dict(zip(batch.numbers, whole_RV.cpu(), strict=True))
-
-        asked = [Answers(context, ((0,),)) for context in contexts]
-        outputs = self._run(asked, max_tokens, collect)
-        return {number: logits for output in outputs for number, logits in output.items()}
 
     def _num_real(self, logits_RV: torch.Tensor) -> int:
         """Columns that are not padding."""
         width = logits_RV.shape[-1]
         return min(max(self.model.vocab_size - self.at.tensor * width, 0), width)
 
-    def _run(self, questions: Sequence[Answers], max_tokens: int, collect: Collected) -> list[Any]:
-        """What `collect` gives for this rank's micro-batches, on the first rank of the last stage; else nothing."""
-        bins = _bins(questions, max_tokens)
-        # Nothing is gathered along the sequence, so that context-parallel ranks are data-parallel ones here.
-        copies, mine = (
-            self.layout.data * self.layout.context,
-            self.at.data * self.layout.context + self.at.context,
-        )
-        own = bins[mine::copies]
-        if not own:
-            return []
-        if self.layout.virtual_pipeline > 1:  # the interleaved schedule takes multiples of the stages
-            own += [own[0]] * (-len(own) % self.layout.pipeline)
-        length = 0
-        if self.layout.pipeline > 1 or self.layout.sequence:
-            length = max(sum(questions[number].num_tokens for number in numbers) for numbers in own)
-            length += -length % self.layout.tensor
+    @property
+    def copy(self) -> int:
+        """Which copy of the model this rank belongs to: nothing is gathered along the sequence, so that
+        context-parallel ranks are data-parallel ones here."""
+        return self.at.data * self.layout.context + self.at.context
 
-        def batches() -> Iterator[Packed]:
-            return (pack(self.model, questions, numbers, length, self.device) for numbers in own)
+    @property
+    def num_copies(self) -> int:
+        return self.layout.data * self.layout.context
 
+    def padded_length(self, num_tokens: Iterable[int]) -> int:
+        """What micro-batches of so many tokens are padded to; 0 where each may keep its own length."""
+        if self.layout.pipeline == 1 and not self.layout.sequence:
+            return 0
+        longest = max(num_tokens)
+        return longest + -longest % self.layout.tensor
+
+    def run(
+        self, num_microbatches: int, batches: Callable[[], Iterator[Packed]], length: int, collect: Collected
+    ) -> list[Any]:
+        """What `collect` gives for each of the copy's micro-batches, on the first rank of its last stage; else nothing.
+
+        Args:
+            batches: gives them; it is asked once for each chunk of the model.
+            length: of each, where not 0.
+        """
         several = len(self.chunks) > 1
         for chunk in self.chunks:
             chunk.eval()
@@ -180,7 +164,7 @@ class ModelOnRanks:
                 forward_step_func=partial(_forward_step, collect, self.layout.sequence),
                 data_iterator=[batches() for _ in self.chunks] if several else batches(),
                 model=list(self.chunks) if several else self.chunks[0],
-                num_microbatches=len(own),
+                num_microbatches=num_microbatches,
                 seq_length=length * self.layout.context,  # which the schedules divide by it
                 micro_batch_size=1,
                 forward_only=True,
@@ -207,49 +191,14 @@ def pack(
     device: torch.device,
 ) -> Packed:
     """The micro-batch of these questions, padded to `length` tokens where it is shorter."""
-    tokens: list[int] = []
-    positions: list[int] = []  # of the queries
-    keys: list[int] = []  # the place of each key among the tokens
-    key_positions: list[int] = []
-    query_lengths: list[int] = []
-    key_lengths: list[int] = []
-    rows: list[int] = []
-    labels: list[int] = []
-
-    def add(new: Sequence[int], seen: range) -> range:
-        """A document of `new` tokens that also sees the tokens at `seen`; returns the places of the new ones."""
-        places = range(len(tokens), len(tokens) + len(new))
-        tokens.extend(new)
-        positions.extend(range(len(seen), len(seen) + len(new)))
-        keys.extend([*seen, *places])
-        key_positions.extend(range(len(seen) + len(new)))
-        query_lengths.append(len(new))
-        key_lengths.append(len(seen) + len(new))
-        return places
-
+    batch = MicroBatch()
     for number in numbers:
         question = questions[number]
-        prefix = add(question.prefix, range(0))
+        prefix = batch.add(question.prefix, range(0))
         for answer in question.answers:
-            places = add(answer[:-1], prefix) if len(answer) > 1 else range(0)
-            rows += [prefix[-1], *places]
-            labels += answer
-    if len(tokens) < length:
-        add([0] * (length - len(tokens)), range(0))
-
-    def boundaries(lengths: list[int]) -> torch.Tensor:
-        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-
-    cos_PC, sin_PC = cos_sin(model, torch.arange(max(key_lengths), device=device))
-    on_device = partial(torch.tensor, dtype=torch.int64, device=device)
-    span = AttentionSpan(0, len(tokens), 0, len(keys), boundaries(query_lengths), boundaries(key_lengths))
-    sequence = PackedSequence(
-        qkv_format="thd",
-        spans=(span,),
-        rotations=(Rotation(cos_PC, sin_PC, on_device(positions), on_device(key_positions)),),
-        key_index=on_device(keys),
-    )
-    return Packed(numbers, on_device(tokens), on_device(rows), on_device(labels), sequence)
+            places = batch.add(answer[:-1], prefix) if len(answer) > 1 else range(0)
+            batch.ask([prefix[-1], *places], answer)
+    return batch.packed(model, numbers, length, device)
 
 
 def _forward_step(

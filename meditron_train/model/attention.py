@@ -6,7 +6,7 @@ key/value heads (both per tensor-parallel rank), D head size, C = D/2 channel pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,23 @@ from meditron_train.native import AttentionSpan, Rotation, packed_attention
 
 
 @dataclass
+class KeyValueCache:
+    """Keys and values of tokens that earlier passes read, not turned yet: [S, K, D] each, by their layer."""
+
+    layers: dict[PackedAttention, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def extended(
+        self, layer: PackedAttention, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All so far, with these [L, K, D] as the last."""
+        if layer in self.layers:
+            old_key, old_value = self.layers[layer]
+            key, value = torch.cat((old_key, key)), torch.cat((old_value, value))
+        self.layers[layer] = key, value
+        return key, value
+
+
+@dataclass
 class PackedSequence(PackedSeqParams):
     """What every layer needs to know of a packed micro-batch; megatron-core hands it through unread.
 
@@ -33,14 +50,16 @@ class PackedSequence(PackedSeqParams):
         rotations: how queries and keys of each span turn.
         gather_index: int64 [T], puts keys gathered rank after rank back in sequence order; None without
             context parallelism.
-        key_index: int64 [S], which tokens the keys of the spans are, where some count more than once; None: each
-            token, once.
+        cache: of earlier passes, before whose keys and values those of this one come; None without it.
+        key_index: int64 [S], which tokens (of the cache, then of this pass) the keys of the spans are, where some
+            count more than once; None: each token, once.
         dropout: what the adapters' dropout has to know; None without it.
     """
 
     spans: tuple[AttentionSpan, ...] = ()
     rotations: tuple[Rotation, ...] = ()
     gather_index: torch.Tensor | None = None
+    cache: KeyValueCache | None = None
     key_index: torch.Tensor | None = None
     dropout: DropoutPlace | None = None
 
@@ -126,6 +145,8 @@ class PackedAttention(torch.nn.Module):
             keys_and_values = _GatherSequence.apply(torch.stack((key, value), dim=1), self.context_group)
             keys_and_values = keys_and_values[packed.gather_index]
             key, value = keys_and_values[:, 0], keys_and_values[:, 1]
+        if packed.cache is not None:
+            key, value = packed.cache.extended(self, key, value)
         if packed.key_index is not None:
             key, value = key[packed.key_index], value[packed.key_index]
         outputs = [

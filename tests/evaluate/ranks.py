@@ -25,15 +25,24 @@ def ask(
     parallel: Mapping[str, Any],
     questions: Sequence[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]],
     max_tokens: int,
-) -> tuple[dict[int, list[tuple[float, bool]]], dict[int, list[float]]]:
-    """((nats, is greedy) of every answer, logits after every prefix), by the number of the question."""
-    from meditron_train.model import Answers, merged
+) -> tuple[dict[int, list[tuple[float, bool]]], dict[int, list[list[float]]]]:
+    """((nats, is greedy) of every answer, logits after every prefix and after each token of its first answer), by the
+    number of the question."""
+    from meditron_train.model import Answers, Decoding, merged
 
     model = open_model(directory, parallel)
     asked = [Answers(prefix, answers) for prefix, answers in questions]
     scores = merged(model.mesh.gather_objects(model.on_ranks.log_likelihoods(asked, max_tokens)))
-    logits = model.on_ranks.next_logits([prefix for prefix, _ in questions], max_tokens)
-    logits = merged(model.mesh.gather_objects({number: values.tolist() for number, values in logits.items()}))
+    decoding, logits = Decoding(model.on_ranks, len(asked)), {number: [] for number in range(len(asked))}
+    new = {number: question.prefix for number, question in enumerate(asked)}
+    while new:
+        found = {number: values.tolist() for number, values in decoding.next_logits(new).items()}
+        found = merged(model.mesh.gather_objects(found))
+        assert found.keys() == new.keys()
+        for number, values in found.items():
+            logits[number].append(values)
+        rest = {number: asked[number].answers[0][len(logits[number]) - 1 :] for number in new}
+        new = {number: tokens[:1] for number, tokens in rest.items() if tokens}
     plain = {number: [(score.nats, score.is_greedy) for score in found] for number, found in scores.items()}
     return plain, logits
 

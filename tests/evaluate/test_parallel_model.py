@@ -1,4 +1,5 @@
-"""The model on ranks gives the log-likelihoods and logits of transformers, each text read alone, in every layout."""
+"""The model on ranks gives the log-likelihoods and logits of transformers, each text read alone, in every layout; also
+where the text grows token by token."""
 
 from __future__ import annotations
 
@@ -70,6 +71,7 @@ def test_every_layout_agrees_with_transformers(tiny, layout):
         for number, wanted in expected.items():
             assert [nats for nats, _ in scores[number]] == pytest.approx([n for n, _ in wanted], abs=1e-5)
             assert [greedy for _, greedy in scores[number]] == [greedy for _, greedy in wanted]
-            last_V = model.logits(torch.tensor([questions[number][0]]))[0, -1]
-            assert (torch.tensor(logits[number]) - last_V).abs().max() <= 1e-5
+            prefix, (answer, *_) = questions[number]
+            each_SV = model.logits(torch.tensor([[*prefix, *answer]]))[0, len(prefix) - 1 :]
+            assert (torch.tensor(logits[number]) - each_SV).abs().max() <= 1e-5
     assert sum(greedy for found in expected.values() for _, greedy in found) >= 1

@@ -21,14 +21,15 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from meditron_train.errors import UserError
 from meditron_train.evaluate.parallel_model import ParallelModel
-from meditron_train.model import Answers, LogLikelihood, merged
-from meditron_train.model.answers import Tokens, fitted
+from meditron_train.model import Answers, Decoding, LogLikelihood, merged
+from meditron_train.model.answers import fitted
+from meditron_train.model.micro_batch import Tokens
 
 _NEUTRAL = {"top_p": 1.0, "top_k": 0, "num_beams": 1}  # what may be asked for, as it changes nothing
 
 
 class ParallelLM(TemplateLM):
-    """Log-likelihoods and generation without a cache of keys and values.
+    """Log-likelihoods and generation.
 
     Args:
         parallel: the model.
@@ -142,13 +143,15 @@ class ParallelLM(TemplateLM):
         writings = [
             self._begin(context, settings, seed, first + i) for i, (context, settings) in enumerate(batch)
         ]
-        while active := [writing for writing in writings if not writing.is_done]:
-            contexts = [(*writing.context, *writing.tokens) for writing in active]
-            logits = self._model.next_logits(contexts, sum(map(len, contexts)))
-            chosen = {number: active[number].choose(logits_V) for number, logits_V in logits.items()}
+        decoding = Decoding(self._model, len(writings))
+        new = {number: writing.context for number, writing in enumerate(writings)}
+        while new:
+            logits = decoding.next_logits(new)
+            chosen = {number: writings[number].choose(logits_V) for number, logits_V in logits.items()}
             chosen = merged(self._parallel.mesh.gather_objects(chosen))
-            for number, writing in enumerate(active):
-                writing.add(chosen[number])
+            for number, token in chosen.items():
+                writings[number].add(token)
+            new = {number: (token,) for number, token in chosen.items() if not writings[number].is_done}
         return [writing.text for writing in writings]
 
     def _begin(self, context: str, settings: dict[str, Any], seed: int, number: int) -> _Writing:
@@ -166,7 +169,7 @@ class ParallelLM(TemplateLM):
             raise UserError(
                 f"--max-new-tokens is {max_new_tokens}; the model reads {self.max_length} tokens, with the prompt"
             )
-        ids = tuple(self.tok_encode(context)[-room:])
+        ids = tuple(self.tok_encode(context)[-room:]) or (self.prefix_token_id,)
         return _Writing(ids, until, max_new_tokens, temperature, (seed, number), self.tokenizer)
 
 

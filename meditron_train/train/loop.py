@@ -316,8 +316,7 @@ class Run:
         """
         self.pulse.enter("saving")
         step = self.progress.step
-        self.guard.check_replicas(step)
-        self.progress.history = self.guard.monitor.history
+        self.check_weights()
         start = time.monotonic()
         self.finish_saving(wait=True)
 
@@ -359,9 +358,14 @@ class Run:
         if interval is None or step % interval or self.save_is_due(step):
             return
         self.pulse.enter("saving")
-        self.guard.check_replicas(step)
-        self.progress.history = self.guard.monitor.history
+        self.check_weights()
         self.local.save(self.engine, self.progress)
+
+    def check_weights(self) -> None:
+        """Before a save: no checkpoint is made of weights that differ between ranks."""
+        self.engine.gather_params()  # with overlap_param_gather only a rank's own part is new after the update
+        self.guard.check_replicas(self.progress.step)
+        self.progress.history = self.guard.monitor.history
 
     def finish_saving(self, *, wait: bool) -> None:
         """Bring a checkpoint that is being written as far as it goes; with `wait`, to its end."""

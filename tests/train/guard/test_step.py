@@ -138,6 +138,45 @@ def test_a_flipped_bit_is_found_before_a_checkpoint_is_made_of_it(write_config, 
     assert read_requeue(tmp_path / "run") is None
 
 
+def saving_between_log_lines_rank(rank: int, world_size: int, config_file: Path, overrides: tuple) -> list:
+    """Steps 1 and 2 are saved on the node, 3 because of RUN_DIR/stop; none of them has a log line."""
+    from meditron_train.train.loop import Run
+    from meditron_train.train.saving.local_checkpoints import LocalCheckpoints
+
+    count, save, saved_locally = Run.count, LocalCheckpoints.save, []
+
+    def count_and_ask(self, step, result):
+        count(self, step, result)
+        if step == 3 and rank == 0:
+            (self.run_dir.path / "stop").touch()
+
+    def save_and_note(self, engine, progress):
+        save(self, engine, progress)
+        saved_locally.append(progress.step)
+
+    Run.count, LocalCheckpoints.save = count_and_ask, save_and_note  # a process of its own
+    return [*message_rank(rank, world_size, config_file, overrides), saved_locally]
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")]
+)
+def test_a_save_between_log_lines_accuses_no_host(write_config, tmp_path, overrides):
+    """With overlap_param_gather nothing has made the parameters whole since the update."""
+    config = write_config(
+        train=SHORT,
+        checkpoint={"interval": 100, "local_interval": 1, "local_dir": str(tmp_path / "local")},
+        validation={"interval": 100},
+        logging={"run_dir": str(tmp_path / "run"), "wandb": "disabled", "tensorboard": False, "interval": 5},
+    )
+    results = run_ranks(saving_between_log_lines_rank, 2, config, overrides)
+    assert results == [[85, "", [1, 2, 3]]] * 2
+    requeue = read_requeue(tmp_path / "run")
+    assert requeue is not None and requeue.cause is Cause.STOP_FILE
+    assert read_status(tmp_path / "run")["last_checkpoint"] == "step_00000003"
+    assert run(config, *overrides, world_size=2)[-1]["step"] == 14
+
+
 def lost_peer_rank(rank: int, world_size: int, config_file: Path, run_dir: Path) -> tuple[int, str]:
     """One rank whose training ends with an error after another rank has asked to be started again."""
     from meditron_train.report.status import request_requeue

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meditron_train.checkpoint.sharded.store import newest_checkpoint
 from meditron_train.config.check import check_config, missing_files
 from meditron_train.config.load import load_config
 from meditron_train.config.schema import Config
@@ -23,6 +24,7 @@ from meditron_train.launcher.node_check import NodeFacts, ProblemKind, examine_n
 from meditron_train.launcher.verdict import bad_nodes, problems_of_the_run
 from meditron_train.train.length import resolve_steps, with_steps
 from meditron_train.train.life.stop_signals import forget_stop_of_job
+from meditron_train.train.saving.finished import is_done
 
 if TYPE_CHECKING:
     from meditron_train.parallel.link_check import Links
@@ -224,12 +226,12 @@ def _ranks_per_node() -> int:
 
 def _is_finished(settings: Config) -> bool:
     """All steps are done and exported: the next job of a chain has nothing to do."""
-    run_dir, export = settings.logging.run_dir, settings.checkpoint.export_hf
-    latest = run_dir / "checkpoints" / "latest"
-    if not latest.is_file() or (export and not (run_dir / settings.export_name).is_dir()):
-        return False
+    run_dir = settings.logging.run_dir
     try:
+        newest = newest_checkpoint(run_dir / "checkpoints")
+        if newest is None:
+            return False  # without a look at the data, which the length may need
         settings, _ = resolve_steps(settings)
+        return settings.knows_steps and is_done(run_dir, settings, newest)
     except (UserError, OSError):
-        return False  # the data cannot be read: the start of the run says what is wrong with them
-    return settings.knows_steps and latest.read_text().strip() == f"step_{settings.train.steps:08d}"
+        return False  # data or checkpoints cannot be read: the start of the run says what is wrong with them

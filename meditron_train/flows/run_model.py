@@ -8,7 +8,7 @@ from meditron_train.checkpoint.adapters import is_adapter_directory
 from meditron_train.checkpoint.hf.directory import HF_SUBDIRECTORY
 from meditron_train.checkpoint.hf.read import is_hf_directory
 from meditron_train.checkpoint.sharded.store import newest_checkpoint
-from meditron_train.train.saving.exports import find_export
+from meditron_train.train.saving.finished import find_export
 
 
 def model_of_run(directory: Path) -> Path:

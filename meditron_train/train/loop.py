@@ -11,6 +11,7 @@ from pathlib import Path
 from torch.profiler import record_function
 
 from meditron_train.checkpoint.sharded.read import read_meta
+from meditron_train.checkpoint.sharded.store import step_of
 from meditron_train.data.loader import StepLoader
 from meditron_train.data.packed import PackedDataset
 from meditron_train.data.packing.batch_schedule import BatchSchedule
@@ -33,7 +34,6 @@ from meditron_train.train.lr_schedule import changed_rates, learning_rate
 from meditron_train.train.origin import run_provenance
 from meditron_train.train.profiling import StepProfiler
 from meditron_train.train.progress import Progress
-from meditron_train.train.saving.continuing import step_of
 from meditron_train.train.saving.local_checkpoints import LocalCheckpoints
 from meditron_train.train.saving.run_checkpoints import RunCheckpoints
 from meditron_train.train.setup import Plan, build_engine

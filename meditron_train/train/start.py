@@ -20,20 +20,15 @@ from meditron_train.launcher.environment import LaunchEnvironment
 from meditron_train.launcher.waiting import join, tell_failure
 from meditron_train.log import get_logger, setup_logging
 from meditron_train.parallel import destroy, initialize
-from meditron_train.report.status import RunStatus, forget_failures, read_requeue, read_status, record_failure
+from meditron_train.report.status import RunStatus, forget_failures, read_requeue, record_failure
 from meditron_train.train.life.heartbeat import forget_heartbeats
 from meditron_train.train.life.run_dir import RunDir
 from meditron_train.train.life.stacks import stacks_file, stacks_written_to
 from meditron_train.train.life.stop_signals import StopSignals
 from meditron_train.train.loop import Run
 from meditron_train.train.memory_snapshot import remember_allocations, write_if_out_of_memory
-from meditron_train.train.saving.continuing import (
-    check_continues,
-    chosen_checkpoint,
-    set_aside_later,
-    step_of,
-)
-from meditron_train.train.saving.exports import find_export
+from meditron_train.train.saving.continuing import check_continues, chosen_checkpoint, set_aside_later
+from meditron_train.train.saving.finished import is_done
 from meditron_train.train.setup import Plan, make_plan
 from meditron_train.train.summary import summarize
 
@@ -147,17 +142,8 @@ def _choose(run_dir: RunDir, plan: Plan, from_step: int | None, stack: ExitStack
 
 
 def _is_finished(run_dir: RunDir, plan: Plan, newest: Path | None) -> bool:
-    """Whether nothing is left to do: all steps are done, and exported where that is asked for."""
-    if newest is None:
-        return False
-    if step_of(newest) != plan.config.train.steps or (read_status(run_dir.path) or {}).get("state") != "done":
-        return False
-    if (
-        plan.config.checkpoint.export_hf
-        and find_export(newest, run_dir.path / plan.config.export_name) is None
-    ):
-        return False
-    return not verify_manifest(newest)  # one that has rotted is made again
+    """Whether nothing is left to do; a last checkpoint that has rotted is made again."""
+    return newest is not None and is_done(run_dir.path, plan.config, newest) and not verify_manifest(newest)
 
 
 def _goes_back(chosen: Path | None) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from meditron_train.checkpoint.manifest import write_manifest
 from meditron_train.flows.preflight import load_and_check
 from tests.commands import Command
 from tests.distributed import free_port
@@ -148,18 +151,53 @@ def test_a_missing_file_on_one_node_alone(config, tmp_path):
     assert process.returncode == 2 and "corpus.bin" in (tmp_path / "report" / "problems").read_text()
 
 
-def test_a_finished_run_is_recognized(config, tmp_path):
-    checkpoints = tmp_path / "runs" / "tiny" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    (checkpoints / "latest").write_text("step_00001000\n")
-    tokens = f"train.tokens={1000 * 16 * 2048 - 1}"
-    for export in (True, False):  # with the export still missing there is something left to do
-        process = start(
-            *(config, "--report-dir", str(tmp_path / "report"), tokens),
-            f"checkpoint.export_hf={str(export).lower()}",
-        )
-        process.communicate(timeout=120)
-        assert (tmp_path / "report" / "finished").exists() is not export
+LENGTH = f"train.tokens={1000 * 16 * 2048 - 1}"  # 1000 steps
+
+
+@pytest.fixture
+def finished_run(tmp_path) -> Path:
+    """The directory of a run that has done its 1000 steps, without an export."""
+    run_dir = tmp_path / "runs" / "tiny"
+    for step in (500, 1000):
+        checkpoint = run_dir / "checkpoints" / f"step_{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "__0_0.distcp").write_text(f"weights of step {step}")
+        write_manifest(checkpoint)
+    (run_dir / "status.json").write_text('{"state": "done"}')
+    return run_dir
+
+
+def export_of(checkpoint: Path, directory: Path) -> None:
+    """An export in so far as it says what it was made of."""
+    directory.mkdir(exist_ok=True)
+    digest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
+    write_manifest(directory, extra={"source": {"format": "sharded", "manifest_sha256": digest}})
+
+
+def is_finished(config: Path, report: Path, *words: str) -> bool:
+    shutil.rmtree(report, ignore_errors=True)
+    process = start(config, "--report-dir", str(report), LENGTH, *words)
+    assert process.wait(timeout=120) == 0, process.stderr
+    return (report / "finished").exists()
+
+
+def test_a_finished_run_is_recognized(config, tmp_path, finished_run):
+    report, without_export = tmp_path / "report", "checkpoint.export_hf=false"
+    assert is_finished(config, report, without_export)
+    assert not is_finished(config, report)  # it is still to be exported
+    export_of(finished_run / "checkpoints" / "step_00001000", finished_run / "hf")
+    assert is_finished(config, report)
+    shutil.rmtree(finished_run / "checkpoints" / "step_00001000")
+    assert not is_finished(config, report, without_export)
+
+
+def test_a_longer_run_whose_last_export_failed_is_not_finished(config, tmp_path, finished_run):
+    """The last step is published before the export; hf/ is that of the steps before train.steps was raised."""
+    (finished_run / "checkpoints" / "latest").write_text("step_00001000\n")
+    export_of(finished_run / "checkpoints" / "step_00000500", finished_run / "hf")
+    assert not is_finished(config, tmp_path / "report")
+    (finished_run / "status.json").write_text('{"state": "failed"}')
+    assert not is_finished(config, tmp_path / "report", "checkpoint.export_hf=false")
 
 
 def test_a_wrong_configuration(config):

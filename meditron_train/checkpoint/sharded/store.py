@@ -273,6 +273,11 @@ class CheckpointStore:
         return f"there is no earlier checkpoint in {self.directory}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step of a finished checkpoint, as its name says."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def newest_checkpoint(directory: Path) -> Path | None:
     """The newest checkpoint below `directory` whose files are there in full, without a look at their hashes."""
     return CheckpointStore(directory, keep_last=1, keep_every=None).newest_intact(check_hashes=False)[0]

@@ -10,18 +10,13 @@ from typing import Any
 from meditron_train.checkpoint.adapters import adapter_facts
 from meditron_train.checkpoint.manifest import require_intact
 from meditron_train.checkpoint.sharded.read import read_meta
-from meditron_train.checkpoint.sharded.store import FINISHED_NAME, CheckpointStore, newest_checkpoint
+from meditron_train.checkpoint.sharded.store import FINISHED_NAME, CheckpointStore, newest_checkpoint, step_of
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import Cause, UserError
 from meditron_train.log import get_logger
 from meditron_train.train.setup import Plan
 
 _log = get_logger(__name__)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step of a finished checkpoint, as its name says."""
-    return int(checkpoint.name.removeprefix("step_"))
 
 
 def chosen_checkpoint(directory: Path, from_step: int | None) -> Path | None:

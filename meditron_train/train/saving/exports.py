@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 from meditron_train.checkpoint.adapters import is_adapter_checkpoint
 from meditron_train.checkpoint.convert.adapters import export_adapter
 from meditron_train.checkpoint.convert.engine import NO_LIMITS, Limits
 from meditron_train.checkpoint.convert.to_hf import export_hf
-from meditron_train.checkpoint.manifest import MANIFEST_NAME, read_manifest, verify_manifest
-from meditron_train.files import sha256_file
+from meditron_train.checkpoint.manifest import read_manifest, verify_manifest
 from meditron_train.log import get_logger
+from meditron_train.train.saving.finished import export_places, is_export_of
 
 _log = get_logger(__name__)
 
@@ -38,8 +36,8 @@ def export_run(checkpoint: Path, directory: Path, limits: Limits = NO_LIMITS) ->
         the step, with a warning.
     """
     _finish_swap(directory)
-    for place in _places(directory, checkpoint):
-        if _is_export_of(checkpoint, place):
+    for place in export_places(directory, checkpoint):
+        if is_export_of(checkpoint, place):
             _log.info("%s holds this export already", place)
             return place
         if _is_free(place):
@@ -55,36 +53,11 @@ def export_run(checkpoint: Path, directory: Path, limits: Limits = NO_LIMITS) ->
     raise AssertionError("there is always another name")
 
 
-def find_export(checkpoint: Path, directory: Path) -> Path | None:
-    """Where `export_run` has left the export of this checkpoint; None where it has not."""
-    for place in _places(directory, checkpoint):
-        if not os.path.lexists(place):
-            return None
-        if _is_export_of(checkpoint, place):
-            return place
-    raise AssertionError("there is always another name")
-
-
 def _export(checkpoint: Path, directory: Path, limits: Limits) -> None:
     if is_adapter_checkpoint(checkpoint):
         export_adapter(checkpoint, directory, limits=limits)
     else:
         export_hf(checkpoint, directory, limits=limits)
-
-
-def _places(directory: Path, checkpoint: Path) -> Iterator[Path]:
-    """The directory, then others beside it: hf, hf_step_00000100, hf_step_00000100_2, ..."""
-    yield directory
-    other = directory.with_name(f"{directory.name.partition('_step_')[0]}_{checkpoint.name}")
-    if other != directory:
-        yield other
-    yield from (other.with_name(f"{other.name}_{number}") for number in count(2))
-
-
-def _is_export_of(checkpoint: Path, directory: Path) -> bool:
-    """Whether the directory holds an export of this checkpoint; files that others have added do not matter."""
-    said = (read_manifest(directory) or {}).get("source")
-    return isinstance(said, dict) and said.get("manifest_sha256") == sha256_file(checkpoint / MANIFEST_NAME)
 
 
 def _is_free(directory: Path) -> bool:

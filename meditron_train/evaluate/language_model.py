@@ -19,7 +19,7 @@ from meditron_train.checkpoint.hf.read import is_hf_directory, open_hf_model
 from meditron_train.checkpoint.sharded.read import is_sharded_directory
 from meditron_train.errors import UserError
 from meditron_train.files import describe_missing_directory
-from meditron_train.tokenizer.files import has_tokenizer
+from meditron_train.tokenizer.reading import open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,14 @@ def load_language_model(
         UserError: it is not one, is damaged, or has no tokenizer.
     """
     open_hf_model(directory)  # our own messages for missing shards and other architectures
-    if not has_tokenizer(directory):
-        raise UserError(f"{directory} has no tokenizer (tokenizer.model or tokenizer.json): copy it there")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer = open_tokenizer(directory)
+    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # transformers draws one even for a model of a megabyte
     local = {"local_files_only": True, "trust_remote_code": False}
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **local).to(device).eval()
-    return LanguageModel(model, AutoTokenizer.from_pretrained(directory, **local))
+    return LanguageModel(model, tokenizer)
 
 
 @contextmanager

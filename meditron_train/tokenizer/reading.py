@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -89,6 +90,22 @@ def read_tokenizer(directory: str | Path) -> Reading:
     return _read(_Input(content_digest(directory), directory))
 
 
+def open_tokenizer(directory: str | Path) -> Any:
+    """transformers' own tokenizer of a directory, with the meaning that `read_tokenizer` gives it; opened only after a
+    process with bounds has read its files.
+
+    Raises:
+        UserError: as `read_tokenizer`.
+    """
+    read_tokenizer(directory)
+    from transformers import AutoTokenizer
+
+    with _completed(Path(directory)) as whole:
+        tokenizer = AutoTokenizer.from_pretrained(whole, local_files_only=True, trust_remote_code=False)
+    tokenizer.name_or_path = str(directory)
+    return tokenizer
+
+
 @dataclass(frozen=True)
 class _Input:
     """Directories of the same content are read once."""
@@ -99,15 +116,23 @@ class _Input:
 
 @lru_cache(maxsize=8)
 def _read(source: _Input) -> Reading:
-    if not is_sentencepiece_alone(source.directory):
-        return _read_in_child(source.directory, source.directory)
+    with _completed(source.directory) as whole:
+        return _read_in_child(whole, source.directory)
+
+
+@contextmanager
+def _completed(directory: Path) -> Iterator[Path]:
+    """The directory, or where tokenizer.model stands alone a temporary one with all files that transformers needs."""
+    if not is_sentencepiece_alone(directory):
+        yield directory
+        return
     with tempfile.TemporaryDirectory() as scratch:
-        for name, path in tokenizer_files(source.directory).items():
+        for name, path in tokenizer_files(directory).items():
             (Path(scratch) / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, Path(scratch) / name)
-        for name, content in missing_files(source.directory).items():
+        for name, content in missing_files(directory).items():
             (Path(scratch) / name).write_text(json.dumps(content), encoding="utf-8")
-        return _read_in_child(Path(scratch), source.directory)
+        yield Path(scratch)
 
 
 def _read_in_child(directory: Path, named: Path) -> Reading:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 
 from meditron_train.checkpoint.convert.from_hf import hf_to_sharded
 from meditron_train.evaluate.language_model import as_hf_directory, load_language_model
 from tests.checkpoint.tiny_llama import write_tiny_llama
+from tests.checkpoint.tiny_tokenizer import VOCAB_SIZE, write_tokenizer_model
 from tests.refusal import refused
 
 
@@ -48,6 +51,27 @@ def test_a_run_directory_gets_a_hint(tmp_path):
 def test_no_tokenizer(tmp_path):
     with refused("has no tokenizer", str(tmp_path)):
         load_language_model(write_tiny_llama(tmp_path / "bare"))
+
+
+def test_a_tokenizer_model_alone_means_what_sentencepiece_makes_of_it(tmp_path):
+    """transformers 5 makes other ids of it than Llama-2 was trained with."""
+    directory = write_tiny_llama(tmp_path / "model", vocab_size=VOCAB_SIZE)
+    write_tokenizer_model(directory)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+    tokenizer = load_language_model(directory).tokenizer
+    for text in ("kamori ten  zupa", " two spaces", "漢 ß\n\n12 mg"):
+        assert tokenizer.encode(text) == [theirs.bos_id(), *theirs.encode(text)]
+    assert sorted(path.name for path in directory.glob("tokenizer*")) == ["tokenizer.model"]
+
+
+def test_a_tokenizer_that_the_library_cannot_read_is_refused(hf_directory, tmp_path):
+    shutil.copytree(hf_directory, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 2**40, "content": "<far>"})
+    path.write_text(json.dumps(content))
+    with refused("transformers cannot read its tokenizer", str(tmp_path / "model")):
+        load_language_model(tmp_path / "model")
 
 
 def test_a_missing_shard(hf_directory, tmp_path):

@@ -9,7 +9,7 @@ from meditron_train.checkpoint.hf.read import open_hf_model
 from meditron_train.config.training import ParallelSection
 from meditron_train.errors import UserError
 from meditron_train.launcher.environment import LaunchEnvironment
-from meditron_train.tokenizer.files import has_tokenizer
+from meditron_train.tokenizer.reading import open_tokenizer
 
 RUNNERS = ("transformers", "parallel", "vllm")
 _LOCAL = {
@@ -40,10 +40,8 @@ def open_runner(name: str, directory: Path, *, device: str, batch_size: int, dty
         UserError: the runner is unknown or not installed, or the vocabulary disagrees with the tokenizer.
     """
     require_harness()
-    from transformers import AutoTokenizer
-
     open_hf_model(directory)  # our own messages for missing shards, other architectures and adapters
-    tokenizer = AutoTokenizer.from_pretrained(directory, **_LOCAL)
+    tokenizer = open_tokenizer(directory)
     _check_vocabulary(directory, len(tokenizer))
     add_bos = _adds_bos(tokenizer)
     if name == "transformers":
@@ -51,6 +49,7 @@ def open_runner(name: str, directory: Path, *, device: str, batch_size: int, dty
 
         return HFLM(
             pretrained=str(directory),
+            tokenizer=tokenizer,
             device=device,
             batch_size=batch_size,
             dtype=dtype,
@@ -89,17 +88,12 @@ def open_parallel_runner(
     """
     require_harness()
     import torch
-    from transformers import AutoTokenizer
 
     from meditron_train.evaluate.harness.parallel_lm import ParallelLM
     from meditron_train.evaluate.parallel_model import open_parallel_model
 
     model = open_parallel_model(directory, launch, parallel, dtype=getattr(torch, dtype), device=device)
-    if not has_tokenizer(model.tokenizer):
-        raise UserError(
-            f"{model.tokenizer} has no tokenizer (tokenizer.model or tokenizer.json): copy it there"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, **_LOCAL)
+    tokenizer = open_tokenizer(model.tokenizer)
     _check_vocabulary(model.tokenizer, len(tokenizer))
     return ParallelLM(model, tokenizer, add_bos=_adds_bos(tokenizer), batch_size=batch_size)
 

@@ -35,6 +35,7 @@ from meditron_train.flows.publish.upload import check_repo, find_token, upload
 from meditron_train.log import get_logger
 from meditron_train.planner.cost import DEFAULT_CARBON_KG_PER_KWH, DEFAULT_PUE
 from meditron_train.tokenizer.files import has_tokenizer
+from meditron_train.tokenizer.reading import open_tokenizer
 
 _log = get_logger(__name__)
 
@@ -238,10 +239,7 @@ def _card(
 def _has_chat_template(directory: Path) -> bool:
     if not has_tokenizer(directory):
         return False
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    return bool(tokenizer.chat_template)
+    return bool(open_tokenizer(directory).chat_template)
 
 
 def _seal(staged: Path) -> None:

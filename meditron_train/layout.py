@@ -7,6 +7,7 @@ any communication asks here: the config check, the planner, checkpoint conversio
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 # The parallel plan: which dimension of a tensor is split over the tensor-parallel ranks, under megatron-core's names;
 # None: every rank holds the whole. Matrices are [outputs, inputs]: the first of two is split by outputs, the second by
@@ -125,6 +126,16 @@ class ParallelLayout:
         first = sum(counts[:chunk])
         return range(first, first + counts[chunk])
 
+    def layers_on(self, pipeline_rank: int, num_layers: int) -> list[int]:
+        """Global 0-based numbers of all layers of one stage, chunk after chunk.
+
+        Raises:
+            ValueError: `layer_problem` has one.
+        """
+        firsts = [0, *accumulate(self.layer_counts(num_layers))]
+        chunks = range(pipeline_rank, self.pipeline * self.virtual_pipeline, self.pipeline)
+        return [layer for chunk in chunks for layer in range(firsts[chunk], firsts[chunk + 1])]
+
     def layer_counts(self, num_layers: int) -> list[int]:
         """Layers of each model chunk, in the order in which a sample passes them.
 
@@ -135,8 +146,10 @@ class ParallelLayout:
             raise ValueError(problem)
         num_chunks = self.pipeline * self.virtual_pipeline
         each, rest = divmod(num_layers, num_chunks)
-        larger = [*range(1, num_chunks - 1), 0][:rest]
-        return [each + (chunk in larger) for chunk in range(num_chunks)]
+        counts = [each] * num_chunks
+        for chunk in [*range(1, num_chunks - 1), 0][:rest]:
+            counts[chunk] += 1
+        return counts
 
     def layer_problem(self, num_layers: int) -> str | None:
         """Why the layers cannot be dealt to the stages, in words; None where they can."""

@@ -48,6 +48,7 @@ def test_every_layer_has_exactly_one_home(pipeline, virtual):
         n for stage in range(pipeline) for chunk in range(virtual) for n in layout.layers_of(stage, chunk, 12)
     ]
     assert sorted(layers) == list(range(12))
+    assert [layer for stage in range(pipeline) for layer in layout.layers_on(stage, 12)] == layers
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,10 @@ def plan(
         Path | None, typer.Option("--calibrate", metavar="RUN_DIR", help="Scale speeds to those of this run.")
     ] = None,
     document_tokens: Annotated[
-        float | None, typer.Option("--document-tokens", min=1, help="Mean length of the packed documents.")
+        float | None,
+        typer.Option(
+            "--document-tokens", min=1, help="Length of the document that a token is in, on average."
+        ),
     ] = None,
     pue: Annotated[
         float, typer.Option("--pue", min=1, help="Power usage effectiveness of the center.")
@@ -72,22 +75,18 @@ def plan(
     from meditron_train.flows import plan as flow
 
     settings = load_config(config, overrides or [])
+    basis = flow.Basis(gpu, hardware, calibrate, document_tokens)
     if search:
         if gpus is None:
             raise UserError("--search needs the number of GPUs: --gpus N")
-        found = flow.search(settings, num_gpus=gpus, gpu=gpu, hardware_file=hardware)
+        if trace or stages:
+            raise UserError(
+                "--search does not trace: give --trace and --stage with the overrides of the layout that you choose"
+            )
+        found = flow.search(settings, num_gpus=gpus, basis=basis)
         _print_search(*found, num_gpus=gpus, json_output=json_output)
         return
-    planned = flow.make_plan(
-        settings,
-        num_gpus=gpus,
-        gpu=gpu,
-        hardware_file=hardware,
-        calibration_run=calibrate,
-        mean_document_tokens=document_tokens,
-        pue=pue,
-        carbon_kg_per_kwh=carbon,
-    )
+    planned = flow.make_plan(settings, num_gpus=gpus, basis=basis, pue=pue, carbon_kg_per_kwh=carbon)
     traced = None
     if trace:
         from meditron_train.flows.trace.trace import trace as trace_ranks
@@ -141,7 +140,9 @@ def _lines(planned: Plan) -> list[str]:
     ]
 
 
-def _print_search(hardware: Hardware, found: SearchResult, *, num_gpus: int, json_output: bool) -> None:
+def _print_search(
+    hardware: Hardware, found: SearchResult, notes: list[str], *, num_gpus: int, json_output: bool
+) -> None:
     if json_output:
         rows = [
             {
@@ -151,7 +152,7 @@ def _print_search(hardware: Hardware, found: SearchResult, *, num_gpus: int, jso
             }
             for candidate in found.candidates
         ]
-        print(json.dumps({"candidates": rows, "rejected": found.rejected}, indent=2))
+        print(json.dumps({"candidates": rows, "rejected": found.rejected, "notes": notes}, indent=2))
         return
     print(f"{len(found.candidates)} layouts fit on {num_gpus} x {hardware.name}; the fastest:")
     for candidate in found.candidates[:_MAX_LISTED]:
@@ -163,6 +164,8 @@ def _print_search(hardware: Hardware, found: SearchResult, *, num_gpus: int, jso
         print("rejected:")
     for reason, count in sorted(found.rejected.items(), key=lambda item: -item[1]):
         print(f"  {count:>6}  {reason}")
+    for note in notes:
+        print(f"note      {note}")
 
 
 def _duration(seconds: float) -> str:

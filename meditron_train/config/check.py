@@ -60,7 +60,7 @@ def check_config(
         problems += _model_problems(config, model, layout, tokenizer_vocab_size)
     problems += _sequence_problems(config, layout)
     if sound_layout:
-        problems += _batch_problems(config, layout)
+        problems += batch_problems(config, layout)
     profile = config.train.profile
     if profile.from_step is not None and max(profile.ranks) >= world_size:
         problems.append(
@@ -117,21 +117,27 @@ def split_problems(model: ModelConfig, layout: ParallelLayout) -> list[str]:
     return found
 
 
-def _sequence_problems(config: Config, layout: ParallelLayout) -> list[str]:
-    """Micro-batches that cannot be split evenly, and options of parallelism that need each other."""
-    found = []
+def micro_batch_problem(config: Config, layout: ParallelLayout) -> str | None:
+    """Why the tokens of a micro-batch cannot be split evenly under a layout, in words; None where they can."""
     num_tokens = config.train.seq_len * config.train.micro_batch_size
     tokens = f"train.seq_len x train.micro_batch_size = {num_tokens} tokens"
     if layout.context > 1 and num_tokens % (2 * layout.context):
-        found.append(
+        return (
             f"{tokens} are not divisible by 2 x parallel.context = {2 * layout.context}: context parallelism "
             "gives each rank two equal slices"
         )
-    elif layout.sequence and (num_tokens // layout.context) % layout.tensor:
-        found.append(
+    if layout.sequence and (num_tokens // layout.context) % layout.tensor:
+        return (
             f"{tokens} over parallel.context = {layout.context} are {num_tokens // layout.context} per rank, "
             f"not divisible by parallel.tensor = {layout.tensor}, as parallel.sequence needs"
         )
+    return None
+
+
+def _sequence_problems(config: Config, layout: ParallelLayout) -> list[str]:
+    """Micro-batches that cannot be split evenly, and options of parallelism that need each other."""
+    problem = micro_batch_problem(config, layout)
+    found = [] if problem is None else [problem]
     if config.parallel.overlap_param_gather and not (
         config.parallel.distributed_optimizer and config.parallel.overlap_grad_reduce
     ):
@@ -142,20 +148,12 @@ def _sequence_problems(config: Config, layout: ParallelLayout) -> list[str]:
     return found
 
 
-def _batch_problems(config: Config, layout: ParallelLayout) -> list[str]:
+def batch_problems(config: Config, layout: ParallelLayout) -> list[str]:
     """What keeps a global batch from being dealt to the ranks in whole micro-batches."""
     train, ramp = config.train, config.train.batch_ramp
     stages: tuple[int, ...] = (train.global_batch_size,)
     if ramp is not None:
-        if ramp.start > train.global_batch_size:
-            sizes = f"start {ramp.start} is above train.global_batch_size {train.global_batch_size}"
-            return [f"train.batch_ramp.{sizes}"]
-        if (train.global_batch_size - ramp.start) % ramp.increment:
-            problem = (
-                f"train.batch_ramp goes from {ramp.start} by {ramp.increment} and never reaches "
-                f"train.global_batch_size {train.global_batch_size} exactly; choose an increment that "
-                f"divides {train.global_batch_size - ramp.start}"
-            )
+        if problem := ramp_problem(config):
             return [problem]
         stages = ramp.stages(train.global_batch_size)
     found = []
@@ -178,6 +176,21 @@ def _batch_problems(config: Config, layout: ParallelLayout) -> list[str]:
                 "(parallel.virtual_pipeline > 1) needs"
             )
     return found
+
+
+def ramp_problem(config: Config) -> str | None:
+    """Why train.batch_ramp does not lead to the global batch size, in words; None where it does, or is absent."""
+    ramp, size = config.train.batch_ramp, config.train.global_batch_size
+    if ramp is None:
+        return None
+    if ramp.start > size:
+        return f"train.batch_ramp.start {ramp.start} is above train.global_batch_size {size}"
+    if (size - ramp.start) % ramp.increment:
+        return (
+            f"train.batch_ramp goes from {ramp.start} by {ramp.increment} and never reaches train.global_batch_size "
+            f"{size} exactly; choose an increment that divides {size - ramp.start}"
+        )
+    return None
 
 
 def _schedule_problems(config: Config) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,39 @@ from meditron_train.config.load import load_config
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.config.schema import Config
 from meditron_train.errors import UserError
+from meditron_train.flows.measured import FIRST_LINES, comparable_lines
 from meditron_train.layout import ParallelLayout
 from meditron_train.planner.cost import RunCost
-from meditron_train.planner.hardware import Hardware, find_hardware
+from meditron_train.planner.flops import gpu_type
+from meditron_train.planner.hardware import HARDWARE, Hardware, find_hardware
 from meditron_train.planner.memory import MemoryEstimate, estimate_stages
 from meditron_train.planner.published_models import published_model
 from meditron_train.planner.search import SearchResult, fewest_ranks, search_layouts
 from meditron_train.planner.throughput import StepTime, predict_step, predicted_mfu
 from meditron_train.report.json_lines import read_json_lines
+from meditron_train.report.run_record import launch_of, whole
 from meditron_train.train.base_model import resolve_base_model
-from meditron_train.train.length import resolve_steps
+from meditron_train.train.length import batch_schedule, resolve_steps
 
 DEFAULT_GPU = "h100-80gb"
 _MOST_NODES = 1024
-_FIRST_STEPS = 5  # of a run: allocation, compilation and the page cache make them slow
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What the speeds of a plan are taken from.
+
+    Attributes:
+        gpu: name of the accelerator; None for train.gpu, that of the calibration run, or a note.
+        hardware_file: YAML file of further accelerators, see `read_hardware`.
+        calibration_run: run whose measured speed is taken over, see `calibrated`.
+        mean_document_tokens: as for `predict_step`.
+    """
+
+    gpu: str | None = None
+    hardware_file: Path | None = None
+    calibration_run: Path | None = None
+    mean_document_tokens: float | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +53,7 @@ class Plan:
     """A run as predicted.
 
     Attributes:
+        step: with the full batch, after a ramp.
         cost: None where the number of steps is not known.
         notes: what had to be assumed, one sentence each.
     """
@@ -94,10 +115,7 @@ def make_plan(
     config: Config,
     *,
     num_gpus: int | None,
-    gpu: str | None,
-    hardware_file: Path | None,
-    calibration_run: Path | None,
-    mean_document_tokens: float | None,
+    basis: Basis,
     pue: float,
     carbon_kg_per_kwh: float,
 ) -> Plan:
@@ -106,10 +124,7 @@ def make_plan(
     Args:
         config: the run.
         num_gpus: None for as few whole nodes as the layout, the batch and the memory need.
-        gpu: name of the accelerator.
-        hardware_file: YAML file of further accelerators, see `read_hardware`.
-        calibration_run: run whose measured speed is taken over, see `calibrated`.
-        mean_document_tokens: as for `predict_step`.
+        basis: of the speeds.
         pue: power usage effectiveness of the site.
         carbon_kg_per_kwh: CO2 of its electricity.
 
@@ -120,19 +135,22 @@ def make_plan(
     notes: list[str] = []
     config, _ = resolve_steps(config)
     model = model_shape(config, notes)
-    hardware = _hardware(config, gpu, hardware_file, notes)
-    if calibration_run is not None:
-        hardware = calibrated(hardware, calibration_run, notes)
+    hardware = _hardware(config, basis, notes)
     layout = config.parallel.layout(num_gpus or _fewest_gpus(config, model, hardware, notes))
     check_config(config, model, layout.world_size, check_files=False)
-    step = predict_step(config, model, layout, hardware, mean_document_tokens=mean_document_tokens)
-    if mean_document_tokens is None:
+    predict = partial(
+        predict_step, config, model, layout, hardware, mean_document_tokens=basis.mean_document_tokens
+    )
+    if config.train.batch_ramp is not None:
         notes.append(
-            "attention is counted for documents that fill the sequence; --document-tokens N for shorter ones"
+            "the step is that of the full batch; the run has the smaller ones of train.batch_ramp, too"
         )
     cost = None
     if config.knows_steps:
-        seconds = config.train.steps * step.total
+        seconds = sum(
+            num_steps * predict(batch_size=batch_size).total
+            for batch_size, num_steps in batch_schedule(config).levels(config.train.steps)
+        )
         cost = RunCost(seconds, layout.world_size, hardware.power_w, pue, carbon_kg_per_kwh)
     return Plan(
         config,
@@ -140,23 +158,32 @@ def make_plan(
         layout,
         hardware,
         estimate_stages(config, model, layout, on_gpu=hardware.name != "cpu"),
-        step,
+        predict(),
         cost,
         notes,
     )
 
 
-def search(
-    config: Config, *, num_gpus: int, gpu: str | None, hardware_file: Path | None
-) -> tuple[Hardware, SearchResult]:
+def search(config: Config, *, num_gpus: int, basis: Basis) -> tuple[Hardware, SearchResult, list[str]]:
     """Every layout of the config's model and batch on `num_gpus` GPUs.
+
+    Args:
+        config, basis: as for `make_plan`.
+        num_gpus: of all layouts.
+
+    Returns:
+        what the GPUs are, the layouts, and the notes as in `Plan`.
 
     Raises:
         UserError: as `make_plan`.
     """
     notes: list[str] = []
-    model, hardware = model_shape(config, notes), _hardware(config, gpu, hardware_file, notes)
-    return hardware, search_layouts(config, model, num_gpus, hardware)
+    model = model_shape(config, notes)
+    hardware = _hardware(config, basis, notes)
+    found = search_layouts(config, model, num_gpus, hardware, mean_document_tokens=basis.mean_document_tokens)
+    if found.candidates:  # what is wrong with the rest of the configuration is wrong with all of them
+        check_config(found.candidates[0].config, model, num_gpus, check_files=False)
+    return hardware, found, notes
 
 
 def model_shape(config: Config, notes: list[str]) -> ModelConfig:
@@ -184,28 +211,50 @@ def model_shape(config: Config, notes: list[str]) -> ModelConfig:
     return base.model
 
 
-def calibrated(hardware: Hardware, run: Path, notes: list[str]) -> Hardware:
+def calibrated(
+    hardware: Hardware, run: Path, notes: list[str], *, mean_document_tokens: float | None = None
+) -> Hardware:
     """`hardware` with its efficiencies scaled so that the prediction for `run` is what the run measured.
 
-    Measured is the median step time of its metrics without the first steps.
+    Measured is the median step time of its last start, without the first lines, at the batch size that it reached.
+
+    Args:
+        hardware: what the run had, as the table says.
+        run: directory of the run.
+        notes: gets one.
+        mean_document_tokens: of the documents of the run, as for `predict_step`.
 
     Raises:
-        UserError: the run has too few steps, or no configuration.
+        UserError: the run has too few steps, no configuration, or no record of its ranks.
     """
     config_file, metrics = run / "config.yaml", read_json_lines(run / "metrics.jsonl")
-    times = [record["step_time_s"] for record in metrics if record.get("step_time_s") is not None][
-        _FIRST_STEPS:
-    ]
-    if not config_file.is_file() or not times:
+    timed = [line for line in metrics if line.get("step_time_s") is not None and whole(line.get("step"), 0)]
+    launch = _last_launch(run)
+    world_size = whole(launch.get("world_size"), 0)
+    if not config_file.is_file() or not timed or not world_size:
         raise UserError(
-            f"{run} cannot calibrate a plan: it needs config.yaml and more than {_FIRST_STEPS} steps in metrics.jsonl"
+            f"{run} cannot calibrate a plan: it needs config.yaml, metrics.jsonl, and provenance.jsonl with the number "
+            "of ranks"
         )
     config = load_config(config_file)
-    started = read_json_lines(run / "provenance.jsonl")
-    world_size = started[-1]["launch"]["world_size"] if started else 1
+    batch_size, chosen = comparable_lines(
+        [line["step"] for line in timed], batch_schedule(config), whole(launch.get("resumed_after_step"), 0)
+    )
+    if not chosen:
+        raise UserError(
+            f"{run} cannot calibrate a plan: after its last start it needs more than {FIRST_LINES} lines in "
+            "metrics.jsonl whose steps have one batch size"
+        )
     model = model_shape(config, [])
-    predicted = predict_step(config, model, config.parallel.layout(world_size), hardware).total
-    factor = predicted / statistics.median(times)
+    predicted = predict_step(
+        config,
+        model,
+        config.parallel.layout(world_size),
+        hardware,
+        mean_document_tokens=mean_document_tokens,
+        batch_size=batch_size,
+    ).total
+    factor = predicted / statistics.median(timed[index]["step_time_s"] for index in chosen)
     notes.append(f"calibrated by {run}: {factor:.2f} x the speed of the table")
     return replace(
         hardware,
@@ -217,12 +266,34 @@ def calibrated(hardware: Hardware, run: Path, notes: list[str]) -> Hardware:
     )
 
 
-def _hardware(config: Config, gpu: str | None, hardware_file: Path | None, notes: list[str]) -> Hardware:
-    name = gpu or config.train.gpu
+def _last_launch(run: Path) -> dict[str, Any]:
+    """What the last start recorded of its ranks; {} where none did."""
+    started = read_json_lines(run / "provenance.jsonl")
+    return launch_of(started[-1]) if started else {}
+
+
+def _hardware(config: Config, basis: Basis, notes: list[str]) -> Hardware:
+    """What is planned for; with a calibration run at its speeds, and the run's own hardware where none is named."""
+    run = basis.calibration_run
+    device = None if run is None else _last_launch(run).get("device")
+    of_run = gpu_type(device) if isinstance(device, str) else None
+    name = basis.gpu or config.train.gpu or of_run
+    if basis.mean_document_tokens is None:
+        notes.append(
+            "attention is counted for documents that fill the sequence; --document-tokens N for shorter ones"
+        )
     if name is None:
         name = DEFAULT_GPU
         notes.append(f"neither --gpu nor train.gpu names a GPU; {name} is assumed")
-    return find_hardware(name, hardware_file)
+    hardware = find_hardware(name, basis.hardware_file)
+    if run is None:
+        return hardware
+    if name in HARDWARE and of_run is not None and name != of_run:
+        raise UserError(
+            f"{run} ran on {of_run} and cannot calibrate a plan for {name}: write --gpu {of_run}, or leave "
+            "--calibrate out"
+        )
+    return calibrated(hardware, run, notes, mean_document_tokens=basis.mean_document_tokens)
 
 
 def _fewest_gpus(config: Config, model: ModelConfig, hardware: Hardware, notes: list[str]) -> int:

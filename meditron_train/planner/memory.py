@@ -98,8 +98,14 @@ def estimate_stages(
 
 
 def fullest_stage(config: Config, model: ModelConfig, layout: ParallelLayout) -> MemoryEstimate:
-    """The stage that needs the most: usually the first, which keeps the most micro-batches."""
-    return max(estimate_stages(config, model, layout), key=lambda estimate: estimate.total)
+    """The stage that needs the most: usually the first, which keeps the most micro-batches.
+
+    Of the stages between first and last that have as many layers, the earliest keeps the most.
+    """
+    counts = layout.layer_counts(model.num_layers)[: layout.pipeline]
+    stages = {0, layout.pipeline - 1, *(counts.index(count, 1) for count in {*counts[1:-1]})}
+    estimates = [_estimate(config, model, layout, stage, on_gpu=True) for stage in sorted(stages)]
+    return max(estimates, key=lambda estimate: estimate.total)
 
 
 def require_fit(estimate: MemoryEstimate, gpu: str) -> None:
@@ -143,7 +149,7 @@ def _estimate(
     num_trained = num_parameters
     if config.lora is not None:
         num_trained = num_adapter_parameters(
-            config.lora, model, num_layers=_layers_on(model, layout, stage), tp=layout.tensor
+            config.lora, model, num_layers=len(layout.layers_on(stage, model.num_layers)), tp=layout.tensor
         )
         num_parameters += num_trained
     return MemoryEstimate(
@@ -157,14 +163,9 @@ def _estimate(
     )
 
 
-def _layers_on(model: ModelConfig, layout: ParallelLayout, stage: int) -> int:
-    chunks = range(layout.virtual_pipeline)
-    return sum(len(layout.layers_of(stage, chunk, model.num_layers)) for chunk in chunks)
-
-
 def stage_parameters(model: ModelConfig, layout: ParallelLayout, stage: int, vocab_multiple: int) -> int:
     """Parameters that one rank of `stage` holds, vocabulary padding included; norms are on every tensor rank."""
-    num_layers = _layers_on(model, layout, stage)
+    num_layers = len(layout.layers_on(stage, model.num_layers))
     norms = 2 * model.hidden_size
     per_layer = (model.num_layer_parameters - norms) // layout.tensor + norms
     vocabulary = model.padded_vocab_size(layout.tensor, vocab_multiple) // layout.tensor * model.hidden_size

@@ -111,15 +111,19 @@ def predict_step(
     hardware: Hardware,
     *,
     mean_document_tokens: float | None = None,
+    batch_size: int | None = None,
 ) -> StepTime:
     """The time of one step of the config under `layout`, which must be sound.
 
     Args:
         config, model, layout, hardware: what runs where.
-        mean_document_tokens: mean length of the packed documents; None: one document fills the sequence.
+        mean_document_tokens: length of the document that a token is in, on average: of lengths l, the sum of l² over
+            that of l, as attention costs l² for each document; None: one document fills the sequence.
+        batch_size: samples of the step; None: train.global_batch_size, as after the batch ramp.
     """
     train = config.train
-    num_microbatches = train.global_batch_size // (train.micro_batch_size * layout.data)
+    batch_size = batch_size or train.global_batch_size
+    num_microbatches = batch_size // (train.micro_batch_size * layout.data)
     seen = min(mean_document_tokens or train.seq_len, train.seq_len)
     stages = [_stage_time(config, model, layout, hardware, stage, seen) for stage in range(layout.pipeline)]
     slowest = max(stages, key=lambda stage: stage.total)
@@ -136,7 +140,7 @@ def predict_step(
         pipeline_communication=num_microbatches * layout.virtual_pipeline * sends,
         data_communication=_data_time(config, model, layout, hardware, slowest),
         update=_update_time(config, model, layout, hardware),
-        num_tokens=train.global_batch_size * train.seq_len,
+        num_tokens=batch_size * train.seq_len,
         num_gpus=layout.world_size,
     )
 

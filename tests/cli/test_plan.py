@@ -79,21 +79,148 @@ def test_search_gives_overrides_that_plan_takes():
     assert again["tokens_per_second"] == pytest.approx(best["tokens_per_second"])
 
 
-def test_a_run_calibrates(tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
+@pytest.fixture
+def run(tmp_path):
+    """A run on 8 GPUs without lines in metrics.jsonl."""
+    directory = tmp_path / "run"
+    directory.mkdir()
     shape = yaml.safe_load((CONFIGS / "llama2-7b.yaml").read_text())
     shape["model"]["from"] = "models/Llama-2-7b-hf"
     shape["data"] = {"tokenizer": "none", "train": [{"name": "none", "path": "none"}]}
-    (run / "config.yaml").write_text(yaml.safe_dump(shape))
-    (run / "provenance.jsonl").write_text('{"launch": {"world_size": 8}}\n')
-    first = json.loads(plan(run / "config.yaml", "--gpus", 8, "--gpu", "h100-80gb", "--json").stdout)
-    measured = 1.25 * first["step_time_s"]
-    lines = [json.dumps({"step": n, "step_time_s": 99.0 if n < 5 else measured}) for n in range(20)]
+    (directory / "config.yaml").write_text(yaml.safe_dump(shape))
+    (directory / "provenance.jsonl").write_text('{"launch": {"world_size": 8}}\n')
+    return directory
+
+
+def write_times(run, times, first_step=1):
+    lines = [
+        json.dumps({"step": step, "step_time_s": seconds}) for step, seconds in enumerate(times, first_step)
+    ]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    arguments = (run / "config.yaml", "--gpus", 8, "--gpu", "h100-80gb", "--calibrate", run, "--json")
-    calibrated = json.loads(plan(*arguments).stdout)
+
+
+def planned(run, *arguments):
+    result = plan(run / "config.yaml", "--gpus", 8, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+ON_H100 = ("--gpu", "h100-80gb")
+
+
+def test_a_run_calibrates(run):
+    measured = 1.25 * planned(run, *ON_H100)["step_time_s"]
+    write_times(run, [99.0] * 5 + [measured] * 15)
+    calibrated = planned(run, *ON_H100, "--calibrate", run)
     assert calibrated["step_time_s"] == pytest.approx(measured, rel=0.05)
+
+
+def test_a_run_calibrates_by_its_last_start(run):
+    """Sixty steps on eight GPUs, then ten on sixteen."""
+    launches = [{"world_size": 8, "resumed_after_step": 0}, {"world_size": 16, "resumed_after_step": 60}]
+    (run / "provenance.jsonl").write_text(
+        "".join(json.dumps({"launch": launch}) + "\n" for launch in launches)
+    )
+    on_sixteen = json.loads(plan(run / "config.yaml", "--gpus", 16, *ON_H100, "--json").stdout)
+    measured = 1.25 * on_sixteen["step_time_s"]
+    write_times(run, [99.0] * 65 + [measured] * 5)
+    calibrated = json.loads(
+        plan(run / "config.yaml", "--gpus", 16, *ON_H100, "--calibrate", run, "--json").stdout
+    )
+    assert calibrated["step_time_s"] == pytest.approx(measured, rel=0.05)
+
+
+def test_a_run_calibrates_by_the_batch_that_it_reached(run):
+    """100 steps of 128 samples before the first of the full 256."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["train"] |= {
+        "global_batch_size": 256,
+        "batch_ramp": {"start": 128, "increment": 128, "samples": 12800},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    half, full = (
+        planned(run, *ON_H100, f"train.global_batch_size={size}", "train.batch_ramp=null")["step_time_s"]
+        for size in (128, 256)
+    )
+    write_times(run, [1.25 * half] * 100)  # of the ramp alone
+    calibrated = planned(run, *ON_H100, "--calibrate", run)
+    assert calibrated["step_time_s"] == pytest.approx(1.25 * full, rel=0.05)
+    write_times(run, [1.25 * half] * 100 + [1.25 * full] * 20)
+    assert planned(run, *ON_H100, "--calibrate", run) == calibrated
+
+
+def test_documents_of_the_run_are_short_too(run):
+    """A run of documents of 256 tokens calibrates a plan of the same documents."""
+    documents = ("--document-tokens", 256)
+    measured = 1.25 * planned(run, *ON_H100, *documents)["step_time_s"]
+    write_times(run, [measured] * 20)
+    calibrated = planned(run, *ON_H100, *documents, "--calibrate", run)
+    # What overlaps is not proportional to the speed.
+    assert calibrated["step_time_s"] == pytest.approx(measured, rel=0.01)
+
+
+def test_a_run_that_says_too_little_does_not_calibrate(run):
+    write_times(run, [1.0] * 5)
+    assert "more than 5 lines" in plan(run / "config.yaml", "--gpus", 8, "--calibrate", run).output
+    write_times(run, [1.0] * 20)
+    (run / "provenance.jsonl").unlink()
+    result = plan(run / "config.yaml", "--gpus", 8, "--calibrate", run)
+    assert result.exit_code == 2 and "with the number of ranks" in " ".join(result.output.split())
+
+
+def test_a_run_calibrates_its_own_gpu(run):
+    launch = {"world_size": 8, "device": "NVIDIA A100-SXM4-80GB"}
+    (run / "provenance.jsonl").write_text(json.dumps({"launch": launch}) + "\n")
+    write_times(run, [1.0] * 20)
+    described = planned(run, "--calibrate", run)
+    assert described["gpu"] == "a100-80gb" and not any("is assumed" in note for note in described["notes"])
+    refused = plan(run / "config.yaml", "--gpus", 8, *ON_H100, "--calibrate", run)
+    assert refused.exit_code == 2 and "ran on a100-80gb" in refused.output
+
+
+def test_a_ramp_takes_the_sum_of_its_steps():
+    """40 steps: 10 of 64 samples, 5 of 128, 4 of 192, then 256."""
+    length = ("train.steps=40", "schedule.warmup_steps=0")
+    words = (CONFIGS / "llama2-7b.yaml", "--gpus", 8, *ON_H100, *length, "--json")
+    ramp = "train.batch_ramp={start: 64, increment: 64, samples: 1920}"
+    step_s = {
+        size: json.loads(plan(*words, f"train.global_batch_size={size}").stdout)["step_time_s"]
+        for size in (64, 128, 192, 256)
+    }
+    described = json.loads(plan(*words, "train.global_batch_size=256", ramp).stdout)
+    by_hand = 10 * step_s[64] + 5 * step_s[128] + 4 * step_s[192] + 21 * step_s[256]
+    assert described["run"]["seconds"] == pytest.approx(by_hand)
+    assert described["step_time_s"] == pytest.approx(step_s[256])
+
+
+def test_search_takes_what_plan_takes(run):
+    words = ("--search", "--json", *ON_H100)
+    plain = planned(run, *words)
+    short = planned(run, *words, "--document-tokens", 128)
+    assert short["candidates"][0]["tokens_per_second"] > plain["candidates"][0]["tokens_per_second"]
+    assert any("documents that fill the sequence" in note for note in plain["notes"])
+    write_times(run, [2 * planned(run, *ON_H100)["step_time_s"]] * 20)
+    slow = planned(run, *words, "--calibrate", run)
+    ratio = plain["candidates"][0]["tokens_per_second"] / slow["candidates"][0]["tokens_per_second"]
+    assert ratio == pytest.approx(2, rel=0.05)
+    printed = plan(run / "config.yaml", "--gpus", 8, "--search", *ON_H100, "--calibrate", run).output
+    assert "note      calibrated by" in printed
+    for more in (["--trace"], ["--stage", 0]):
+        refused = plan(run / "config.yaml", "--gpus", 8, "--search", *more)
+        assert refused.exit_code == 2 and "--search does not trace" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (("parallel.pipeline=4", "parallel.virtual_pipeline=3"), "32 layers are not divisible by"),
+        (("parallel.pipeline=64",), "32 layers are fewer than parallel.pipeline = 64"),
+        (("parallel.tensor=3",), "32 attention heads are not divisible"),
+    ],
+)
+def test_a_model_that_cannot_be_split_is_said_without_a_number_of_gpus(override, said):
+    result = plan(CONFIGS / "llama2-7b.yaml", *ON_H100, *override)
+    assert result.exit_code == 2 and said in " ".join(result.output.split()), result.output
 
 
 def test_bad_input_is_one_message(tmp_path):

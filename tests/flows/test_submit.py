@@ -96,6 +96,12 @@ def test_a_wrong_layout_takes_no_node(submit):
     assert done.exit_code == 2 and "world size 24 is not divisible" in done.stderr
 
 
+@pytest.mark.parametrize("override", ["parallel.pipeline=128", "parallel.virtual_pipeline=3"])
+def test_a_model_that_cannot_be_split_takes_no_node(submit, override):
+    done = submit(PRESET, override, "--gpu", "a100-80gb", "--dry-run")
+    assert done.exit_code == 2 and "80 layers are" in done.output
+
+
 def test_missing_files_are_told_when_it_is_meant(submit):
     done = submit(PRESET, "--nodes", "16")
     assert done.exit_code == 2 and "neither tokenizer.model nor tokenizer.json" in done.stderr

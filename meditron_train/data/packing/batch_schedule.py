@@ -55,6 +55,13 @@ class BatchSchedule:
         """Every global batch size that occurs, in order."""
         return tuple(level.batch_size for level in self._levels)
 
+    def levels(self, num_steps: int) -> list[tuple[int, int]]:
+        """(global batch size, steps of it) of the first `num_steps` steps, in order."""
+        firsts = [min(level.first_step, num_steps + 1) for level in self._levels]
+        ends = [*firsts[1:], num_steps + 1]
+        counts = [end - first for first, end in zip(firsts, ends, strict=True)]
+        return [(level.batch_size, count) for level, count in zip(self._levels, counts, strict=True) if count]
+
     def batch_size(self, step: int) -> int:
         """Samples of this step."""
         return self._level(step).batch_size

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meditron_train.checkpoint.manifest import read_manifest, verify_manifest
 from meditron_train.checkpoint.sharded.store import FINISHED_NAME
 from meditron_train.config.load import load_config
 from meditron_train.errors import MeditronError
 from meditron_train.files import read_json_object
+from meditron_train.flows.measured import FIRST_LINES, comparable_lines
 from meditron_train.flows.report.layout import layout_of, model_of
 from meditron_train.planner.cost import RunCost
 from meditron_train.planner.flops import gpu_type
@@ -21,9 +23,8 @@ from meditron_train.report.page.blocks import Block, Cell, Section, Text, facts,
 from meditron_train.report.page.training import section
 from meditron_train.report.page.words import UNKNOWN, amount, duration, moment, number, percent
 from meditron_train.report.run_record import RunRecord, launch_of, listing, mapping, whole
+from meditron_train.train.length import batch_schedule
 from meditron_train.units import format_num_bytes
-
-_FIRST_STEPS = 5  # they allocate, compile and fill caches
 
 
 def checkpoints(run: RunRecord, *, check_hashes: bool) -> Section:
@@ -100,22 +101,27 @@ def plan_against_measured(run: RunRecord) -> Section:
     """What `plan` says of this configuration beside what the run did."""
     title = ("plan", "Plan against measured")
     layout, model, hardware = layout_of(run), model_of(run), hardware_of(run)
-    times = run.metrics["step_time_s"].finite.values[_FIRST_STEPS:]
-    if layout is None or model is None or hardware is None or not len(times):
+    times = run.metrics["step_time_s"].finite
+    if layout is None or model is None or hardware is None or len(times) <= FIRST_LINES:
         missing = {"its layout": layout, "the model's shape": model, "known hardware": hardware}
         lacks = [name for name, value in missing.items() if value is None]
-        lacks += [] if len(times) else [f"more than {_FIRST_STEPS} steps"]
+        lacks += [f"more than {FIRST_LINES} steps"] if len(times) <= FIRST_LINES else []
         return section(*title, Text(f"There is no comparison, as the run lacks {', '.join(lacks)}."))
     try:
         config = load_config(run.path / "config.yaml")
-        step = predict_step(config, model, layout, hardware)
+        resumed_after = whole(launch_of(run.last_provenance).get("resumed_after_step"), 0)
+        batch_size, chosen = comparable_lines(times.steps.tolist(), batch_schedule(config), resumed_after)
+        if not chosen:
+            few = f"{FIRST_LINES} steps of one batch size after its last start"
+            return section(*title, Text(f"There is no comparison, as the run lacks more than {few}."))
+        step = predict_step(config, model, layout, hardware, batch_size=batch_size)
         stages = estimate_stages(config, model, layout, on_gpu=hardware.name != "cpu")
         planned_mfu = predicted_mfu(step, model, config.train.seq_len, hardware, config.train.precision)
     except (MeditronError, ValueError, ArithmeticError) as error:
         return section(*title, Text(f"There is no comparison: {error}"))
-    measured_s = float(np.median(times))
-    tokens = _median(run, "tokens_per_second")
-    mfu = _median(run, "mfu")
+    measured_s = float(np.median(times.values[chosen]))
+    steps = times.steps[chosen]
+    tokens, mfu = _median(run, "tokens_per_second", steps), _median(run, "mfu", steps)
     memory = run.metrics["peak_memory_bytes"].last
     planned_memory = max(stage.total for stage in stages)
     rows = [
@@ -135,7 +141,9 @@ def plan_against_measured(run: RunRecord) -> Section:
         for name, seconds in sorted(step.parts.items(), key=lambda part: -part[1])
         if seconds / step.total >= 0.005
     ]
-    note = "The median of the steps after the first few."
+    note = (
+        f"Measured is the median of the last start's steps of {batch_size:,} samples, without its first few."
+    )
     if hardware.name == "cpu":
         note += (
             " The plan's figures for a CPU are placeholders, its memory includes an allowance for a GPU: "
@@ -230,8 +238,10 @@ def measured_power_w(run: RunRecord) -> float | None:
     return joules / rank_seconds if rank_seconds > 0 and np.isfinite(joules) else None
 
 
-def _median(run: RunRecord, key: str) -> float | None:
-    values = run.metrics[key].finite.values[_FIRST_STEPS:]
+def _median(run: RunRecord, key: str, steps: NDArray[np.int64]) -> float | None:
+    """Over the lines of `steps`."""
+    curve = run.metrics[key].finite
+    values = curve.values[np.isin(curve.steps, steps)]
     return float(np.median(values)) if len(values) else None
 
 

@@ -56,8 +56,7 @@ def expected_collectives(
     config: Config, model: ModelConfig, layout: ParallelLayout, stage: int, num_micro_batches: int
 ) -> Calls:
     """Calls of a step in the tensor, context and pipeline groups by a rank of `stage`."""
-    chunks = range(layout.virtual_pipeline)
-    num_layers = sum(len(layout.layers_of(stage, chunk, model.num_layers)) for chunk in chunks)
+    num_layers = len(layout.layers_on(stage, model.num_layers))
     calls: Calls = Counter()
     for _ in range(num_micro_batches):
         calls += _tensor_calls(config, layout, stage, num_layers)

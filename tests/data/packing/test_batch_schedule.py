@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +38,15 @@ def test_ramp_is_megatrons(start: int, increment: int, num_increments: int, samp
         level = consumed * num_increments // samples if consumed < samples else num_increments
         assert schedule.batch_size(step) == start + level * increment
         consumed += schedule.batch_size(step)
+
+
+@given(st.integers(1, 8), st.integers(1, 5), st.integers(0, 6), st.integers(1, 200), st.integers(0, 60))
+def test_levels_are_the_steps_one_by_one(
+    start: int, increment: int, num_increments: int, samples: int, num_steps: int
+) -> None:
+    schedule = BatchSchedule(start + increment * num_increments, ramp(start, increment, samples))
+    counts = Counter(schedule.batch_size(step) for step in range(1, num_steps + 1))
+    assert schedule.levels(num_steps) == sorted(counts.items())
 
 
 def test_steps_count_from_one() -> None:

@@ -117,6 +117,25 @@ def test_the_plan_beside_what_was_measured(tmp_path):
     assert "memory of the fullest rank, traced" not in rows
 
 
+def test_what_was_measured_is_of_one_batch_size_and_the_last_start(tmp_path):
+    """In the ramp and before the restart steps took other times."""
+    sizes = {"tensor": 8, "pipeline": 8, "world_size": 128}
+    run = write_run(tmp_path / "run", num_steps=60, restarts_at=(20,), **sizes)
+    plain = {row[0]: row[1:] for row in rows_of(make_page([run]), "plan")}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["train"]["batch_ramp"] = {"start": 128, "increment": 128, "samples": 15 * (128 + 256 + 384)}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[:55]:
+        line |= {"step_time_s": 1.0, "tokens_per_second": 1.0, "mfu": 0.01}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = make_page([run])
+    rows = {row[0]: row[1:] for row in rows_of(page, "plan")}
+    assert rows["time of a step"] == plain["time of a step"] and rows["time of a step"][1] == "4 s"
+    assert float(rows["tokens per second"][1].replace(",", "")) > 40_000
+    assert "steps of 512 samples" in text_of(page)
+
+
 def test_a_trace_beside_what_was_measured(tmp_path):
     run = write_run(tmp_path / "run", num_steps=30)
     ranks = [

@@ -93,12 +93,11 @@ def from_megatron(
       meditron-train config from-megatron \\
           --tensor-model-parallel-size 8 --seq-length 4096 --lr 3e-4
     """
-    import yaml
-
+    from meditron_train.config.yaml_file import dump_yaml
     from meditron_train.flows.migrate import migrate
 
     result = migrate(arguments)
-    typer.echo(yaml.safe_dump(result.values, sort_keys=False, allow_unicode=True), nl=False)
+    typer.echo(dump_yaml(result.values), nl=False)
     for title, lines in (
         ("Look at", result.notes),
         ("Always so here, or decided elsewhere", result.already),

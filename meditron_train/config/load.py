@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from meditron_train.config.schema import Config
 from meditron_train.config.section import Section
-from meditron_train.config.yaml_file import parse_yaml, read_yaml
+from meditron_train.config.yaml_file import dump_yaml, parse_yaml, read_yaml
 from meditron_train.errors import UserError
 from meditron_train.files import replace_text
 
@@ -102,7 +102,7 @@ def _checked(
 def dump_config(config: Section, path: Path) -> None:
     """Write a resolved configuration atomically; `load_config` or `load_section` of that file gives an equal one."""
     values = config.model_dump(mode="json", by_alias=True)
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).replace("${", "$${")
+    text = dump_yaml(values).replace("${", "$${")
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, text)
 

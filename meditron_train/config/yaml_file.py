@@ -46,11 +46,18 @@ _Loader.yaml_implicit_resolvers = {
     ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around a text that a reader of YAML 1.1, or `_Loader`, would take for something else."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
 
 
 def read_yaml(path: Path, *, unescape: bool = False, example: str = "train: {steps: 1000}") -> dict[str, Any]:
@@ -114,6 +121,11 @@ def parse_yaml(text: str) -> Any:
         OverflowError,
     ) as error:  # of PyYAML's constructors
         raise yaml.YAMLError(f"a value cannot be read: {error}") from None
+
+
+def dump_yaml(values: Any) -> str:
+    """The text of plain data, for which `parse_yaml` gives an equal value."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _has_too_many(values: Any) -> bool:

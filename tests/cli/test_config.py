@@ -38,6 +38,12 @@ def test_megatrons_arguments_become_yaml_with_comments():
     assert "# Without an equal here:\n#   --no_such_thing 7" in done.stdout
 
 
+def test_a_name_that_looks_like_a_number_loads_again(tmp_path):
+    line = "--save runs/a --wandb-exp-name 3e-4 --load m --tokenizer-model t --data-path d"
+    (tmp_path / "run.yaml").write_text(invoke("config", "from-megatron", *line.split()).stdout)
+    assert load_config(tmp_path / "run.yaml").logging.wandb_name == "3e-4"
+
+
 def test_launch_scripts_are_written_and_never_replaced(tmp_path):
     (tmp_path / "train.sbatch").write_text("mine")
     done = invoke("launch-scripts", tmp_path)

@@ -289,6 +289,14 @@ def test_dump_and_load_give_an_equal_config(write, tmp_path):
     assert yaml.safe_load(dumped.read_text())["model"]["from"] == "base"
 
 
+def test_a_text_that_our_loader_would_take_for_a_number_is_dumped_as_a_text(write, tmp_path):
+    path = write(BASE + "logging: {wandb_name: '3e-4', wandb_tags: ['1e5', '-2.E3', '1:30', '0x10', 'on', '7']}")
+    config = load_config(path)
+    dump_config(config, tmp_path / "out.yaml")
+    assert load_config(tmp_path / "out.yaml", ["logging.run_dir=runs/run"]) == config
+    assert yaml.safe_load((tmp_path / "out.yaml").read_text())["logging"]["wandb_tags"][3] == "0x10"
+
+
 def test_dump_and_load_of_a_random_model(write, tmp_path):
     text = BASE.replace(
         "from: base", "init: random\n  hf_config: {hidden_size: 32, rope_scaling: null, x: 1e-6}"

@@ -6,9 +6,11 @@ from itertools import pairwise
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from meditron_train.config.load import load_config
-from meditron_train.config.yaml_file import read_yaml
+from meditron_train.config.yaml_file import dump_yaml, parse_yaml, read_yaml
 from meditron_train.errors import UserError
 from tests.refusal import refused
 
@@ -46,3 +48,20 @@ def test_nesting_that_people_write_is_read(tmp_path):
     for _ in range(40):
         (value,) = value
     assert value == 1
+
+
+_PLAIN = st.one_of(
+    st.text(alphabet="0123456789eE+-._:xob", max_size=8),
+    st.floats(allow_nan=False),
+    st.integers(),
+    st.booleans(),
+    st.none(),
+)
+
+
+@given(values=st.dictionaries(st.text(alphabet="3e-4:x", max_size=5), st.one_of(_PLAIN, st.lists(_PLAIN))))
+@settings(max_examples=300, deadline=None)
+def test_what_is_dumped_is_read_as_it_was(values):
+    found = parse_yaml(dump_yaml(values))
+    assert found == values and repr(found) == repr(values)  # 1 == 1.0 == True
+    assert yaml.safe_load(dump_yaml(values)) == values  # other programs read YAML 1.1

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
-
 from meditron_train.config.load import dump_config
+from meditron_train.config.yaml_file import dump_yaml
 from meditron_train.corpus.declaration import Corpus, TokenizeSection
 from meditron_train.corpus.json_files import write_json
 from meditron_train.corpus.manifest import (
@@ -193,4 +192,4 @@ def _write_data_section(
 
 
 def _write_yaml(path: Path, values: dict[str, Any]) -> None:
-    replace_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    replace_text(path, dump_yaml(values))

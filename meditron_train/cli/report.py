@@ -34,7 +34,8 @@ def report(
     """All that a run has recorded as one HTML file that works anywhere, or as Markdown.
 
     With several runs: their curves on top of each other, and what differs in their configurations. With --serve the
-    page is read-only and for this machine alone, unless --host says otherwise: it then asks for a token.
+    page is read-only, for this machine alone unless --host says otherwise, and opens with the token in the address
+    that is printed.
 
     \b
     Examples:

@@ -290,7 +290,9 @@ def test_dump_and_load_give_an_equal_config(write, tmp_path):
 
 
 def test_a_text_that_our_loader_would_take_for_a_number_is_dumped_as_a_text(write, tmp_path):
-    path = write(BASE + "logging: {wandb_name: '3e-4', wandb_tags: ['1e5', '-2.E3', '1:30', '0x10', 'on', '7']}")
+    path = write(
+        BASE + "logging: {wandb_name: '3e-4', wandb_tags: ['1e5', '-2.E3', '1:30', '0x10', 'on', '7']}"
+    )
     config = load_config(path)
     dump_config(config, tmp_path / "out.yaml")
     assert load_config(tmp_path / "out.yaml", ["logging.run_dir=runs/run"]) == config

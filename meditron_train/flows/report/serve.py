@@ -1,12 +1,12 @@
-"""The report of runs over HTTP while they go on: read-only, for this machine alone unless a token guards it.
+"""The report of runs over HTTP while they go on: read-only, and only for who has the token.
 
     /            the page, made again where the run has changed
     /plotly.js   plotly's script, which a browser keeps
     /files/PATH  a file of the run, as plain text; nothing outside of the run's directory, whatever links point there
 
-On a loopback address the Host header must be a loopback name: else a page from elsewhere could read this one through a
-name of its own that leads here (DNS rebinding). On any other address every request needs the token, once in the address
-and then as a cookie.
+Every request needs the token, once in the address and then as a cookie: a loopback address, too, is open to all users
+of a login node. There, the Host header must also be a loopback name: else a page from elsewhere could ask through a
+name of its own that leads here (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ REFRESH_S = 30
 _MIN_SECONDS_BETWEEN_PAGES = 5.0
 _REQUEST_TIMEOUT_S = 30
 _BLOCK_BYTES = 1 << 20
-_COOKIE = "meditron_report_token"
-_LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 
 
 class ReportServer(ThreadingHTTPServer):
     """Serves the report of `run_dirs` on `host`:`port` (0: any free port).
 
     Attributes:
-        token: what a request must show; None on a loopback address.
+        token: what a request must show.
+        is_loopback: whether only this machine can ask.
+        cookie: the name of the cookie that keeps the token; browsers do not tell ports apart.
 
     Raises:
         UserError: a directory is not that of a run, or the address cannot be used.
@@ -56,7 +56,7 @@ class ReportServer(ThreadingHTTPServer):
     def __init__(self, run_dirs: Sequence[Path], host: str, port: int) -> None:
         self._run_dirs = [Path(path) for path in run_dirs]
         self._page, self._made_at, self._lock = "", -1e9, threading.Lock()
-        self.token = None if _is_loopback(host) else secrets.token_urlsafe(24)
+        self.token, self.is_loopback = secrets.token_urlsafe(24), _is_loopback(host)
         self.plotly = plotly_script().encode()
         self.page()  # what is wrong with the runs is said before anything is served
         if ":" in host:
@@ -67,6 +67,7 @@ class ReportServer(ThreadingHTTPServer):
             raise UserError(
                 f"{host}:{port} cannot be served: {error}; give another --host or --port"
             ) from None
+        self.cookie = f"meditron_report_token_{self.server_address[1]}"
 
     @property
     def address(self) -> str:
@@ -74,8 +75,7 @@ class ReportServer(ThreadingHTTPServer):
         host, port = str(self.server_address[0]), self.server_address[1]
         if ipaddress.ip_address(host).is_unspecified:
             host = socket.gethostname()
-        query = f"?token={self.token}" if self.token else ""
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}/{query}"
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/?token={self.token}"
 
     def page(self) -> bytes:
         """The page as it is now, at most a few seconds old."""
@@ -113,12 +113,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, with_body: bool) -> None:
         address = urlsplit(self.path)
         token = parse_qs(address.query).get("token", [""])[0]
-        if self.server.token is None:
-            if self._host_name() not in _LOOPBACK_NAMES:
-                return self.send_error(HTTPStatus.FORBIDDEN, "This page is served for this machine alone")
-        elif _equal(token, self.server.token):
+        if self.server.is_loopback and not _is_loopback(self._host_name()):
+            return self.send_error(HTTPStatus.FORBIDDEN, "This page is served for this machine alone")
+        if _equal(token, self.server.token):
             return self._take_token(address.path)
-        elif not _equal(self._cookie(), self.server.token):
+        if not _equal(self._cookie(), self.server.token):
             return self.send_error(HTTPStatus.FORBIDDEN, "Open the address with the token")
         path = unquote(address.path, errors="replace")
         if path == "/":
@@ -135,16 +134,20 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.NOT_FOUND, "There is no such file in the run")
 
     def _take_token(self, path: str) -> None:
-        """Keep the token as a cookie, so that it stays neither in the address bar nor in a history."""
+        """Keep the token as a cookie, so that it stays neither in the address bar nor in a history.
+
+        SameSite=Lax, as a click on the address in webmail comes from another site; no request changes anything here.
+        """
         self.send_response(HTTPStatus.SEE_OTHER)
-        self.send_header("Set-Cookie", f"{_COOKIE}={self.server.token}; HttpOnly; SameSite=Strict; Path=/")
+        cookie = f"{self.server.cookie}={self.server.token}; HttpOnly; SameSite=Lax; Path=/"
+        self.send_header("Set-Cookie", cookie)
         self.send_header("Location", "/" + path.lstrip("/"))
         self.send_header("Content-Length", "0")
         self.end_headers()
 
     def _cookie(self) -> str:
         try:
-            found = SimpleCookie(self.headers.get("Cookie", "")).get(_COOKIE)
+            found = SimpleCookie(self.headers.get("Cookie", "")).get(self.server.cookie)
         except CookieError:
             return ""
         return found.value if found else ""

@@ -28,7 +28,16 @@ def served(run, host: str = "127.0.0.1") -> Iterator[ReportServer]:
 def ask(
     server: ReportServer, path: str, method: str = "GET", **headers: str
 ) -> tuple[int, bytes, dict[str, str]]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=20)
+    """As somebody who has the token."""
+    return ask_with(server, path, method, Cookie=f"{server.cookie}={server.token}", **headers)
+
+
+def ask_with(
+    server: ReportServer, path: str, method: str = "GET", **headers: str
+) -> tuple[int, bytes, dict[str, str]]:
+    connection = http.client.HTTPConnection(
+        server.server_address[0].replace("0.0.0.0", "127.0.0.1"), server.server_address[1], timeout=20
+    )
     connection.request(method, path, headers=headers)
     answer = connection.getresponse()
     found = answer.status, answer.read(), dict(answer.getheaders())
@@ -58,7 +67,7 @@ def test_the_page_and_the_files_of_the_run(run):
         status, body, headers = ask(server, "/files/logs/rank_00000.log")
         assert (status, body) == (200, b"<b>a log</b>") and headers["Content-Type"].startswith("text/plain")
         assert ask(server, "/", "HEAD")[:2] == (200, b"")
-        assert server.address.startswith("http://127.0.0.1:") and "token" not in server.address
+        assert server.address.startswith("http://127.0.0.1:")
 
 
 @pytest.mark.parametrize(
@@ -81,23 +90,48 @@ def test_nothing_can_be_changed(run):
 
 def test_another_name_for_this_machine_is_refused(run):
     with served(run) as server:
-        assert ask(server, "/", Host="evil.example")[0] == 403
-        assert ask(server, "/", Host=f"localhost:{server.server_address[1]}")[0] == 200
+        for name in ("evil.example", "192.0.2.1", "127.0.0.1.evil.example", "", "[::1"):
+            assert ask(server, "/", Host=name)[0] == 403, name
+            assert ask_with(server, f"/?token={server.token}", Host=name)[0] == 403, name
+        port = server.server_address[1]
+        for name in (f"localhost:{port}", "LOCALHOST", f"127.0.0.2:{port}", f"[::1]:{port}"):
+            assert ask(server, "/", Host=name)[0] == 200, name
 
 
-def test_beyond_this_machine_a_token_is_needed(run):
-    with served(run, "0.0.0.0") as server:
-        assert server.token is not None and len(server.token) >= 32
-        assert f"?token={server.token}" in server.address
+def test_every_loopback_address_can_be_listened_on(run):
+    with served(run, "127.0.0.2") as server:
+        assert server.address.startswith("http://127.0.0.2:")
+        assert ask(server, "/plotly.js")[0] == 200
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_every_request_needs_the_token(run, host):
+    """On 127.0.0.1, too: it is open to all users of a login node."""
+    with served(run, host) as server:
+        assert len(server.token) >= 32
+        assert server.address.endswith(f"/?token={server.token}")
         for path in ("/", "/plotly.js", "/files/config.yaml", "/?token=wrong", "/?token=", "/?token=%00%ff"):
-            assert ask(server, path)[0] == 403, path
-        assert ask(server, "/", Cookie="meditron_report_token=wrong")[0] == 403
+            assert ask_with(server, path)[0] == 403, path
+        assert ask_with(server, "/", Cookie=f"{server.cookie}=wrong")[0] == 403
         query = urlsplit(server.address).query
-        status, _, headers = ask(server, f"/?{query}")
+        status, _, headers = ask_with(server, f"/?{query}")
         assert status == 303 and headers["Location"] == "/" and "HttpOnly" in headers["Set-Cookie"]
-        assert ask(server, "//evil.example/?" + query)[2]["Location"] == "/evil.example/"
+        assert ask_with(server, "//evil.example/?" + query)[2]["Location"] == "/evil.example/"
         cookie = headers["Set-Cookie"].partition(";")[0]
-        assert ask(server, "/", Cookie=cookie)[0] == 200
+        assert ask_with(server, "/", Cookie=cookie)[0] == 200
+
+
+def test_two_reports_keep_two_cookies_and_a_link_in_webmail_works(run):
+    with served(run) as one, served(run) as other:
+        answers = [ask_with(server, f"/?token={server.token}") for server in (one, other)]
+        set_cookies = [headers["Set-Cookie"] for _, _, headers in answers]
+        assert all("SameSite=Lax" in text for text in set_cookies)
+        jar = "; ".join(text.partition(";")[0] for text in set_cookies)  # a browser sends those of all ports
+        assert [ask_with(server, "/", Cookie=jar)[0] for server in (one, other)] == [200, 200]
+        names = [text.partition("=")[0] for text in set_cookies]
+        assert [name.rpartition("_")[2] for name in names] == [
+            str(server.server_address[1]) for server in (one, other)
+        ]
 
 
 def test_the_page_follows_the_run(run, monkeypatch):

@@ -105,12 +105,12 @@ def plan(
 
 def _lines(planned: Plan) -> list[str]:
     from meditron_train.planner.memory import describe
-    from meditron_train.planner.throughput import predicted_mfu
     from meditron_train.train.length import UNKNOWN_STEPS
 
     layout, step, cost, train = planned.layout, planned.step, planned.cost, planned.config.train
     full, available = planned.fullest, planned.hardware.memory_bytes
-    mfu = predicted_mfu(step, planned.model, train.seq_len, planned.hardware, train.precision)
+    mfu = planned.mfu
+    per_token = "6N" if planned.config.lora is None else "4N and the adapters' 6"
     shares = ", ".join(
         f"{name.replace('_', ' ')} {seconds / step.total:.0%}"
         for name, seconds in sorted(step.parts.items(), key=lambda part: -part[1])
@@ -133,7 +133,7 @@ def _lines(planned: Plan) -> list[str]:
         f"          GiB: {describe(full)}",
         f"step      {step.total:.2f} s for {step.num_tokens:,} tokens: {step.tokens_per_second:,.0f} tokens/s",
         f"          {shares}",
-        f"MFU       {mfu['parameters']:.1%} by 6N, {mfu['causal_attention']:.1%} with causal attention, "
+        f"MFU       {mfu['parameters']:.1%} by {per_token}, {mfu['causal_attention']:.1%} with causal attention, "
         f"{mfu['attention']:.1%} with full attention",
         f"run       {run}",
         *(f"note      {note}" for note in planned.notes),

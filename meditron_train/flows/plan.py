@@ -75,6 +75,12 @@ class Plan:
     def fits(self) -> bool:
         return self.fullest.total <= self.hardware.memory_bytes
 
+    @property
+    def mfu(self) -> dict[str, float]:
+        """Of the step, by each convention of `planner.flops`."""
+        train, lora = self.config.train, self.config.lora
+        return predicted_mfu(self.step, self.model, train.seq_len, self.hardware, train.precision, lora)
+
     def as_json(self) -> dict[str, Any]:
         """A JSON-ready description; bytes, seconds, tokens/s."""
         parts = ("weights", "gradients", "optimizer", "activations", "logits", "allowance", "total")
@@ -94,9 +100,7 @@ class Plan:
             "step_time_s": self.step.total,
             "step_time_parts_s": self.step.parts,
             "tokens_per_second": self.step.tokens_per_second,
-            "mfu": predicted_mfu(
-                self.step, self.model, self.config.train.seq_len, self.hardware, self.config.train.precision
-            ),
+            "mfu": self.mfu,
             "run": None
             if self.cost is None
             else {
@@ -141,6 +145,8 @@ def make_plan(
     predict = partial(
         predict_step, config, model, layout, hardware, mean_document_tokens=basis.mean_document_tokens
     )
+    if config.lora is not None:
+        notes.append("times are those of training the whole model; with lora a step is shorter")
     if config.train.batch_ramp is not None:
         notes.append(
             "the step is that of the full batch; the run has the smaller ones of train.batch_ramp, too"

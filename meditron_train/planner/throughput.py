@@ -8,19 +8,22 @@ parallelism, else 1; B: tokens of the rank's micro-batch):
 |-------------|----------------------------------------------------------------------------------------------|
 | matrices    | 6 FLOPs per parameter and token (8 when recomputed in full) / (peak x efficiency x n/(n+128)), |
 |             | n: the smallest side of the rank's matrices                                                  |
-| attention   | 6·N·D·L̄ /t per token and layer forward and backward, causal; L̄: mean length of what a token  |
-|             | can see, twice its mean position; 7/6 of it, as flash attention computes scores again        |
+| attention   | 6·N·D·L̄ /t per token and layer forward and backward, causal; L̄: twice the keys that a token  |
+|             | sees on average: the length S of its document, and in a layer with a window of W < S keys    |
+|             | 2·(W²/2 + W·(S-W))/S; 7/6 of it, as flash attention computes scores again                    |
 | elementwise | bytes read and written by norms, residuals, rotation and SwiGLU, and on the last stage by the  |
 |             | loss (3·e·V/t per token) / (HBM bandwidth x efficiency)                                      |
 | tensor      | 4 all-reduces of e·h·B per layer (or as many pairs of all-gather and reduce-scatter),          |
 |             | 2·(t-1)/t of the bytes each, and twice the latency of a collective                           |
-| context     | keys and values of all ranks, gathered forward and backward: 2·2·e·K·D/t·B·(c-1) and their     |
-|             | gradients                                                                                    |
+| context     | keys and values of all ranks, gathered forward, and once more where attention is computed    |
+|             | again, and their gradients, scattered: 2·e·K·D/t·B·(c-1) each                                |
 
-A step: m times the slowest stage, plus the bubble (P-1)/v times the mean stage (Narayanan et al. 2021, arXiv
-2104.04473), plus the sends between stages, plus gradients (4 bytes per parameter, reduce-scattered over d·c) and
-weights (e bytes, all-gathered), less what overlaps with one micro-batch's backward or forward pass, plus the update
-(reading and writing 12 bytes of state, gradients and weights per parameter of the shard).
+A step: m times the slowest stage (where the layers do not divide, some stages have more of them), plus the bubble
+(P-1)/v times the mean stage (Narayanan et al. 2021, arXiv 2104.04473), plus the sends between stages, plus gradients (4
+bytes per parameter, reduce-scattered over d·c) and weights (e bytes, all-gathered), less what overlaps with one
+micro-batch's backward or forward pass, plus the update (reading and writing 12 bytes of state, gradients and weights
+per parameter of the shard). Without the distributed optimizer gradients are all-reduced, twice the bytes, and no
+weights are sent.
 
 A collective over n members begins n latencies late: a ring of n-1 hops, and its launch. Those of gradients and weights
 are few and large: their latency is left out.
@@ -32,7 +35,9 @@ leave it through the same node.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from meditron_train.config.finetuning import LoraSection
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.config.schema import Config
 from meditron_train.layout import ParallelLayout
@@ -125,7 +130,9 @@ def predict_step(
     batch_size = batch_size or train.global_batch_size
     num_microbatches = batch_size // (train.micro_batch_size * layout.data)
     seen = min(mean_document_tokens or train.seq_len, train.seq_len)
-    stages = [_stage_time(config, model, layout, hardware, stage, seen) for stage in range(layout.pipeline)]
+    kinds = [_kind(model, layout, stage) for stage in range(layout.pipeline)]
+    times = {kind: _stage_time(config, model, layout, hardware, kind, seen) for kind in set(kinds)}
+    stages = [times[kind] for kind in kinds]
     slowest = max(stages, key=lambda stage: stage.total)
     mean = sum(stage.total for stage in stages) / len(stages)
     bubble = (layout.pipeline - 1) / layout.virtual_pipeline * mean
@@ -146,12 +153,17 @@ def predict_step(
 
 
 def predicted_mfu(
-    step: StepTime, model: ModelConfig, seq_len: int, hardware: Hardware, precision: str
+    step: StepTime,
+    model: ModelConfig,
+    seq_len: int,
+    hardware: Hardware,
+    precision: str,
+    lora: LoraSection | None = None,
 ) -> dict[str, float]:
-    """MFU by each convention of `planner.flops`."""
+    """MFU by each convention of `planner.flops`, as a run with these adapters counts it."""
     peak = hardware.flops(precision) * step.num_gpus
     return {
-        convention: step.tokens_per_second * model_flops_per_token(model, seq_len, convention) / peak
+        convention: step.tokens_per_second * model_flops_per_token(model, seq_len, convention, lora) / peak
         for convention in ("parameters", "causal_attention", "attention")
     }
 
@@ -169,20 +181,33 @@ def link_bytes_per_second(hardware: Hardware, group_size: int, stride: int) -> f
     return min(share, hardware.nvlink_bytes_per_second) * hardware.link_efficiency
 
 
+class _Kind(NamedTuple):
+    """What tells the stages of a pipeline apart: their layers, those of them with a window, and who has the loss."""
+
+    num_layers: int
+    num_windowed: int
+    is_last: bool
+
+
+def _kind(model: ModelConfig, layout: ParallelLayout, stage: int) -> _Kind:
+    layers = layout.layers_on(stage, model.num_layers)
+    return _Kind(len(layers), sum(map(model.has_window, layers)), stage == layout.pipeline - 1)
+
+
 def _stage_time(
-    config: Config, model: ModelConfig, layout: ParallelLayout, hardware: Hardware, stage: int, seen: float
+    config: Config, model: ModelConfig, layout: ParallelLayout, hardware: Hardware, kind: _Kind, seen: float
 ) -> _Stage:
-    train, tensor = config.train, layout.tensor
+    train, tensor, num_layers = config.train, layout.tensor, kind.num_layers
     element, peak = BYTES_PER_PARAMETER[train.precision], hardware.flops(train.precision)
     tokens = train.seq_len * train.micro_batch_size / layout.context
-    num_layers = model.num_layers / layout.pipeline
+    vocabulary = model.padded_vocab_size(tensor, config.parallel.vocab_multiple) / tensor
     # Forward, two backward products, and forward again.
     passes = {"none": 3, "selective": 3, "full": 4}[train.recompute]
 
     layer_parameters = (model.num_layer_parameters - model.num_layer_vector_parameters) / tensor
     parameters = num_layers * layer_parameters
-    if stage == layout.pipeline - 1:
-        parameters += 3 / passes * model.padded_vocab_size(tensor) * model.hidden_size / tensor
+    if kind.is_last:
+        parameters += 3 / passes * vocabulary * model.hidden_size
     side = min(
         model.hidden_size, model.intermediate_size / tensor, model.num_heads * model.head_dim / tensor, tokens
     )
@@ -191,7 +216,8 @@ def _stage_time(
 
     width = model.num_heads * model.head_dim / tensor
     recomputed = 3 + (train.recompute != "none")
-    attention_flops = 2 * recomputed * width * seen * tokens * num_layers * _ATTENTION_RECOMPUTED
+    all_seen = (num_layers - kind.num_windowed) * seen + kind.num_windowed * _seen_in_window(model, seen)
+    attention_flops = 2 * recomputed * width * all_seen * tokens * _ATTENTION_RECOMPUTED
     attention = attention_flops / (peak * hardware.attention_efficiency)
 
     share = 1 / tensor if layout.sequence else 1.0
@@ -201,23 +227,48 @@ def _stage_time(
         + 3 * model.intermediate_size / tensor
     )
     moved = passes * element * (between + inside) * tokens * num_layers
-    if stage == layout.pipeline - 1:
-        moved += _LOSS_ACCESSES * element * model.padded_vocab_size(tensor) / tensor * tokens
+    if kind.is_last:
+        moved += _LOSS_ACCESSES * element * vocabulary * tokens
     elementwise = moved / (hardware.memory_bytes_per_second * hardware.memory_efficiency)
+    return _Stage(
+        matrices,
+        attention,
+        elementwise,
+        num_layers * _tensor_time(config, model, layout, hardware, tokens),
+        num_layers * _context_time(config, model, layout, hardware, tokens),
+    )
 
-    all_reduces = 4 + 2 * (train.recompute == "full")
-    tensor_bytes = all_reduces * 2 * (tensor - 1) / tensor * element * model.hidden_size * tokens * num_layers
-    tensor_time = 0.0
-    if tensor > 1:
-        tensor_time = tensor_bytes / link_bytes_per_second(hardware, tensor, 1)
-        tensor_time += all_reduces * 2 * num_layers * tensor * hardware.latency_s
 
-    kv_bytes = 2 * element * model.num_kv_heads * model.head_dim / tensor * tokens * (layout.context - 1)
-    context = 0.0
-    if layout.context > 1:
-        per_layer = kv_bytes / link_bytes_per_second(hardware, layout.context, tensor)
-        context = 3 * num_layers * (per_layer + layout.context * hardware.latency_s)
-    return _Stage(matrices, attention, elementwise, tensor_time, context)
+def _seen_in_window(model: ModelConfig, seen: float) -> float:
+    """Twice the keys that a token sees on average in a layer with a window, in documents of `seen` tokens."""
+    window = min(model.sliding_window or seen, seen)
+    return 2 * (window**2 / 2 + window * (seen - window)) / seen
+
+
+def _tensor_time(
+    config: Config, model: ModelConfig, layout: ParallelLayout, hardware: Hardware, tokens: float
+) -> float:
+    """Of one layer."""
+    tensor = layout.tensor
+    if tensor == 1:
+        return 0.0
+    all_reduces = 4 + 2 * (config.train.recompute == "full")
+    element = BYTES_PER_PARAMETER[config.train.precision]
+    num_bytes = all_reduces * 2 * (tensor - 1) / tensor * element * model.hidden_size * tokens
+    late = all_reduces * 2 * tensor * hardware.latency_s
+    return num_bytes / link_bytes_per_second(hardware, tensor, 1) + late
+
+
+def _context_time(
+    config: Config, model: ModelConfig, layout: ParallelLayout, hardware: Hardware, tokens: float
+) -> float:
+    """Of one layer."""
+    if layout.context == 1:
+        return 0.0
+    element, collectives = BYTES_PER_PARAMETER[config.train.precision], 2 + (config.train.recompute != "none")
+    kv_bytes = 2 * element * model.num_kv_heads * model.head_dim / layout.tensor * tokens
+    each = kv_bytes * (layout.context - 1) / link_bytes_per_second(hardware, layout.context, layout.tensor)
+    return collectives * (each + layout.context * hardware.latency_s)
 
 
 def _send_time(config: Config, model: ModelConfig, layout: ParallelLayout, hardware: Hardware) -> float:
@@ -243,9 +294,9 @@ def _data_time(
     )
     speed = link_bytes_per_second(hardware, shards, layout.tensor)
     gradients = 4 * parameters * (shards - 1) / shards / speed
-    if not parallel.distributed_optimizer:
-        return 2 * gradients
     weights = element * parameters * (shards - 1) / shards / speed
+    if not parallel.distributed_optimizer:  # all-reduced: scattered and gathered, and the weights are there
+        gradients, weights = 2 * gradients, 0.0
     # What overlaps does so with one micro-batch: the last backward pass, the first forward pass.
     hidden_gradients = min(gradients, 2 / 3 * slowest.total) if parallel.overlap_grad_reduce else 0.0
     hidden_weights = min(weights, 1 / 3 * slowest.total) if parallel.overlap_param_gather else 0.0

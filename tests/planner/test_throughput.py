@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.published_runs import MEDITRON_70B
+from meditron_train.config.finetuning import LoraSection
+from meditron_train.planner.flops import mfu
 from meditron_train.planner.hardware import HARDWARE
 from meditron_train.planner.throughput import link_bytes_per_second, predict_step, predicted_mfu
 from tests.planner.test_flops import LLAMA2_70B
@@ -55,6 +57,89 @@ def test_short_documents_need_less_attention():
     short = predict_step(config, LLAMA2_70B, layout, H100, mean_document_tokens=512)
     assert short.attention == pytest.approx(long.attention / 8)
     assert short.matrices == long.matrices
+
+
+@pytest.mark.parametrize(
+    ("window", "document"), [(512, 4096), (512, 1000), (512, 512), (512, 100), (9999, 4096)]
+)
+@pytest.mark.parametrize("num_full_layers", [0, 3])
+def test_a_window_limits_the_keys(window, document, num_full_layers):
+    """Keys counted one by one, in a model of four layers of which the first three have a window or have none."""
+    config = make_config(train={"seq_len": 4096, "micro_batch_size": 1, "global_batch_size": 8})
+    layout = config.parallel.layout(1)
+    full = LLAMA2_70B.model_copy(update={"num_layers": 4})
+    limits = {"sliding_window": window, "num_full_attention_layers": num_full_layers}
+    windowed = full.model_copy(update=limits)
+    times = [
+        predict_step(config, model, layout, H100, mean_document_tokens=document) for model in (windowed, full)
+    ]
+    all_keys = sum(token + 1 for token in range(document))
+    seen = sum(min(token + 1, window) for token in range(document))
+    expected = (num_full_layers * all_keys + (4 - num_full_layers) * seen) / (4 * all_keys)
+    assert times[0].attention / times[1].attention == pytest.approx(expected, rel=0.005)
+    assert times[0].matrices == times[1].matrices
+
+
+def test_the_stage_with_the_most_layers_sets_the_pace():
+    """Seven layers on two stages are four and three: as slow as eight."""
+    config = make_config(
+        parallel={"pipeline": 2, "vocab_multiple": 1},
+        train={"seq_len": 2048, "micro_batch_size": 1, "global_batch_size": 32},
+    )
+    uneven, even, one = (
+        predict_step(
+            config,
+            LLAMA2_70B.model_copy(update={"num_layers": num_layers, "vocab_size": 1}),
+            config.parallel.layout(2),
+            A100,
+        )
+        for num_layers in (7, 8, 2)
+    )
+    assert uneven.matrices == pytest.approx(even.matrices, rel=1e-4)
+    assert uneven.attention == pytest.approx(even.attention)
+    # The bubble is one micro-batch of a mean stage: 3.5 layers.
+    per_layer = (one.matrices + one.attention + one.elementwise) / 32
+    assert uneven.bubble == pytest.approx(3.5 * per_layer, rel=1e-3)
+
+
+def test_padding_of_the_vocabulary_is_multiplied_too():
+    train = {"seq_len": 4096, "micro_batch_size": 1, "global_batch_size": 1}
+    padded = make_config(parallel={"vocab_multiple": 64000}, train=train)
+    real = make_config(train=train)
+    large = LLAMA2_70B.model_copy(update={"vocab_size": 64000})
+    times = [
+        predict_step(config, model, config.parallel.layout(1), A100)
+        for config, model in ((padded, LLAMA2_70B), (real, large))
+    ]
+    assert times[0].matrices == times[1].matrices and times[0].elementwise == times[1].elementwise
+
+
+@pytest.mark.parametrize(("recompute", "collectives"), [("none", 2), ("selective", 3), ("full", 3)])
+def test_keys_and_values_are_gathered_again_only_where_attention_is_recomputed(recompute, collectives):
+    """By hand: an all-gather forward and a reduce-scatter backward of keys and values, 8 heads of 128 in bf16."""
+    config = make_config(
+        parallel={"context": 4},
+        train={"seq_len": 8192, "micro_batch_size": 1, "global_batch_size": 1, "recompute": recompute},
+    )
+    hardware = replace(A100, latency_s=0, nvlink_bytes_per_second=1e11, link_efficiency=0.5)
+    step = predict_step(config, LLAMA2_70B, config.parallel.layout(4), hardware)
+    received = 3 * 2048 * 2 * 8 * 128 * 2
+    assert step.context_communication == pytest.approx(collectives * 80 * received / 0.5e11)
+
+
+def test_the_plain_optimizers_gradients_overlap_too():
+    parallel = {"distributed_optimizer": False}
+    train = {"seq_len": 4096, "micro_batch_size": 1, "global_batch_size": 64}
+    plain, hidden = (
+        predict_step(config, LLAMA2_70B, config.parallel.layout(16), A100)
+        for config in (
+            make_config(parallel=parallel, train=train),
+            make_config(parallel={**parallel, "overlap_grad_reduce": True}, train=train),
+        )
+    )
+    backward = 2 / 3 * (plain.matrices + plain.attention + plain.elementwise) / 4
+    saved = plain.data_communication - hidden.data_communication
+    assert saved == pytest.approx(min(plain.data_communication, backward))
 
 
 def test_overlap_hides_at_most_one_micro_batch():
@@ -112,3 +197,16 @@ def test_mfu_of_the_published_run():
     step = MEDITRON_70B.predicted()
     mfu = predicted_mfu(step, MEDITRON_70B.model, 4096, MEDITRON_70B.hardware, "bf16")["parameters"]
     assert mfu / step.tokens_per_second * 40_200 == pytest.approx(0.423, rel=0.02)
+
+
+def test_mfu_with_adapters_is_that_of_a_run():
+    config = make_config(train={"seq_len": 4096, "micro_batch_size": 1, "global_batch_size": 8})
+    step = predict_step(config, LLAMA2_70B, config.parallel.layout(8), A100)
+    lora = LoraSection(rank=16)
+    predicted = predicted_mfu(step, LLAMA2_70B, 4096, A100, "bf16", lora)["parameters"]
+    in_a_run = mfu(
+        LLAMA2_70B, 4096, tokens_per_second=step.tokens_per_second, num_gpus=8, gpu="a100-80gb", lora=lora
+    )
+    assert predicted == pytest.approx(in_a_run)
+    whole = predicted_mfu(step, LLAMA2_70B, 4096, A100, "bf16")["parameters"]
+    assert predicted / whole == pytest.approx(2 / 3, rel=0.01)

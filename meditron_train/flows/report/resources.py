@@ -116,7 +116,8 @@ def plan_against_measured(run: RunRecord) -> Section:
             return section(*title, Text(f"There is no comparison, as the run lacks more than {few}."))
         step = predict_step(config, model, layout, hardware, batch_size=batch_size)
         stages = estimate_stages(config, model, layout, on_gpu=hardware.name != "cpu")
-        planned_mfu = predicted_mfu(step, model, config.train.seq_len, hardware, config.train.precision)
+        train = config.train
+        planned_mfu = predicted_mfu(step, model, train.seq_len, hardware, train.precision, config.lora)
     except (MeditronError, ValueError, ArithmeticError) as error:
         return section(*title, Text(f"There is no comparison: {error}"))
     measured_s = float(np.median(times.values[chosen]))
@@ -124,10 +125,11 @@ def plan_against_measured(run: RunRecord) -> Section:
     tokens, mfu = _median(run, "tokens_per_second", steps), _median(run, "mfu", steps)
     memory = run.metrics["peak_memory_bytes"].last
     planned_memory = max(stage.total for stage in stages)
+    counted = "6N" if config.lora is None else "4N and the adapters' 6"
     rows = [
         ("time of a step", duration(step.total), duration(measured_s), _ratio(measured_s, step.total)),
         ("tokens per second", number(step.tokens_per_second), number(tokens), _ratio(tokens, step.tokens_per_second)),
-        ("MFU by 6N", percent(planned_mfu["parameters"]), percent(mfu), _ratio(mfu, planned_mfu["parameters"])),
+        (f"MFU by {counted}", percent(planned_mfu["parameters"]), percent(mfu), _ratio(mfu, planned_mfu["parameters"])),
         ("memory of the fullest rank", format_num_bytes(planned_memory),
          format_num_bytes(int(memory)) if memory else UNKNOWN, _ratio(memory, planned_memory)),
     ]  # fmt: skip

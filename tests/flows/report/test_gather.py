@@ -117,6 +117,18 @@ def test_the_plan_beside_what_was_measured(tmp_path):
     assert "memory of the fullest rank, traced" not in rows
 
 
+def test_mfu_of_adapters_has_one_convention(tmp_path):
+    """The run counted 4N: of the plan's two thirds are left, not of the run's."""
+    run = write_run(tmp_path / "run", num_steps=30, tensor=8, pipeline=8, world_size=128)
+    whole = {row[0]: row[1:] for row in rows_of(make_page([run]), "plan")}["MFU by 6N"]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"lora": {"rank": 16}}))
+    rows = {row[0]: row[1:] for row in rows_of(make_page([run]), "plan")}
+    adapted = rows["MFU by 4N and the adapters' 6"]
+    assert float(adapted[0].split()[0]) == pytest.approx(float(whole[0].split()[0]) * 2 / 3, rel=0.02)
+    assert adapted[1] == whole[1]
+
+
 def test_what_was_measured_is_of_one_batch_size_and_the_last_start(tmp_path):
     """In the ramp and before the restart steps took other times."""
     sizes = {"tensor": 8, "pipeline": 8, "world_size": 128}

@@ -1,9 +1,9 @@
 // compile with: -O3 -fno-math-errno -ffp-contract=fast -Wno-psabi -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512
-// (setup.py reads the line above.) The code is in tiles.h.
+// (setup.py reads the line above.) The code is in forward_backward.h.
 
 #define MEDITRON_ISA avx512
 #define MEDITRON_VECTOR_BYTES 64
-#include "tiles.h"
+#include "forward_backward.h"
 
 namespace meditron {
 extern const CpuKernels avx512_kernels;

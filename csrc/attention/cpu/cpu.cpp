@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "../../cpu/instruction_sets.h"
-#include "kernels.h"
+#include "kernel_table.h"
 
 namespace meditron {
 namespace {

@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "kernels.h"
+#include "kernel_table.h"
 #include "operands.h"
 
 extern "C" float logf(float);

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from meditron_train.config.load import dump_config
 from meditron_train.config.yaml_file import dump_yaml
 from meditron_train.corpus.declaration import Corpus, TokenizeSection

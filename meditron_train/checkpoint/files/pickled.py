@@ -18,7 +18,12 @@ from meditron_train.log import printable
 # Containers, strings and memo entries of one pickle: 5 million take about 500 MB. The metadata of a 70B model on 128
 # ranks has about half a million.
 _MAX_OBJECTS = 5_000_000
+_MAX_KEY_ITEMS = 64  # of a tuple that is a key
+# Keys that are neither text nor small numbers: their hashes are not random, so that many could be made to collide.
+_MAX_CHOSEN_KEYS = 5_000
+_SMALL = 1 << 20
 _MAX_SHOWN = 80
+_MAX_SHOWN_BITS = 256
 
 
 class DamagedPickle(ValueError):
@@ -52,6 +57,23 @@ def opaque(module: str, name: str) -> Constructor:
     """A constructor of inert objects that remember their arguments."""
     return Constructor(lambda *arguments: Opaque(f"{module}.{name}", arguments))
 
+
+def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
+    """As Python 2 wrote it, with its items; Python 3 sets them afterwards."""
+    if type(pairs) not in (list, tuple) or any(
+        type(pair) not in (list, tuple) or len(pair) != 2 for pair in pairs
+    ):
+        raise DamagedPickle("an OrderedDict of something else than pairs")
+    return {_key(key): value for key, value in pairs}
+
+
+def _size(numbers: Any = ()) -> tuple[Any, ...]:
+    if type(numbers) not in (list, tuple):
+        raise DamagedPickle(f"a torch.Size of {type(numbers).__name__}")
+    return tuple(numbers)
+
+
+ORDERED_DICT, SIZE = Constructor(_ordered_dict), Constructor(_size)
 
 Allowed = Mapping[tuple[str, str], Any]
 
@@ -92,9 +114,43 @@ def read_pickle(
 
 
 def shown(value: object) -> str:
-    """One short printable line of what a file says."""
-    text = printable(str(value)).replace("\n", "\\n")
+    """One short printable line of what a file says: text and errors as they are, anything else as `spelled`."""
+    if isinstance(value, BaseException):
+        value = str(value)
+    return _one_line(value[: _MAX_SHOWN + 1]) if isinstance(value, str) else spelled(value)
+
+
+def spelled(value: object) -> str:
+    """One short printable line of a value as Python spells it. Takes no time, whatever the value holds."""
+    return _one_line(_spelled(value, _MAX_SHOWN + 1))
+
+
+def _one_line(text: str) -> str:
+    text = printable(text).replace("\n", "\\n")
     return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
+
+
+def _spelled(value: Any, limit: int) -> str:
+    """The first `limit` characters of the value's spelling, or somewhat more."""
+    if limit <= 0:
+        return "…"
+    if type(value) in (str, bytes):
+        return repr(value[:limit])
+    if type(value) is int and value.bit_length() > _MAX_SHOWN_BITS:
+        return f"an integer of {value.bit_length()} bits"
+    if type(value) not in _BRACKETS:
+        return repr(value)[:limit]  # numbers, dtypes, and objects of ours that are short
+    before, after = _BRACKETS[type(value)]
+    text = before
+    for item in value.items() if type(value) is dict else value:
+        if len(text) >= limit:
+            break
+        text += "" if text == before else ", "
+        if type(value) is dict:
+            text += _spelled(item[0], limit - len(text)) + ": "
+            item = item[1]
+        text += _spelled(item, limit - len(text))
+    return text + ("," if type(value) is tuple and len(value) == 1 else "") + after
 
 
 class _Machine:
@@ -108,7 +164,7 @@ class _Machine:
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []  # the stacks below each mark
         self._memo: dict[int, Any] = {}
-        self._num_objects = 0
+        self._num_objects = self._num_chosen_keys = 0
 
     def run(self) -> Any:
         while (opcode := self._take(1)[0]) != _STOP:
@@ -142,8 +198,8 @@ class _Machine:
     def _push(self, value: Any) -> None:
         self._stack.append(value)
 
-    def _count(self) -> None:
-        self._num_objects += 1
+    def _count(self, number: int = 1) -> None:
+        self._num_objects += number
         if self._num_objects > _MAX_OBJECTS:
             raise DamagedPickle(f"it has more than {_MAX_OBJECTS:,} objects")
 
@@ -200,7 +256,7 @@ class _Machine:
         if len(values) % 2:
             raise DamagedPickle("a key without a value")
         if type(target) is dict:
-            target.update(zip(map(_key, values[::2]), values[1::2], strict=True))
+            target.update(zip(map(self._key, values[::2]), values[1::2], strict=True))
         elif type(target) is not Opaque:
             raise DamagedPickle(f"items set in {type(target).__name__}")
 
@@ -208,7 +264,16 @@ class _Machine:
         target = self._stack[-1]
         if type(target) is not set:
             raise DamagedPickle(f"items added to {type(target).__name__}")
-        target.update(map(_key, values))
+        target.update(map(self._key, values))
+
+    def _key(self, value: Any) -> Any:
+        if type(value) in (tuple, float) or (type(value) is int and not -_SMALL < value < _SMALL):
+            self._num_chosen_keys += 1
+            if self._num_chosen_keys > _MAX_CHOSEN_KEYS:
+                raise DamagedPickle(
+                    f"more than {_MAX_CHOSEN_KEYS:,} keys that are neither text nor small numbers"
+                )
+        return _key(value)
 
     # ---- names ----------------------------------------------------------------------------------------------------
 
@@ -230,6 +295,8 @@ class _Machine:
         arguments, function = self._stack.pop(), self._stack.pop()
         if type(function) is not Constructor or type(arguments) is not tuple:
             raise DamagedPickle(f"a call of {type(function).__name__}, which is not a constructor")
+        # What is called may copy its arguments, and what is in them.
+        self._count(len(arguments) + sum(len(item) for item in arguments if type(item) in _BRACKETS))
         self._push_new(function.make(*arguments))
 
     def _set_state(self) -> None:
@@ -242,12 +309,16 @@ class _Machine:
     def _push_reference(self) -> None:
         if self._persistent is None:
             raise DamagedPickle("a reference to data outside of the pickle")
-        self._push(self._persistent(self._stack.pop()))
+        self._push_new(self._persistent(self._stack.pop()))
 
 
 def _key(value: Any) -> Any:
     """A key whose hash takes no time: hashing deeply nested tuples could take forever."""
-    if type(value) is tuple and all(type(item) in _SCALARS for item in value):
+    if (
+        type(value) is tuple
+        and len(value) <= _MAX_KEY_ITEMS
+        and all(type(item) in _SCALARS for item in value)
+    ):
         return value
     if type(value) not in _SCALARS and type(value) is not Opaque:
         raise DamagedPickle(f"a key of type {type(value).__name__}")
@@ -255,6 +326,9 @@ def _key(value: Any) -> Any:
 
 
 _SCALARS = (str, int, bool, float, bytes, type(None))
+_BRACKETS: dict[type, tuple[str, str]] = {
+    list: ("[", "]"), tuple: ("(", ")"), dict: ("{", "}"), set: ("{", "}"), frozenset: ("frozenset({", "})"),
+}  # fmt: skip
 _STOP = ord(".")
 # What each instruction does, by its byte; the names are those of the module pickletools.
 _INSTRUCTIONS: dict[int, Callable[[_Machine], Any]] = {
@@ -295,7 +369,7 @@ _INSTRUCTIONS: dict[int, Callable[[_Machine], Any]] = {
     ord("s"): lambda m: m._set_items([m._stack.pop(-2), m._stack.pop()]),  # SETITEM
     ord("u"): lambda m: m._set_items(m._since_mark()),  # SETITEMS
     0x90: lambda m: m._add_items(m._since_mark()),  # ADDITEMS
-    0x91: lambda m: m._push_new(frozenset(map(_key, m._since_mark()))),  # FROZENSET
+    0x91: lambda m: m._push_new(frozenset(map(m._key, m._since_mark()))),  # FROZENSET
     ord("h"): lambda m: m._push(m._memo[m._number(1)]),  # BINGET
     ord("j"): lambda m: m._push(m._memo[m._number(4)]),  # LONG_BINGET
     ord("q"): lambda m: m._remember(m._number(1)),  # BINPUT

@@ -14,16 +14,24 @@ import math
 import os
 import pickle
 import struct
-import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
 
-from meditron_train.checkpoint.files.pickled import Allowed, Constructor, opaque, read_pickle, shown
+from meditron_train.checkpoint.files.pickled import (
+    ORDERED_DICT,
+    SIZE,
+    Allowed,
+    Constructor,
+    opaque,
+    read_pickle,
+    shown,
+)
 from meditron_train.checkpoint.files.stored import Shape, StoredTensor, read_open
+from meditron_train.checkpoint.files.zip_records import DamagedTorchFile, ZipRecords
 
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -35,12 +43,10 @@ _ALIGNMENT = 64
 _MAX_PICKLE_BYTES = 256 << 20
 _MAX_EXPANDED_BYTES = 16 << 20  # of a tensor that is larger than its storage, with strides of 0
 _MAX_DIMS = 64  # as torch
+_MAX_ELEMENTS = 1 << 60
+_MAX_VALUES = 5_000_000
 _OLD_MAGIC = 0x1950A86A20F9469CFC6C
 _DATA_DESCRIPTOR = 8  # flag of a zip entry whose CRC and size follow its data
-
-
-class DamagedTorchFile(ValueError):
-    """The file is cut off, or its parts contradict each other."""
 
 
 def find_tensors(
@@ -64,34 +70,16 @@ def find_tensors(
         num_bytes = size - start
     if start < 0 or num_bytes < 0 or start + num_bytes > size:
         raise DamagedTorchFile(f"it ends at byte {size}, {start + num_bytes} expected")
-    window = io.BufferedReader(_FilePart(descriptor, start, num_bytes), 1 << 16)
-    try:
-        with zipfile.ZipFile(cast("BinaryIO", window)) as archive:
-            entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-            if "byteorder" in entries and _record(archive, entries["byteorder"], 16) != b"little":
-                raise DamagedTorchFile("it was written on a big-endian machine, which is not supported")
-            if "data.pkl" not in entries:
-                raise DamagedTorchFile("it holds no data.pkl")
-            raw = _record(archive, entries["data.pkl"], _MAX_PICKLE_BYTES)
-    except (EOFError, struct.error, NotImplementedError, RuntimeError, OverflowError) as error:
-        raise DamagedTorchFile(str(error) or type(error).__name__) from None
-
-    def place(key: str) -> tuple[int, int]:
-        entry = entries.get(f"data/{key}")
-        if entry is None or entry.compress_type != zipfile.ZIP_STORED:
-            raise DamagedTorchFile(f"the record data/{shown(key)} is missing or compressed")
-        header = os.pread(descriptor, 30, start + entry.header_offset)
-        if len(header) < 30 or header[:4] != b"PK\3\4":
-            raise DamagedTorchFile(f"the record data/{shown(key)} has no header")
-        name_size, extra_size = struct.unpack("<HH", header[26:30])
-        offset = entry.header_offset + 30 + name_size + extra_size
-        if offset + entry.file_size > num_bytes:
-            raise DamagedTorchFile(f"the record data/{shown(key)} is cut off")
-        return start + offset, entry.file_size
+    records = ZipRecords(descriptor, start, num_bytes)
+    if "byteorder" in records and records.read("byteorder", 16) != b"little":
+        raise DamagedTorchFile("it was written on a big-endian machine, which is not supported")
+    if "data.pkl" not in records:
+        raise DamagedTorchFile("it holds no data.pkl")
+    raw = records.read("data.pkl", _MAX_PICKLE_BYTES)
 
     def storage(reference: Any) -> _Storage:
         dtype, key, _ = _checked_reference(reference, 5)
-        return _Storage(dtype, *place(key))
+        return _Storage(dtype, *records.place(f"data/{key}"))
 
     return read_pickle(raw, {**_ALLOWED, **(also_allowed or {})}, storage)[0]
 
@@ -101,7 +89,7 @@ def _checked_reference(reference: Any, length: int) -> tuple[torch.dtype, str, i
     if type(reference) is not tuple or len(reference) != length or reference[0] != "storage":
         raise DamagedTorchFile("a reference that is not to a storage")
     dtype, key, num_elements = reference[1], reference[2], reference[4]
-    if not isinstance(dtype, torch.dtype) or type(key) is not str or type(num_elements) is not int:
+    if dtype not in _STORAGE_OF or type(key) is not str or type(num_elements) is not int:
         raise DamagedTorchFile("a reference that is not to a storage")
     return dtype, key, num_elements
 
@@ -155,32 +143,49 @@ def load_torch_file(descriptor: int, start: int = 0, num_bytes: int | None = Non
         OSError: the file cannot be read.
         ForbiddenGlobal, zipfile.BadZipFile, DamagedTorchFile, DamagedPickle: as `find_tensors`.
     """
+    size = os.fstat(descriptor).st_size if num_bytes is None else num_bytes
     found = find_tensors(descriptor, start, num_bytes)
     try:
-        return _with_tensors(found, descriptor, {})
+        return _Loading(descriptor, 2 * size + _MAX_EXPANDED_BYTES).complete(found)[0]
     except RecursionError:
         raise DamagedTorchFile("its lists and dicts are nested without end") from None
 
 
-def _with_tensors(value: Any, descriptor: int, known: dict[int, Any]) -> Any:
-    if id(value) not in known:  # what is shared stays shared
-        if isinstance(value, StoredTensor):
-            found: Any = read_open(descriptor, value)
-        elif type(value) is dict:
-            found = {key: _with_tensors(item, descriptor, known) for key, item in value.items()}
-        elif type(value) in (list, tuple):
-            found = type(value)(_with_tensors(item, descriptor, known) for item in value)
-        else:
-            found = value
-        known[id(value)] = found
-    return known[id(value)]
+class _Loading:
+    """Reads the tensors of a file. What is shared in it stays shared."""
 
+    def __init__(self, descriptor: int, max_num_bytes: int) -> None:
+        self._descriptor, self._left = descriptor, max_num_bytes
+        self._known: dict[int, tuple[Any, int]] = {}
 
-def _record(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, max_bytes: int) -> bytes:
-    """A small record, whose size is looked at before it is read: torch compresses none."""
-    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > max_bytes:
-        raise DamagedTorchFile(f"the record {shown(entry.filename)} is compressed or too large")
-    return archive.read(entry)
+    def complete(self, value: Any) -> tuple[Any, int]:
+        """The value with its tensors, and how many values it would be if nothing were shared."""
+        if id(value) not in self._known:
+            if isinstance(value, StoredTensor):
+                found: Any = self._read(value)
+                number = 1
+            elif type(value) is dict:
+                items = [self.complete(item) for item in value.values()]
+                found = dict(zip(value, (item for item, _ in items), strict=True))
+                number = 1 + sum(number for _, number in items)
+            elif type(value) in (list, tuple):
+                items = [self.complete(item) for item in value]
+                found = type(value)(item for item, _ in items)
+                number = 1 + sum(number for _, number in items)
+            else:
+                found, number = value, 1
+            if number > _MAX_VALUES:  # whoever walks through it would never come to its end
+                raise DamagedTorchFile(
+                    f"its lists and dicts repeat each other more than {_MAX_VALUES:,} times"
+                )
+            self._known[id(value)] = found, number
+        return self._known[id(value)]
+
+    def _read(self, tensor: StoredTensor) -> torch.Tensor:
+        self._left -= math.prod(tensor.shape) * tensor.dtype.itemsize
+        if self._left < 0:
+            raise DamagedTorchFile("its tensors repeat their storages too often")
+        return read_open(self._descriptor, tensor)
 
 
 @dataclass(frozen=True)
@@ -195,12 +200,21 @@ def _first(tensor: StoredTensor, *_: Any) -> StoredTensor:
 
 
 def _rebuild(storage: _Storage, start: int, size: Any, stride: Any, *_: Any) -> StoredTensor:
-    shape, strides = tuple(map(int, size)), tuple(map(int, stride))
-    if type(storage) is not _Storage or len(shape) > _MAX_DIMS:
-        raise DamagedTorchFile(f"a tensor of {len(shape)} dimensions in a {type(storage).__name__}")
+    if type(storage) is not _Storage or any(type(numbers) not in (tuple, list) for numbers in (size, stride)):
+        raise DamagedTorchFile(f"a tensor in a {type(storage).__name__}, or without a shape")
+    if len(size) > _MAX_DIMS or len(stride) != len(size):
+        raise DamagedTorchFile(f"a tensor of {len(size)} dimensions and {len(stride)} strides")
+    shape, strides = tuple(size), tuple(stride)
+    if any(
+        type(number) is not int or not 0 <= number <= _MAX_ELEMENTS for number in (start, *shape, *strides)
+    ):
+        raise DamagedTorchFile("a tensor whose place, shape or strides are no sizes")
+    # torch multiplies the sizes of an empty tensor too
+    if math.prod(number for number in shape if number) > _MAX_ELEMENTS:
+        raise DamagedTorchFile(f"a tensor of shape {list(shape)} is too large")
     dense = _dense_strides(shape)
     extent = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if all(shape) else 0
-    if min((start, *shape, *strides)) < 0 or (start + extent) * storage.dtype.itemsize > storage.num_bytes:
+    if (start + extent) * storage.dtype.itemsize > storage.num_bytes:
         raise DamagedTorchFile(f"a tensor of shape {list(shape)} reaches beyond its storage")
     if math.prod(shape) * storage.dtype.itemsize > max(storage.num_bytes, _MAX_EXPANDED_BYTES):
         raise DamagedTorchFile(f"a tensor of shape {list(shape)} repeats its storage too often")
@@ -211,7 +225,7 @@ def _rebuild(storage: _Storage, start: int, size: Any, stride: Any, *_: Any) -> 
 
 def _rebuild_with_attributes(rebuild: Any, _kind: Any, arguments: Any, *_: Any) -> Any:
     """A tensor of a class of its own, or with attributes: the tensor."""
-    if type(rebuild) is not Constructor:
+    if type(rebuild) is not Constructor or rebuild.make not in (_rebuild, _first):
         raise DamagedTorchFile("a tensor that is made by something else")
     return rebuild.make(*arguments)
 
@@ -222,8 +236,8 @@ def _dense_strides(shape: Shape) -> Shape:
 
 # The names in the pickle of a file of tensors, and what stands for each.
 _ALLOWED: Allowed = {
-    ("collections", "OrderedDict"): Constructor(dict),
-    ("torch", "Size"): Constructor(tuple),
+    ("collections", "OrderedDict"): ORDERED_DICT,
+    ("torch", "Size"): SIZE,
     ("torch", "Tensor"): opaque("torch", "Tensor"),
     ("torch.nn.parameter", "Parameter"): opaque("torch.nn.parameter", "Parameter"),
     ("torch._utils", "_rebuild_tensor"): Constructor(_rebuild),
@@ -233,36 +247,6 @@ _ALLOWED: Allowed = {
     **{("torch", name): dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
     **{(module, name): dtype for module in ("torch", "torch.storage") for name, dtype in _STORAGES.items()},
 }
-
-
-class _FilePart(io.RawIOBase):
-    """A read-only, seekable window on a file."""
-
-    def __init__(self, descriptor: int, start: int, num_bytes: int) -> None:
-        self._descriptor, self._start, self._num_bytes, self._position = descriptor, start, num_bytes, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._num_bytes}[whence]
-        if base + offset < 0:
-            raise OSError(22, "seek before the start of the file")
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        view = view[: max(0, self._num_bytes - self._position)]
-        num_bytes = os.preadv(self._descriptor, [view], self._start + self._position) if view else 0
-        self._position += num_bytes
-        return num_bytes
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from meditron_train.checkpoint.files.pickled import shown
+from meditron_train.checkpoint.files.pickled import spelled
 from meditron_train.checkpoint.megatron.known_args import check_args
 from meditron_train.config.model_config import MAX_LAYERS, Family, ModelConfig, RopeConfig
 from meditron_train.errors import UserError
@@ -213,7 +213,7 @@ def _check_types(args: Mapping[str, Any], where: str) -> None:
         ),
     ]
     wrong = [
-        f"{name} = {shown(args[name])} is not {kind}"
+        f"{name} = {spelled(args[name])} is not {kind}"
         for kind, names, fits in expected
         for name in names
         if args.get(name) is not None and not fits(args[name])
@@ -238,7 +238,7 @@ def _family(args: Mapping[str, Any], num_layers: int, where: str) -> tuple[Famil
             num_full = skip.count(0)
         elif skip is not None:
             raise UserError(
-                f"{where}: window_attn_skip_freq = {skip!r}: only full attention first is supported"
+                f"{where}: window_attn_skip_freq = {spelled(skip)}: only full attention first is supported"
             )
     if args.get("add_qkv_bias"):
         return "qwen2", window, num_full
@@ -259,9 +259,9 @@ def _rope(args: Mapping[str, Any], where: str) -> RopeConfig:
         is_old = args.get("use_legacy_models") or args.get("use_mcore_models") is False
         if factor not in (None, 1) and not is_old:
             raise UserError(
-                f"{where}: rotary_seq_len_interpolation_factor = {factor!r}: the model before megatron-core scaled "
-                f"RoPE by it, but Megatron-LM never gave it to megatron-core's GPTModel, so nothing says which RoPE "
-                f"this model was trained with. {CONFIG_HINT}"
+                f"{where}: rotary_seq_len_interpolation_factor = {spelled(factor)}: the model before megatron-core "
+                f"scaled RoPE by it, but Megatron-LM never gave it to megatron-core's GPTModel, so nothing says which "
+                f"RoPE this model was trained with. {CONFIG_HINT}"
             )
     if factor in (None, 1):
         return RopeConfig(theta=theta)

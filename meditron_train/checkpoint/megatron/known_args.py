@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from meditron_train.checkpoint.files.pickled import shown, spelled
 from meditron_train.errors import UserError
 
 USED = frozenset(
@@ -206,7 +207,7 @@ def check_args(args: Mapping[str, Any], where: str, hint: str, *, described: boo
         UserError: names every argument that asks for what this model does not have, or that is unknown.
     """
     refused = [
-        f"{name} = {_plain(args[name])!r}"
+        f"{name} = {spelled(_plain(args[name]))}"
         for name, fine in _OFF.items()
         if args.get(name) is not None and _plain(args[name]) not in fine
     ]
@@ -215,7 +216,7 @@ def check_args(args: Mapping[str, Any], where: str, hint: str, *, described: boo
             f"{where}: {', '.join(refused)}: no Llama, Mistral or Qwen2.5. Only those families are supported"
         )
     unknown = [
-        f"{name} = {value!r}"
+        f"{shown(name)} = {spelled(value)}"
         for name, value in args.items()
         if not is_known(name) and value not in (None, False, "", [], (), {})
     ]

@@ -29,6 +29,8 @@ from meditron_train.layout import split_dim
 FILE_NAMES = ("model_optim_rng.pt", "model_rng.pt")  # the second: Megatron-LLM with a distributed optimizer
 _MAX_RANKS = 1 << 20
 _MAX_DEPTH = 8  # of nested modules
+_MAX_ENTRIES = 200_000  # in the nested modules of a file
+_MAX_NAME_CHARACTERS = 1000
 _RANK_DIRECTORY = re.compile(r"mp_rank_([0-9]{2,6})(?:_([0-9]{3,6}))?")
 
 # Old names of the module tree -> megatron-core's, which ours are.
@@ -67,14 +69,20 @@ class RankFile:
         if not isinstance(content, dict):
             raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint of Megatron")
         self.content: dict[str, Any] = content
-        names = [name for name in content if re.fullmatch(r"model[0-9]{0,4}", str(name))]
+        names = [name for name in content if type(name) is str and re.fullmatch(r"model[0-9]{0,4}", name)]
         # model0, model1, ... are the chunks of an interleaved pipeline
-        self.chunks = [dict(_flatten(content[name])) for name in sorted(names, key=lambda n: int(n[5:] or 0))]
+        names.sort(key=lambda name: int(name[5:] or 0))
+        flatten = _Flattening(path)
+        self.chunks = [dict(flatten(content[name])) for name in names]
 
     @property
     def args(self) -> dict[str, Any]:
         """The arguments as a dict; empty when the file has none."""
         return attributes(self.content.get("args"))
+
+    @property
+    def iteration(self) -> int | None:
+        return iteration_of(self.content)
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ class LegacyTensors:
         self.num_stages = 1 + max(stage for _, stage in self.files)
         first = self.files[0, 0]
         self.args = first.args
-        self.iteration = first.content.get("iteration")
+        self.iteration = first.iteration
         version = first.content.get("checkpoint_version", 0)
         if isinstance(version, int | float) and version < 2.0:
             raise UserError(
@@ -282,13 +290,36 @@ def attributes(value: Any) -> dict[str, Any]:
     return {name: item for name, item in state.items() if type(name) is str} if type(state) is dict else {}
 
 
-def _flatten(value: Any, prefix: str = "", depth: int = 0) -> Iterable[tuple[str, StoredTensor]]:
-    """Nested dicts of tensors as dotted names."""
-    if isinstance(value, Mapping) and depth < _MAX_DEPTH:
-        for key, item in value.items():
-            yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key), depth + 1)
-    elif isinstance(value, StoredTensor):
-        yield prefix, value
+def iteration_of(content: Mapping[Any, Any]) -> int | None:
+    """The iteration that a checkpoint says it is of."""
+    found = content.get("iteration")
+    return found if type(found) is int else None
+
+
+class _Flattening:
+    """Nested dicts of tensors as dotted names. Dicts may be shared, so that few of them make very many names.
+
+    Args:
+        path: the file, for messages.
+
+    Raises:
+        UserError: there are more entries, or longer names, than a model has.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._left = path, _MAX_ENTRIES
+
+    def __call__(self, value: Any, prefix: str = "", depth: int = 0) -> Iterable[tuple[str, StoredTensor]]:
+        if type(value) is dict and depth < _MAX_DEPTH:
+            self._left -= len(value)
+            if self._left < 0:
+                raise UserError(f"{self._path}: more than {_MAX_ENTRIES:,} entries are no model")
+            for key, item in value.items():
+                if type(key) is not str or len(prefix) + len(key) > _MAX_NAME_CHARACTERS:
+                    raise UserError(f"{self._path}: {shown(key)} is no name of a tensor")
+                yield from self(item, f"{prefix}.{key}" if prefix else key, depth + 1)
+        elif isinstance(value, StoredTensor):
+            yield prefix, value
 
 
 def _number_layers(

@@ -15,6 +15,7 @@ from meditron_train.checkpoint.megatron.rank_files import (
     OBJECTS,
     attributes,
     common_name,
+    iteration_of,
     load_megatron_pickle,
 )
 from meditron_train.checkpoint.sharded.torch_dist import TorchDistTensors
@@ -30,7 +31,7 @@ class CommonState:
     """What a `torch_dist` checkpoint keeps beside the tensors."""
 
     args: dict[str, Any]
-    iteration: Any
+    iteration: int | None
     content: dict[str, Any]
 
 
@@ -51,7 +52,7 @@ def load_common(directory: Path) -> CommonState:
             )
         content = parts[0]
     content = content if isinstance(content, dict) else {}
-    return CommonState(attributes(content.get("args")), content.get("iteration"), content)
+    return CommonState(attributes(content.get("args")), iteration_of(content), content)
 
 
 def check_format(directory: Path) -> None:

@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from meditron_train.checkpoint.files.pickled import (
+    ORDERED_DICT,
+    SIZE,
     Allowed,
-    Constructor,
     ForbiddenGlobal,
     Opaque,
     opaque,
@@ -37,6 +38,7 @@ METADATA_NAME = ".metadata"
 _MAX_BYTES = 1 << 30
 _MAX_DIMS = 64
 _MAX_NAME_BYTES = 255  # as file systems
+_MAX_ENTRY_CHARACTERS = 1000
 
 _DCP = "torch.distributed.checkpoint."
 _PLAIN = (
@@ -54,8 +56,8 @@ _PLAIN = (
     ("__builtin__", "getattr"),
 )
 _ALLOWED: Allowed = {
-    ("collections", "OrderedDict"): Constructor(dict),
-    ("torch", "Size"): Constructor(tuple),
+    ("collections", "OrderedDict"): ORDERED_DICT,
+    ("torch", "Size"): SIZE,
     **{name: opaque(*name) for name in _PLAIN},
     **{("torch", name): dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
 }
@@ -91,16 +93,29 @@ class _Checked:
 
     def __init__(self, found: Any) -> None:
         self._fields = _fields(found, "Metadata", "it")
+        self._entries = _of_type(self._fields.get("state_dict_metadata"), dict, "state_dict_metadata")
+        self._places = _of_type(self._fields.get("storage_data"), dict, "storage_data")
+        # Each chunk has a place. A list of chunks that many entries share would make more of them than the file has.
+        self._chunks_left = 4 * len(self._places) + 1000
 
     def metadata(self) -> Metadata:
-        entries = _of_type(self._fields.get("state_dict_metadata"), dict, "state_dict_metadata")
-        places = _of_type(self._fields.get("storage_data"), dict, "storage_data")
         return Metadata(
-            state_dict_metadata={_text(name): _entry(_text(name), entry) for name, entry in entries.items()},
+            state_dict_metadata={
+                _name(name): self._entry(name, entry) for name, entry in self._entries.items()
+            },
             planner_data=None,
-            storage_data=dict(_place(index, info) for index, info in places.items()),
+            storage_data=dict(_place(index, info) for index, info in self._places.items()),
             storage_meta=StorageMeta(),
         )
+
+    def _entry(self, name: str, entry: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+        if type(entry) is Opaque and type(entry.state) is dict and type(entry.state.get("chunks")) is list:
+            self._chunks_left -= len(entry.state["chunks"])
+            if self._chunks_left < 0:
+                raise ValueError(
+                    f"its tensors have far more chunks than the {len(self._places)} places in files"
+                )
+        return _entry(name, entry)
 
 
 def _entry(name: str, entry: Any) -> TensorStorageMetadata | BytesStorageMetadata:
@@ -134,7 +149,7 @@ def _entry(name: str, entry: Any) -> TensorStorageMetadata | BytesStorageMetadat
 
 def _place(index: Any, info: Any) -> tuple[MetadataIndex, _StorageInfo]:
     of_index = _fields(index, "MetadataIndex", "storage_data")
-    name = _text(of_index.get("fqn"))
+    name = _name(of_index.get("fqn"))
     where = f"the place of {shown(name)}"
     offset, number = of_index.get("offset"), of_index.get("index")
     if number is not None:
@@ -171,6 +186,12 @@ def _of_type(value: Any, kind: type, where: str) -> Any:
 
 def _text(value: Any) -> str:
     return str(_of_type(value, str, "a name"))
+
+
+def _name(value: Any) -> str:
+    if len(_text(value)) > _MAX_ENTRY_CHARACTERS:
+        raise ValueError(f"the name {shown(value)} has {len(value)} characters")
+    return _text(value)
 
 
 def _count(value: Any, where: str) -> int:

@@ -29,6 +29,7 @@ from meditron_train.files import open_regular
 _ALL_LAYERS = re.compile(r"^(.*\blayers\.)(?!\d+\.)(.+)$")
 
 _MAX_LAYERS = 10_000
+_MAX_PARTS = 200_000  # layers, and their chunks, of all tensors that hold all layers
 
 
 class TorchDistTensors:
@@ -203,6 +204,7 @@ class _Tensor:
 def _find_tensors(metadata: Metadata) -> dict[str, _Tensor]:
     places = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
     found: dict[str, _Tensor] = {}
+    parts_left = _MAX_PARTS
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             continue
@@ -218,26 +220,24 @@ def _find_tensors(metadata: Metadata) -> dict[str, _Tensor]:
             before, after = stacked.groups()
             if tensor.shape[0] > _MAX_LAYERS:
                 raise UserError(f".metadata says that {shown(name)} holds {tensor.shape[0]} layers")
-            for layer in range(tensor.shape[0]):
-                found[f"{before}{layer}.{after}"] = _one_layer(tensor, layer)
+            parts_left -= tensor.shape[0] + sum(chunk.sizes[0] for chunk in chunks)
+            if parts_left < 0:
+                raise UserError(f".metadata describes more than {_MAX_PARTS:,} layers and parts of them")
+            for layer, one in enumerate(_layers_of(tensor)):
+                found[f"{before}{layer}.{after}"] = one
         else:
             found[name] = tensor
     return found
 
 
-def _one_layer(tensor: _Tensor, layer: int) -> _Tensor:
-    chunks = [
-        replace(
-            chunk,
-            offsets=chunk.offsets[1:],
-            sizes=chunk.sizes[1:],
-            layer=layer - chunk.offsets[0],
-            num_layers=chunk.sizes[0],
-        )
-        for chunk in tensor.chunks
-        if chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]
-    ]
-    return _Tensor(tensor.shape[1:], tensor.dtype, tuple(chunks))
+def _layers_of(tensor: _Tensor) -> list[_Tensor]:
+    """The layers of a tensor that holds all of them."""
+    chunks: list[list[_Chunk]] = [[] for _ in range(tensor.shape[0])]
+    for chunk in tensor.chunks:
+        of_one = replace(chunk, offsets=chunk.offsets[1:], sizes=chunk.sizes[1:], num_layers=chunk.sizes[0])
+        for layer in range(chunk.sizes[0]):
+            chunks[chunk.offsets[0] + layer].append(replace(of_one, layer=layer))
+    return [_Tensor(tensor.shape[1:], tensor.dtype, tuple(of_layer)) for of_layer in chunks]
 
 
 def _layer_of(stored: StoredTensor, layer: int) -> StoredTensor:

@@ -15,14 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meditron_train.checkpoint.files.pickled import (
+    ORDERED_DICT,
+    SIZE,
     Allowed,
-    Constructor,
     DamagedPickle,
     ForbiddenGlobal,
     Opaque,
     opaque,
     read_pickle,
     shown,
+    spelled,
 )
 from tests.checkpoint.files.payloads import (
     FORBIDDEN,
@@ -36,8 +38,8 @@ from tests.checkpoint.files.payloads import (
 )
 
 NAMES: Allowed = {
-    ("collections", "OrderedDict"): Constructor(dict),
-    ("torch", "Size"): Constructor(tuple),
+    ("collections", "OrderedDict"): ORDERED_DICT,
+    ("torch", "Size"): SIZE,
     ("torch", "float32"): "float32",
     ("builtins", "getattr"): opaque("builtins", "getattr"),
     ("torch.distributed.checkpoint.metadata", "Metadata"): opaque("m", "Metadata"),
@@ -133,6 +135,52 @@ def test_objects_on_the_list_do_nothing() -> None:
     found = read_pickle(raw, NAMES)[0]
     assert type(found) is Opaque and found.name == "m.Metadata" and list(found.state) == ["__class__"]
     assert not callable(found)
+
+
+def test_values_are_spelled_in_one_short_line_at_once() -> None:
+    deep: Any = ()
+    for _ in range(60):
+        deep = (deep, deep)
+    nested: Any = []
+    for _ in range(100_000):
+        nested = [nested]
+    endless: list[Any] = []
+    endless.append(endless)
+    for value in (
+        deep,
+        nested,
+        endless,
+        "x" * 10**8,
+        b"x" * 10**8,
+        10**5000,
+        {1: deep},
+        {(1,): nested},
+        [deep] * 10**6,
+    ):
+        start, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert len(shown(value)) < 100 and len(spelled(value)) < 100
+        assert time.process_time() - start < 0.1
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 1000  # KiB
+    plain: Any
+    for plain in (
+        None,
+        True,
+        -1,
+        0.5,
+        "a",
+        b"a",
+        [],
+        [1],
+        (),
+        (1,),
+        (1, "b"),
+        {},
+        {"a": [1]},
+        {3},
+        frozenset({3}),
+    ):
+        assert spelled(plain) == repr(plain)
+    assert (shown("a"), shown([1, "a"]), shown(ValueError("no"))) == ("a", "[1, 'a']", "no")
 
 
 def test_names_are_shown_in_printable_characters() -> None:

@@ -1,11 +1,13 @@
 """From the command line of Megatron-LM or Megatron-LLM to a configuration of ours.
 
-The tables below and the functions of `_Reader` are all of it; docs/guides/migration.md shows them. Names are compared
-with `_` for `-`: Megatron-LLM writes underscores.
+The tables of `megatron_arguments` and the functions of `_Reader` are all of it; docs/guides/migration.md shows them.
+Names are compared with `_` for `-`: Megatron-LLM writes underscores.
 """
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,103 +16,16 @@ from typing import Any
 from meditron_train.config.training import BatchRamp
 from meditron_train.data.packing.batch_schedule import BatchSchedule
 from meditron_train.errors import UserError
-
-# Argument -> our key; the value is taken as it is.
-SAME: dict[str, str] = {
-    "tensor_model_parallel_size": "parallel.tensor",
-    "pipeline_model_parallel_size": "parallel.pipeline",
-    "context_parallel_size": "parallel.context",
-    "make_vocab_size_divisible_by": "parallel.vocab_multiple",
-    "micro_batch_size": "train.micro_batch_size",
-    "global_batch_size": "train.global_batch_size",
-    "train_iters": "train.steps",
-    "seq_length": "train.seq_len",
-    "seed": "train.seed",
-    "lr": "optimizer.lr",
-    "min_lr": "optimizer.min_lr",
-    "weight_decay": "optimizer.weight_decay",
-    "clip_grad": "optimizer.clip_grad",
-    "adam_eps": "optimizer.eps",
-    "lr_warmup_iters": "schedule.warmup_steps",
-    "lr_warmup_fraction": "schedule.warmup_fraction",
-    "load": "model.from",
-    "save": "logging.run_dir",
-    "save_interval": "checkpoint.interval",
-    "eval_interval": "validation.interval",
-    "eval_iters": "validation.steps",
-    "log_interval": "logging.interval",
-    "wandb_project": "logging.wandb_project",
-    "wandb_exp_name": "logging.wandb_name",
-}
-# What Megatron-LM and Megatron-LLM take where an argument is left out, and our defaults are others.
-LEFT_OUT: dict[str, Any] = {
-    "optimizer.min_lr": 0.0,
-    "optimizer.weight_decay": 0.01,
-    "optimizer.betas": [0.9, 0.999],
-    "optimizer.eps": 1e-8,
-    "schedule.kind": "linear",
-}
-# Values of SAME that are words, also where they look like a number.
-WORDS = ("load", "save", "wandb_project", "wandb_exp_name")
-# Any of these turns Weights & Biases on, which is off here unless asked for.
-WANDB = ("wandb_logger", "wandb_project", "wandb_exp_name")
-# Switch -> our key, which it sets to true.
-SWITCHES: dict[str, str] = {
-    "sequence_parallel": "parallel.sequence",
-    "use_distributed_optimizer": "parallel.distributed_optimizer",
-    "overlap_grad_reduce": "parallel.overlap_grad_reduce",
-    "overlap_param_gather": "parallel.overlap_param_gather",
-    "async_save": "checkpoint.async_save",
-}
-# Argument -> the name of the shape under Hugging Face's names, for a model that starts from random weights.
-SHAPE: dict[str, str] = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_key_value_heads",
-    "num_attention_heads_kv": "num_key_value_heads",
-    "max_position_embeddings": "max_position_embeddings",
-    "norm_epsilon": "rms_norm_eps",
-    "layernorm_epsilon": "rms_norm_eps",
-    "rotary_base": "rope_theta",
-    "rope_theta": "rope_theta",
-    "vocab_size": "vocab_size",
-}
-# What is always so here, or decided by itself.
-ALREADY: dict[str, str] = {
-    "swiglu": "the model's family says it",
-    "use_rms_norm": "the model's family says it",
-    "disable_bias_linear": "the model's family says it",
-    "untie_embeddings_and_output_weights": "the model's configuration says it",
-    "no_tie_embed_logits": "the model's configuration says it",
-    "group_query_attention": "num_query_groups says it",
-    "reset_position_ids": "always: positions start again in every document",
-    "reset_attention_mask": "always: attention stays inside each document",
-    "eod_mask_loss": "always: the last token of a document has no label",
-    "use_flash_attn": "train.attention: auto takes the best that is installed",
-    "transformer_impl": "train.attention: auto takes the best that is installed",
-    "use_mcore_models": "always",
-    "attention_softmax_in_fp32": "always",
-    "accumulate_allreduce_grads_in_fp32": "always",
-    "exit_signal_handler": "always: SIGTERM and SIGUSR1 save and stop",
-    "finetune": "model.from takes the weights alone; a run continues from its own checkpoints",
-    "no_load_optim": "model.from takes the weights alone",
-    "no_load_rng": "model.from takes the weights alone",
-    "use_checkpoint_args": "always: a checkpoint carries its configuration",
-    "dataloader_type": "the order of samples follows from data.seed and the step",
-    "ckpt_format": "one format, which every layout loads",
-    "use_dist_ckpt": "one format, which every layout loads",
-    "distributed_backend": "NCCL on GPUs, gloo on CPUs",
-    "use_rotary_position_embeddings": "the model's family says it",
-    "position_embedding_type": "the model's family says it",
-    "hidden_dropout": "no dropout, as in Llama",
-    "attention_dropout": "no dropout, as in Llama",
-    "num_workers": "samples are gathered by threads; data.prefetch steps ahead",
-    "tensorboard_dir": "RUN_DIR/tensorboard, with logging.tensorboard",
-    "profile": "train.profile.from_step and num_steps",
-    "distributed_timeout_minutes": "resilience.hang_other_s",
-}
+from meditron_train.flows.megatron_arguments import (
+    ALREADY,
+    LEFT_OUT,
+    LEFT_OUT_OF_SHAPE,
+    SAME,
+    SHAPE,
+    SWITCHES,
+    WANDB,
+    WORDS,
+)
 
 
 @dataclass
@@ -177,7 +92,6 @@ class _Reader:
         self.result = Migration()
 
     def read(self) -> Migration:
-        starts_from_weights = "load" in self.given
         for name, key in SAME.items():
             if (value := self.one(name)) is not None:
                 self.result.set(key, value)
@@ -187,10 +101,7 @@ class _Reader:
         wanted = [self.has(name) for name in WANDB]  # each is taken
         if any(wanted):
             self.result.set("logging.wandb", "auto")
-        for name, key in SHAPE.items():
-            if (value := self.one(name)) is not None and not starts_from_weights:
-                self.result.set("model.init", "random")
-                self.result.set(f"model.hf_config.{key}", value)
+        self.model()
         self.precision_and_recomputation()
         self.schedule()
         self.batch()
@@ -216,9 +127,50 @@ class _Reader:
 
     def number(self, name: str) -> int | float | None:
         value = self.one(name)
-        if isinstance(value, str):
-            raise UserError(f"--{name} is {value!r}, not a number")
+        if isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value)):
+            raise UserError(f"--{name} is {str(value)!r}, not a number")
         return value
+
+    def count(self, name: str) -> int | None:
+        value = self.number(name)
+        if value is not None and (value < 1 or value != int(value)):
+            raise UserError(f"--{name} is {value}: it takes a whole number of 1 or more")
+        return None if value is None else int(value)
+
+    def model(self) -> None:
+        """The weights that a run starts from, or the shape of fresh ones."""
+        load, save, notes = self.one("load"), self.one("save"), self.result.notes
+        if load is not None and save is not None and Path(load) == Path(save):
+            del self.result.values["model"]
+            notes.append(
+                "--load is --save, so the run starts from scratch where nothing is saved: here it continues from its "
+                "own checkpoints by itself. If the weights of another model lie there, convert them for model.from"
+            )
+            load = None
+        shape = {name: value for name in SHAPE if (value := self.one(name)) is not None}
+        if load is not None:
+            if shape:
+                left_out = ", ".join(f"--{name} {value}" for name, value in shape.items())
+                notes.append(f"the shape is that of model.from; not taken: {left_out}")
+            notes.append(
+                "model.from takes a checkpoint of Megatron's once it is converted: "
+                f"meditron-train convert megatron-to-hf {shlex.quote(load)} HF_DIR --tokenizer TOKENIZER_DIR"
+            )
+        elif shape:
+            self.result.set("model.init", "random")
+            for name, value in shape.items():
+                self.result.set(f"model.hf_config.{SHAPE[name]}", value)
+            for key, (value, names) in LEFT_OUT_OF_SHAPE.items():
+                given = [self.has(name) for name in names]  # each is taken
+                if not any(given):
+                    self.left_out(f"model.hf_config.{key}", value)
+                elif value is True:
+                    self.result.set(f"model.hf_config.{key}", False)
+
+    def left_out(self, key: str, value: Any) -> None:
+        self.result.set(key, value)
+        words = str(value).lower() if isinstance(value, bool) else value
+        self.result.notes.append(f"{key}: {words}, Megatron's default, as the argument was left out")
 
     def precision_and_recomputation(self) -> None:
         if self.has("bf16"):
@@ -255,8 +207,7 @@ class _Reader:
         for key, value in LEFT_OUT.items():
             section, name = key.split(".")
             if name not in self.result.values.get(section, {}):
-                self.result.set(key, value)
-                self.result.notes.append(f"{key}: {value}, Megatron's default, as the argument was left out")
+                self.left_out(key, value)
 
     def batch(self) -> None:
         ramp = self.ramp()
@@ -267,9 +218,9 @@ class _Reader:
         self.steps_from_samples(f"{decay}_samples", "schedule.decay_steps", None if is_wsd else ramp)
         if (steps := self.number(f"{decay}_iters")) is not None:
             self.result.set("schedule.decay_steps", steps)
-        if (
-            is_wsd
-        ):  # Megatron-LM ends the decay at --lr-decay-iters, which is the length of the run by default
+        self.warmup_fraction(ramp)
+        if is_wsd:
+            # Megatron-LM ends the decay at --lr-decay-iters, which is the length of the run by default.
             for name in ("lr_decay_iters", "lr_decay_samples"):
                 if self.has(name):
                     self.result.notes.append(f"--{name}: wsd decays over the last steps of the run")
@@ -277,6 +228,30 @@ class _Reader:
             if style != "linear":
                 self.result.notes.append(f"--lr_wsd_decay_style {style}: the decay of wsd is linear here")
         self.virtual_pipeline()
+
+    def warmup_fraction(self, ramp: BatchRamp | None) -> None:
+        """A share of Megatron's whole decay, which is as long as the run unless an argument says otherwise."""
+        fraction, batch = self.number("lr_warmup_fraction"), self.count("global_batch_size")
+        if fraction is None:
+            return
+        samples = self.number("lr_decay_samples") if batch else None
+        if samples is None and batch and ramp is not None:  # a share of samples is not one of steps
+            samples = self.number("train_samples")
+        steps = self.number("lr_decay_iters")
+        self.result.values["schedule"].pop("warmup_steps", None)  # 0, or Megatron refuses both
+        if samples is not None and batch:
+            warmup_steps = (
+                BatchSchedule(batch, ramp).steps_for(round(fraction * samples)) if fraction > 0 else 0
+            )
+        elif steps is not None:
+            warmup_steps = round(fraction * steps)
+        else:
+            return self.result.set("schedule.warmup_fraction", fraction)
+        self.result.set("schedule.warmup_steps", warmup_steps)
+        whole = f"{steps} steps" if samples is None else f"{samples} samples"
+        self.result.notes.append(
+            f"--lr_warmup_fraction: {fraction} of the {whole} of decay = {warmup_steps} steps"
+        )
 
     def ramp(self) -> BatchRamp | None:
         if not self.has("rampup_batch_size"):
@@ -291,14 +266,14 @@ class _Reader:
 
     def steps_from_samples(self, name: str, key: str, ramp: BatchRamp | None) -> None:
         """Samples become steps by the global batch, which `ramp` lets grow from the first step on."""
-        samples, batch = self.number(name), self.number("global_batch_size")
+        samples, batch = self.number(name), self.count("global_batch_size")
         if samples is None:
             return
         if not batch:
             self.result.notes.append(f"--{name}: {key} counts steps; --global_batch_size was not given")
             self.taken.remove(name)
             return
-        schedule = BatchSchedule(int(batch), ramp)
+        schedule = BatchSchedule(batch, ramp)
         steps = schedule.steps_for(int(samples)) if samples > 0 else 0
         self.result.set(key, steps)
         self.result.notes.append(
@@ -306,16 +281,16 @@ class _Reader:
         )
 
     def virtual_pipeline(self) -> None:
-        layers = self.number("num_layers_per_virtual_pipeline_stage")
+        layers = self.count("num_layers_per_virtual_pipeline_stage")
         if layers is not None:
-            total, stages = self.number("num_layers"), self.number("pipeline_model_parallel_size")
+            total, stages = self.count("num_layers"), self.count("pipeline_model_parallel_size")
             if total is None or stages is None:
                 self.result.notes.append(
                     "--num_layers_per_virtual_pipeline_stage: parallel.virtual_pipeline is num_layers / "
                     "pipeline_model_parallel_size / this; --num_layers was not given"
                 )
             else:
-                self.result.set("parallel.virtual_pipeline", int(total // stages // layers))
+                self.result.set("parallel.virtual_pipeline", total // stages // layers)
 
     def data(self) -> None:
         for name, key in (
@@ -326,7 +301,7 @@ class _Reader:
             if self.has(name):
                 self.result.set(f"data.{key}", list(_sources(name, self.given[name])))
         if self.has("split"):
-            shares = [float(share) for share in "".join(self.given["split"]).split(",")]
+            shares = _shares("".join(self.given["split"]))
             if len(shares) > 1 and sum(shares) > 0:
                 self.result.set("data.validation_fraction", shares[1] / sum(shares))
                 self.result.notes.append(
@@ -344,6 +319,16 @@ class _Reader:
         if self.has("vocab_extra_ids_list"):
             tokens = [token for value in self.given["vocab_extra_ids_list"] for token in value.split(",")]
             self.result.set("data.special_tokens", tokens)
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        shares = [float(share) for share in text.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 <= share < math.inf for share in shares):
+        raise UserError(f"--split is {text!r}: it takes shares, as 969,30,1")
+    return shares
 
 
 def _sources(name: str, values: Sequence[str]) -> list[dict[str, Any]]:

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from meditron_train.checkpoint.hf.config import random_model_config
 from meditron_train.checkpoint.megatron.known_args import is_known
+from meditron_train.config.check import overwritten_inputs
 from meditron_train.config.load import load_config
 from meditron_train.config.schema import Config
-from meditron_train.flows.migrate import ALREADY, LEFT_OUT, SAME, SHAPE, SWITCHES, WANDB, migrate
+from meditron_train.flows.megatron_arguments import ALREADY, LEFT_OUT, SAME, SHAPE, SWITCHES, WANDB
+from meditron_train.flows.migrate import migrate
 from tests.refusal import refused
 
 GUIDE = Path(__file__).parents[2] / "docs/guides/migration.md"
@@ -122,6 +125,74 @@ def test_what_was_left_out_is_megatrons_default():
     assert sum("left out" in note for note in result.notes) == len(LEFT_OUT) - 1
 
 
+SHAPED = "--num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --vocab-size 512"
+
+
+def test_load_with_the_path_of_save_is_a_fresh_start(tmp_path):
+    """Megatron's usual script gives both: it starts from scratch as long as the directory is empty."""
+    line = f"--save runs/a --load runs/a/ {SHAPED} --tokenizer-model t --data-path d"
+    result = migrate(line.split())
+    assert result.values["model"]["init"] == "random" and "from" not in result.values["model"]
+    assert sum("--load is --save" in note for note in result.notes) == 1
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(result.values))
+    assert overwritten_inputs(load_config(tmp_path / "run.yaml")) == []
+    assert "model" not in migrate(["--save", "runs/a", "--load", "runs/a"]).values
+
+
+def test_a_shape_that_load_replaces_is_named():
+    result = migrate(f"--save runs/a --load runs/b {SHAPED}".split())
+    assert result.values["model"] == {"from": "runs/b"}
+    notes = "\n".join(result.notes)
+    assert "not taken: --num_layers 4, --hidden_size 64, --ffn_hidden_size 128" in notes
+    assert "convert megatron-to-hf runs/b HF_DIR" in notes
+    assert "not taken" not in "\n".join(migrate(["--load", "runs/b"]).notes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tied", "epsilon"),
+    [
+        ("", True, 1e-5),
+        ("--untie-embeddings-and-output-weights --norm-epsilon 1e-6", False, 1e-6),
+        ("--no_tie_embed_logits --layernorm_epsilon 1e-8", False, 1e-8),
+    ],
+)
+def test_fresh_weights_have_megatrons_epsilon_and_tied_embeddings(arguments, tied, epsilon):
+    result = migrate(f"{SHAPED} {arguments}".split())
+    model = random_model_config(result.values["model"]["hf_config"], None)
+    assert (model.tie_embeddings, model.rms_norm_eps) == (tied, epsilon)
+    names = {note.partition(":")[0] for note in result.notes}
+    assert (
+        ("model.hf_config.tie_word_embeddings" in names) == ("model.hf_config.rms_norm_eps" in names) == tied
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "samples", "batch"),
+    [
+        ("--train-iters 1000 --lr-decay-iters 600", 0.05 * 600 * 8, 8),
+        (
+            "--train-iters 1000 --lr-decay-iters 600 --lr-decay-style WSD --lr-wsd-decay-iters 100",
+            0.05 * 600 * 8,
+            8,
+        ),
+        ("--train-samples 8000 --lr-decay-samples 4800 --lr-warmup-samples 0", 0.05 * 4800, 8),
+        ("--train-samples 8000 --rampup-batch-size 4 4 4000", 0.05 * 8000, 4),
+    ],
+)
+def test_the_warmup_is_a_share_of_the_decay(arguments, samples, batch):
+    """As in Megatron-LM's get_optimizer_param_scheduler: lr_warmup_steps = lr_warmup_fraction * lr_decay_steps."""
+    result = migrate(f"--lr-warmup-fraction 0.05 --global-batch-size 8 {arguments}".split())
+    schedule = result.values["schedule"]
+    assert schedule["warmup_steps"] == samples / batch and "warmup_fraction" not in schedule
+    assert any("lr_warmup_fraction" in note for note in result.notes) and result.without_equal == []
+
+
+def test_the_warmup_is_a_share_of_the_run_where_the_decay_is_as_long():
+    for line in ("--train-iters 1000 --lr-warmup-iters 0", "--train-samples 8000 --global-batch-size 8"):
+        schedule = migrate(f"--lr-warmup-fraction 0.05 {line}".split()).values["schedule"]
+        assert schedule["warmup_fraction"] == 0.05 and "warmup_steps" not in schedule
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -131,8 +202,17 @@ def test_what_was_left_out_is_megatrons_default():
         ("--rampup-batch-size 1 2", "START INCREMENT SAMPLES"),
         ("--data-path 0.5 a 0.5", "has no path behind it"),
         ("--global-batch-size 8 --train-samples many", "not a number"),
+        ("--global-batch-size 8 --train-samples inf", "not a number"),
+        ("--global-batch-size 0.5 --train-samples 64", "--global_batch_size is 0.5"),
+        ("--split abc", "--split is 'abc': it takes shares"),
+        ("--split", "--split is '': it takes shares"),
+        ("--split 1,nan", "it takes shares"),
+        ("--num-layers 8 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 0",
+         "--num_layers_per_virtual_pipeline_stage is 0"),
+        ("--num-layers 8 --pipeline-model-parallel-size 0 --num-layers-per-virtual-pipeline-stage 1",
+         "--pipeline_model_parallel_size is 0"),
     ],
-)
+)  # fmt: skip
 def test_bad_input(line, said):
     with refused(said):
         migrate(line.split())

@@ -35,9 +35,8 @@ def ask(
 def ask_with(
     server: ReportServer, path: str, method: str = "GET", **headers: str
 ) -> tuple[int, bytes, dict[str, str]]:
-    connection = http.client.HTTPConnection(
-        server.server_address[0].replace("0.0.0.0", "127.0.0.1"), server.server_address[1], timeout=20
-    )
+    host, port = server.server_address[:2]
+    connection = http.client.HTTPConnection("127.0.0.1" if host == "0.0.0.0" else host, port, timeout=20)
     connection.request(method, path, headers=headers)
     answer = connection.getresponse()
     found = answer.status, answer.read(), dict(answer.getheaders())

@@ -50,7 +50,7 @@ def layout_section(run: RunRecord) -> Section:
     ranks = range(layout.world_size)
     if layout.world_size > MOST_DRAWN_RANKS:
         ranks = range(MOST_DRAWN_RANKS)
-        blocks.append(Text(f"The first {MOST_DRAWN_RANKS} ranks are drawn; the others repeat their pattern."))
+        blocks.append(Text(_what_is_drawn(ranks, layout)))
     if model is None:
         blocks.append(Text("The shape of the model was not recorded, so layers and heads are not shown."))
     elif model.num_layers and layout.layer_problem(model.num_layers):
@@ -61,6 +61,21 @@ def layout_section(run: RunRecord) -> Section:
         nodes.setdefault(hosts[rank], []).append(_box(rank, layout, model))
     blocks.append(LayoutDrawing(tuple((host, tuple(boxes)) for host, boxes in nodes.items())))
     return section("layout", "Parallel layout", *blocks)
+
+
+def _what_is_drawn(ranks: range, layout: ParallelLayout) -> str:
+    """Pipeline stages are the outermost: later ones have the same pattern with other layers."""
+    first = f"The first {len(ranks):,} ranks are drawn"
+    if layout.pipeline == 1:
+        return f"{first}; the others repeat their pattern."
+    last = layout.coordinates(ranks[-1]).pipeline
+    is_whole = last == layout.pipeline - 1 or layout.coordinates(ranks[-1] + 1).pipeline > last
+    words = f"stage {last}" if last == 0 else f"stages {_span(0, last + 1)}"
+    part = "" if is_whole else f", {'a part of it' if last == 0 else 'the last in part'}"
+    return (
+        f"{first}: pipeline {words} of {layout.pipeline}, counted from 0{part}. The other ranks of a stage repeat its "
+        "pattern; later stages hold later layers, in the same pattern."
+    )
 
 
 def _host_of_ranks(run: RunRecord, world_size: int) -> list[str]:

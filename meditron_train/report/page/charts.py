@@ -36,6 +36,8 @@ def over_steps(
 ) -> Chart | None:
     """A line for each curve over the steps; None where no curve has a finite value.
 
+    A curve without one takes its color all the same, so that a run has one color in every chart.
+
     Args:
         smooth: of a long curve also the mean, over a faint line of all its minima and maxima.
         staircase: a value holds until the next one.
@@ -43,13 +45,15 @@ def over_steps(
     """
     traces: list[dict[str, Any]] = []
     notes = [note] if note else []
-    shown = {label: curve for label, curve in curves.items() if len(curve.finite)}
-    for color, (label, curve) in enumerate(shown.items()):
-        whose = f"{label}: " if len(shown) > 1 else ""
+    num_shown = sum(len(curve.finite) > 0 for curve in curves.values())
+    for color, (label, curve) in enumerate(curves.items()):
+        if not len(curve.finite):
+            continue
+        whose = f"{label}: " if len(curves) > 1 else ""
         if num_lost := len(curve) - len(curve.finite):
             words = "value is not finite (a gap)" if num_lost == 1 else "values are not finite (gaps)"
             notes.append(f"{whose}{num_lost:,} {words}.")
-        thin = curve.thinned(max(200, MAX_POINTS // max(1, len(shown) // 2)))
+        thin = curve.thinned(max(200, MAX_POINTS // max(1, num_shown // 2)))
         trace = _line(thin, label, color, mode="lines+markers" if len(curve) <= 40 else "lines")
         if staircase:
             trace["line"]["shape"] = "hv"
@@ -64,6 +68,7 @@ def over_steps(
     if not traces:
         return None
     layout = {
+        "showlegend": len(curves) > 1,
         "xaxis": {"title": {"text": "step"}},
         "yaxis": {
             "title": {"text": unit},
@@ -82,7 +87,9 @@ def stacked(name: str, title: str, curves: Mapping[str, Curve], *, unit: str, no
         return None
     is_thinned = max(lengths) > _NUM_STACKED
     traces = []
-    for color, (label, curve) in enumerate(shown.items()):
+    for color, (label, curve) in enumerate(curves.items()):
+        if label not in shown:
+            continue
         drawn = curve.means(_NUM_STACKED) if is_thinned else curve
         trace = _line(drawn, label, color, mode="lines")
         trace["stackgroup"] = "all"
@@ -90,7 +97,11 @@ def stacked(name: str, title: str, curves: Mapping[str, Curve], *, unit: str, no
         traces.append(trace)
     if is_thinned:
         note = f"{note} Means of each {_count(max(lengths) / _NUM_STACKED)} points.".strip()
-    layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": unit}, "rangemode": "tozero"}}
+    layout = {
+        "showlegend": len(curves) > 1,
+        "xaxis": {"title": {"text": "step"}},
+        "yaxis": {"title": {"text": unit}, "rangemode": "tozero"},
+    }
     return Chart(name, title, tuple(traces), layout, note)
 
 
@@ -129,6 +140,7 @@ def over_time(
         "xaxis": {"title": {"text": "time (UTC)"}, "type": "date"},
         "yaxis": {"title": {"text": "step"}, "rangemode": "tozero"},
         "hovermode": "closest",
+        "showlegend": bool(marks),
     }
     return Chart(name, title, (line, dots) if marks else (line,), layout, note)
 

@@ -32,7 +32,6 @@
       font: { family: "system-ui, -apple-system, Segoe UI, Roboto, Noto Sans, Liberation Sans, sans-serif", size: 12, color: theme.ink },
       hovermode: chart.layout.hovermode || "x unified",
       hoverlabel: { bgcolor: theme.card, bordercolor: theme.line, font: { color: theme.ink } },
-      showlegend: chart.traces.filter((trace) => trace.showlegend !== false).length > 1,
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { color: theme.ink } },
       dragmode: narrow.matches ? false : "zoom", // a finger scrolls the page
     };

@@ -82,6 +82,26 @@ def test_the_layout_says_who_holds_what(tmp_path):
     assert boxes[63].lines == ("layers 60–79", "heads 56–63", "KV heads 7", "+ output", "data 1 of 2")
 
 
+@pytest.mark.parametrize(
+    ("world_size", "pipeline", "said"),
+    [
+        (1024, 1, "drawn; the others repeat their pattern"),
+        (1024, 8, "drawn: pipeline stages 0–3 of 8, counted from 0. The other"),
+        (1008, 3, "drawn: pipeline stages 0–1 of 3, counted from 0, the last in part. The other"),
+        (1024, 2, "drawn: pipeline stage 0 of 2, counted from 0. The other"),
+        (2048, 2, "drawn: pipeline stage 0 of 2, counted from 0, a part of it. The other"),
+    ],
+)
+def test_many_ranks_are_drawn_in_part(tmp_path, world_size, pipeline, said):
+    run = write_run(tmp_path / "run", tensor=4, pipeline=pipeline, world_size=world_size)
+    text = text_of(make_page([run]))
+    assert f"The first 512 ranks are {said}" in text
+    drawing = next(b for s in make_page([run]).sections for b in s.blocks if isinstance(b, LayoutDrawing))
+    stages = {box.stage for _, boxes in drawing.nodes for box in boxes}
+    per_stage = world_size // pipeline  # megatron-core's order: the pipeline is the outermost
+    assert stages == {rank // per_stage for rank in range(512)}
+
+
 def test_the_mixture_counts_the_phases_that_have_begun(tmp_path):
     page = make_page(
         [write_run(tmp_path / "run", num_steps=60, total_steps=80)]

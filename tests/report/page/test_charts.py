@@ -56,3 +56,13 @@ def test_names_are_no_markup_for_plotly():
     assert chart.traces[0]["name"] == "&lt;a href='x'&gt;y&lt;/a&gt;"
     marks = over_time("life", "Life", [(0.0, 1)], [(0.0, 0, "<b>why</b>")]).traces[1]
     assert marks["hovertext"] == ["&lt;b&gt;why&lt;/b&gt;"]
+
+
+def test_a_curve_keeps_its_color_and_its_name_where_others_have_no_values():
+    curves = {"a": curve([math.nan]), "b": curve([1.0, math.nan]), "c": curve([])}
+    for chart in (over_steps("mfu", "MFU", curves), stacked("time", "Time", curves, unit="ms")):
+        (trace,) = chart.traces
+        assert trace["meta"]["color"] == 1 and trace["name"] == "b" and chart.layout["showlegend"] is True
+        check(chart)
+    assert "b: 1 value is not finite" in over_steps("mfu", "MFU", curves).note
+    assert over_steps("loss", "Loss", {"run": curve([1.0])}).layout["showlegend"] is False

@@ -1,8 +1,8 @@
 """Why a run ended, in plain words: from status.json, requeue, the failures of ranks, their logs and heartbeats.
 
 What the run itself and its ranks said carries its cause as data, and such a text is never searched for words.
-Patterns are applied only to what others wrote: CUDA, NCCL, Slurm, the kernel. The causes are tried from the
-most certain to the least, the last being the silence of a rank that was killed.
+Patterns are applied only to what others wrote: CUDA, NCCL, Slurm, the kernel, and only in the logs of the last start.
+The causes are tried from the most certain to the least, the last being the silence of a rank that was killed.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from meditron_train.errors import Cause, UserError
 from meditron_train.files import open_regular, read_json_object
-from meditron_train.report.status import MAX_RANKS, read_failures, read_requeue, read_status
+from meditron_train.report.status import LOG_DIR_KEY, MAX_RANKS, read_failures, read_requeue, read_status
 
 _LAST_BYTES = 64 * 1024  # of each log: how a run ends stands at its end
 
@@ -110,6 +111,17 @@ _PATTERNS = tuple(
 _LOST_PEER = re.compile(
     r"connection (closed|reset|refused)|broken pipe|nccl|gloo|timed out|DistBackend|heartbeat", re.IGNORECASE
 )
+# What our logger and our batch script write between the words of others: a warning that a disk was full for a while
+# ends no run.
+_OWN_LOG = re.compile(r"rank_\d+\.log|wandb\.log")
+_OWN_LINE = re.compile(
+    r"^(?:\d\d:\d\d:\d\d (?:\[rank \d+\] )?[A-Z]+ |\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] job ).*\n?",
+    re.MULTILINE,
+)
+# Before the words of a start: of launch/node.sh in the log of a rank, of launch/train.sbatch in that of the job.
+_START_LINE = re.compile(
+    r"^(?:==== .* rank \d+ of \d+, rendezvous .* ====|\[[^\]]*\] job \S+: training on .*)$", re.MULTILINE
+)
 
 
 def diagnose(run_dir: Path) -> Diagnosis:
@@ -119,7 +131,7 @@ def diagnose(run_dir: Path) -> Diagnosis:
     if status is None:
         return _without_status(run_dir)
     state = status.get("state")
-    where = f"after step {status.get('step')} of {status.get('steps')}"
+    where = _where(status)
     if state == "done":
         return Diagnosis(
             "finished", f"The run is finished: all {status.get('steps')} steps are done.", (), "", False
@@ -129,7 +141,7 @@ def diagnose(run_dir: Path) -> Diagnosis:
     elif state in ("stopped", "failed"):
         said = _Said("status.json", status.get("reason") or "", _cause(status))
     else:
-        return _from_ranks(run_dir, failures, where) or _silent(run_dir, status, failures, where)
+        return _from_ranks(run_dir, status, failures, where) or _silent(run_dir, status, failures, where)
     found = _explain([said], where, requeue is not None)
     if found is not None:
         return found
@@ -138,6 +150,12 @@ def diagnose(run_dir: Path) -> Diagnosis:
     evidence = (f"{said.source}: {text}",) if said.text else ()
     cause = said.cause or (Cause.FAILED if state == "failed" else Cause.CRASHED)
     return Diagnosis(cause.value, f"The run {state} {where}: {text}", evidence, advice, requeue is not None)
+
+
+def _where(status: dict[str, Any]) -> str:
+    if status.get("step") is None:
+        return "before the first step" + (" of this start" if len(status["starts"]) > 1 else "")
+    return f"after step {status['step']} of {status.get('steps')}"
 
 
 def _cause(record: dict[str, Any]) -> Cause | None:
@@ -179,7 +197,9 @@ def _explanation(cause: str, where: str, evidence: str, will_requeue: bool) -> D
     return Diagnosis(name, f"{summary} It was {where}.", (evidence,), advice, will_requeue)
 
 
-def _from_ranks(run_dir: Path, failures: list[dict[str, Any]], where: str) -> Diagnosis | None:
+def _from_ranks(
+    run_dir: Path, status: dict[str, Any], failures: list[dict[str, Any]], where: str
+) -> Diagnosis | None:
     """From the exceptions that ended ranks, those that only lost a peer last, and from the logs."""
     own = [failure for failure in failures if not _only_lost_a_peer(failure)]
     said = [
@@ -200,7 +220,7 @@ def _from_ranks(run_dir: Path, failures: list[dict[str, Any]], where: str) -> Di
             "Do what the message says.",
             False,
         )
-    found = _explain(said, where, False) or _explain(_log_ends(run_dir), where, False)
+    found = _explain(said, where, False) or _explain(_log_ends(run_dir, status), where, False)
     if found is not None or not own:
         return found
     first = own[0]
@@ -245,7 +265,7 @@ def _silent(run_dir: Path, status: dict[str, Any], failures: list[dict[str, Any]
 
 
 def _without_status(run_dir: Path) -> Diagnosis:
-    found = _explain(_log_ends(run_dir), "before it began", False)
+    found = _explain(_log_ends(run_dir, {}), "before it began", False)
     if found is not None:
         return found
     summary = f"There is no status.json in {run_dir}: no run has started here, or it could not write."
@@ -259,20 +279,45 @@ def _only_lost_a_peer(failure: dict[str, Any]) -> bool:
     )
 
 
-def _log_ends(run_dir: Path) -> list[_Said]:
-    """The ends of all logs, also those that launch scripts put there, the newest first."""
-    paths = [path for pattern in ("*.log", "*.out", "*.err") for path in run_dir.glob(f"logs/**/{pattern}")]
-    texts = []
-    for path in paths:
+def _log_ends(run_dir: Path, status: dict[str, Any]) -> list[_Said]:
+    """What others wrote at the ends of the last start's logs, the newest first.
+
+    They lie in the run's directory, where launch scripts put them there, and in that of the batch job.
+    """
+    names = {path.resolve(): str(path.relative_to(run_dir)) for path in _logs(run_dir / "logs", "**/")}
+    if log_dir := status.get(LOG_DIR_KEY):
+        names = {path.resolve(): str(path) for path in _logs(Path(log_dir), "")} | names
+    since, texts = _last_start_s(status), []
+    for path, name in names.items():
         try:
             with open_regular(path) as file:
-                status = os.fstat(file.fileno())
-                file.seek(max(0, status.st_size - _LAST_BYTES))
+                found = os.fstat(file.fileno())
+                if found.st_mtime < since:
+                    continue
+                file.seek(max(0, found.st_size - _LAST_BYTES))
                 text = file.read(_LAST_BYTES).decode(errors="replace")
-                texts.append((status.st_mtime, _Said(str(path.relative_to(run_dir)), text)))
         except (OSError, ValueError):  # a link to nothing, a pipe
             continue
+        for match in list(_START_LINE.finditer(text))[-1:]:
+            text = text[match.end() :]
+        texts.append((found.st_mtime, _Said(name, _OWN_LINE.sub("", text))))
     return [said for _, said in sorted(texts, key=lambda text: text[0], reverse=True)]
+
+
+def _logs(directory: Path, below: str) -> list[Path]:
+    try:
+        found = [path for kind in ("log", "out", "err") for path in directory.glob(f"{below}*.{kind}")]
+    except (OSError, ValueError):
+        return []
+    return [path for path in found if not _OWN_LOG.fullmatch(path.name)]
+
+
+def _last_start_s(status: dict[str, Any]) -> float:
+    """When the last start began, as files have their times; 0 where nothing says it."""
+    try:
+        return datetime.fromisoformat(status["starts"][-1]["time"]).timestamp()
+    except (LookupError, TypeError, ValueError, OverflowError, OSError):
+        return 0.0
 
 
 def _hosts_of_ranks(run_dir: Path) -> dict[int, str]:

@@ -35,6 +35,7 @@ _MAX_REQUEUE_BYTES = 1 << 20
 
 STATUS_NAME = "status.json"
 REQUEUE_NAME = "requeue"
+LOG_DIR_KEY = "log_dir"
 STATUS_FORMAT = "meditron-train-status/1"
 
 State = Literal["starting", "running", "stopped", "failed", "crashed", "done"]
@@ -191,7 +192,7 @@ def _is_start(value: Any) -> bool:
 
 _KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("state", "run_id", "updated"), _is_text),
-    **dict.fromkeys(("last_checkpoint", "cause", "reason"), _optional(_is_text)),
+    **dict.fromkeys(("last_checkpoint", "cause", "reason", LOG_DIR_KEY), _optional(_is_text)),
     **dict.fromkeys(("step", "steps", "exit_code", "pid", "world_size"), _optional(_is_count)),
     "hosts": _all(_is_text),
     "starts": _all(_is_start),

@@ -20,7 +20,7 @@ from meditron_train.launcher.environment import LaunchEnvironment
 from meditron_train.launcher.waiting import join, tell_failure
 from meditron_train.log import get_logger, setup_logging
 from meditron_train.parallel import destroy, initialize
-from meditron_train.report.status import RunStatus, forget_failures, read_requeue, record_failure
+from meditron_train.report.status import LOG_DIR_KEY, RunStatus, forget_failures, read_requeue, record_failure
 from meditron_train.train.life.heartbeat import forget_heartbeats
 from meditron_train.train.life.run_dir import RunDir
 from meditron_train.train.life.stacks import stacks_file, stacks_written_to
@@ -91,7 +91,7 @@ def train(
         goes_back = mesh.on_first_rank(lambda: _goes_back(chosen))
         mesh.on_first_rank(lambda: _take(run_dir, config, status, _facts(launch, plan, hosts), stack))
         if goes_back:
-            mesh.on_first_rank(lambda: set_aside_later(chosen))
+            mesh.on_first_rank(lambda: _go_back(chosen, status))
         setup_logging(launch.rank, run_dir.path)
         if launch.rank == 0:
             _log.info("starting\n%s", summarize(plan, is_resume=run_dir.has_checkpoints()))
@@ -151,6 +151,11 @@ def _goes_back(chosen: Path | None) -> bool:
     return chosen is not None and chosen != newest_checkpoint(chosen.parent)
 
 
+def _go_back(chosen: Path, status: RunStatus) -> None:
+    set_aside_later(chosen)
+    status.update(last_checkpoint=chosen.name)
+
+
 def _take(run_dir: RunDir, config: Config, status: RunStatus, facts: dict, stack: ExitStack) -> None:
     """Enter a start of the run into its directory, which is locked."""
     run_dir.write_config(config)
@@ -168,5 +173,6 @@ def _facts(launch: LaunchEnvironment, plan: Plan, hosts: list[str]) -> dict[str,
         "layout": asdict(plan.layout),
         "launcher": launch.kind,
         "job_id": launch.job_id,
+        LOG_DIR_KEY: os.environ.get("LOG_DIR") if launch.job_id else None,  # of launch/common.sh
         "steps": plan.config.train.steps,
     }

@@ -103,6 +103,21 @@ def test_a_run_that_finishes(slurm):
     assert slurm.calls() == ["preflight n1 n2", "train n1 n2"]
 
 
+def test_the_output_of_the_job_lies_beside_its_logs(slurm, tmp_path):
+    """As Slurm opens it: a file, for both streams unless --error gives another."""
+    (tmp_path / "train-7.out").write_text("slurmstepd: error: DUE TO TIME LIMIT\n")
+    with open(tmp_path / "train-7.out", "a") as file:
+        environment = {**slurm.environment, "SLURM_RESTART_COUNT": "0"}
+        words = ["launch/train.sbatch", "tiny.yaml"]
+        for _ in range(2):
+            subprocess.run(
+                words, cwd=tmp_path, env=environment, stdout=file, stderr=subprocess.STDOUT, check=True
+            )
+    assert (slurm.log_dir / "job.out").resolve() == (tmp_path / "train-7.out").resolve()
+    text = (slurm.log_dir / "job.out").read_text()
+    assert text.startswith("slurmstepd") and text.count(": training on n1 n2") == 2
+
+
 def asks(cause: str) -> str:
     """What the ranks do that end to be started again."""
     return f"""echo '{{"cause": "{cause}", "reason": "in any words"}}' >runs/tiny/requeue; exit 1"""

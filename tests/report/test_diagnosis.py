@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -154,3 +156,61 @@ def test_no_word_at_all(run_dir):
 
 def test_no_run(run_dir):
     assert diagnose(run_dir).cause == "unknown"
+
+
+FULL = "status.json could not be written, training goes on: [Errno 28] No space left on device"
+
+
+def test_our_own_logs_are_not_searched(run_dir):
+    end(run_dir, None)
+    (run_dir / "logs" / "rank_00000.log").write_text(
+        f"2026-01-01 10:00:00,123 WARNING meditron_train.x: {FULL}\n"
+    )
+    (run_dir / "logs" / "wandb.log").write_text("wandb: ERROR out of memory\n")
+    (run_dir / "logs" / "n1-0.log").write_text(f"10:00:00 WARNING {FULL}\n10:00:01 [rank 3] ERROR {FULL}\n")
+    said = f"[2026-01-01 10:00:00] job 7: the ranks ended with exit code 1 ({FULL})\n"
+    (run_dir / "logs" / "train-7.out").write_text(said)
+    assert diagnose(run_dir).cause == "running_or_killed"
+
+
+def test_what_an_earlier_start_left_is_not_searched(run_dir):
+    line = "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0\n"
+    old = run_dir / "logs" / "train-6.out"
+    old.write_text(line)
+    os.utime(old, (time.time() - 3600,) * 2)
+    marks = ("\n==== 2026-01-01 10:00:00 rank 0 of 3, rendezvous 7.0.1 ====\n",
+             "[2026-01-01 10:00:00] job 7: training on n1; follow it with: tail -f logs/7/n1-0.log\n")  # fmt: skip
+    end(run_dir, None)
+    for number, mark in enumerate(marks):
+        (run_dir / "logs" / f"n{number}.log").write_text(f"{line}{mark}10:00:00 INFO step 8\n")
+    assert diagnose(run_dir).cause == "running_or_killed"
+    (run_dir / "logs" / "n0.log").write_text(f"step\n{marks[0]}10:00:00 INFO step 8\n{line}")
+    assert diagnose(run_dir).cause == "out_of_memory"
+
+
+def test_the_logs_of_the_batch_job_are_found(run_dir, tmp_path_factory):
+    logs, output = tmp_path_factory.mktemp("7"), tmp_path_factory.mktemp("submit") / "train-7.out"
+    status = RunStatus(run_dir, enabled=True)
+    status.start({"hosts": ["n1"], "world_size": 3, "steps": 20, "log_dir": str(logs)})
+    line = "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T10:00:00 DUE TO TIME LIMIT ***"
+    output.write_text(f"[2026-01-01 10:00:00] job 7: training on n1\n{line}\n")
+    assert diagnose(run_dir).cause == "running_or_killed"
+    (logs / "job.out").symlink_to(output)
+    (logs / "job.err").symlink_to(output)
+    (logs / "n1-0.out").symlink_to(logs / "nowhere")
+    found = diagnose(run_dir)
+    assert found.cause == "time_limit" and found.evidence[0].endswith(f"{line}")
+
+
+@pytest.mark.parametrize("log_dir", ["/nowhere", "a\0b", "", 7, ["x"]])
+def test_a_directory_of_logs_may_be_anything(run_dir, log_dir):
+    RunStatus(run_dir, enabled=True).start({"steps": 20, "log_dir": log_dir})
+    assert diagnose(run_dir).cause == "running_or_killed"
+
+
+def test_an_end_before_the_first_step(run_dir):
+    for summary in ("It was before the first step.", "It was before the first step of this start."):
+        with pytest.raises(MeditronError), RunStatus(run_dir, enabled=True) as status:
+            status.start({"steps": 20})
+            raise MeditronError("too large", cause=Cause.OUT_OF_MEMORY)
+        assert diagnose(run_dir).summary.endswith(summary)

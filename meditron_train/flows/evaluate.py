@@ -99,7 +99,13 @@ def evaluate_model(request: Request, launch: LaunchEnvironment) -> dict[str, Any
         "dtype": dtype,
     }
     result, scores = about, list[Score]()
-    with _opened(directory, request.batch_size, runner, parallel, launch, device, dtype) as lm:
+    settings = {
+        "device": device,
+        "batch_size": request.batch_size,
+        "dtype": dtype,
+        "chat": request.protocol.chat,
+    }
+    with _opened(directory, runner, parallel, launch, settings) as lm:
         for questions in asked:
             scores.append(run_benchmark(lm, questions))
             result = {
@@ -137,19 +143,15 @@ def _identity(directory: Path) -> dict[str, Any]:
 @contextmanager
 def _opened(
     directory: Path,
-    batch_size: int,
     runner: str,
     parallel: ParallelSection,
     launch: LaunchEnvironment,
-    device: str,
-    dtype: str,
+    settings: dict[str, Any],
 ) -> Iterator[Any]:
     """The lm_eval `LM` of a runner."""
     if runner == "parallel":
-        yield open_parallel_runner(
-            directory, launch, parallel, device=device, batch_size=batch_size, dtype=dtype
-        )
+        yield open_parallel_runner(directory, launch, parallel, **settings)
         destroy()  # not after an error: it may wait for what a failed peer never sends
     else:
         with as_hf_directory(directory) as hf_directory:
-            yield open_runner(runner, hf_directory, device=device, batch_size=batch_size, dtype=dtype)
+            yield open_runner(runner, hf_directory, **settings)

@@ -69,5 +69,6 @@ def answer_benchmark(
         device="cpu",
         batch_size=4,
         dtype="float32",
+        chat=any(protocol.chat for _, protocol in asked),
     )
     return [ask_benchmark(lm, BENCHMARKS[name], data, protocol).answers for name, protocol in asked]

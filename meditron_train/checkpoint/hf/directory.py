@@ -12,6 +12,7 @@ from meditron_train.checkpoint.hf.config import generation_config_of, model_conf
 from meditron_train.checkpoint.tokenizer.chat import ChatFormat, add_end_token
 from meditron_train.checkpoint.tokenizer.files import check_tokenizer, copy_tokenizer
 from meditron_train.config.model_config import ModelConfig
+from meditron_train.errors import UserError
 from meditron_train.files import read_json_object
 
 HF_SUBDIRECTORY = "hf"
@@ -69,3 +70,21 @@ def read_generation_config(directory: Path) -> dict[str, Any] | None:
     """
     path = directory / "generation_config.json"
     return read_json_object(path) if path.is_file() else None
+
+
+def end_token_ids(directory: Path) -> frozenset[int]:
+    """Tokens at which transformers ends a text: those of generation_config.json, else of config.json.
+
+    Raises:
+        UserError: a file cannot be read, or has something else in their place.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        said = read_json_object(path).get("eos_token_id") if path.is_file() else None
+        if said is None:
+            continue
+        ends = said if isinstance(said, list) else [said]
+        if not all(type(end) is int for end in ends):
+            raise UserError(f"{path}: eos_token_id is {said!r}; it must be an id or a list of ids")
+        return frozenset(ends)
+    return frozenset()

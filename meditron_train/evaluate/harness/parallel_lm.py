@@ -7,7 +7,7 @@ harness therefore believes to be alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -35,13 +35,17 @@ class ParallelLM(TemplateLM):
         parallel: the model.
         tokenizer: transformers' tokenizer.
         add_bos: a BOS token precedes every prompt.
+        ends: ids of tokens that end a text, beside the tokenizer's EOS.
         batch_size: texts of the greatest length that a micro-batch may hold.
     """
 
-    def __init__(self, parallel: ParallelModel, tokenizer: Any, *, add_bos: bool, batch_size: int) -> None:
+    def __init__(
+        self, parallel: ParallelModel, tokenizer: Any, *, add_bos: bool, ends: Set[int], batch_size: int
+    ) -> None:
         super().__init__()
         self._parallel, self._model, self.tokenizer = parallel, parallel.on_ranks, tokenizer
         self._add_bos, self._batch_size = add_bos, batch_size
+        self._ends = ends | {tokenizer.eos_token_id}
         self._device = parallel.mesh.device
         self.max_length: int = parallel.on_ranks.model.max_position_embeddings
 
@@ -170,7 +174,7 @@ class ParallelLM(TemplateLM):
                 f"--max-new-tokens is {max_new_tokens}; the model reads {self.max_length} tokens, with the prompt"
             )
         ids = tuple(self.tok_encode(context)[-room:]) or (self.prefix_token_id,)
-        return _Writing(ids, until, max_new_tokens, temperature, (seed, number), self.tokenizer)
+        return _Writing(ids, until, max_new_tokens, temperature, (seed, number), self.tokenizer, self._ends)
 
 
 class _Writing:
@@ -184,10 +188,11 @@ class _Writing:
         temperature: float,
         seed: tuple[int, int],
         tokenizer: Any,
+        ends: Set[int],
     ) -> None:
         self.context, self.tokens = context, []  # type: ignore[var-annotated]
         self._until, self._max_new_tokens, self._temperature = until, max_new_tokens, temperature
-        self._seed, self._tokenizer = seed, tokenizer
+        self._seed, self._tokenizer, self._ends = seed, tokenizer, ends
         self._stopped = False
 
     @property
@@ -211,9 +216,7 @@ class _Writing:
         return int(torch.multinomial((logits_V / self._temperature).softmax(-1), 1, generator=generator))
 
     def add(self, token: int) -> None:
-        """Take the next token; the end of the text, or a stop sequence, ends it."""
+        """Take the next token; one that ends texts, or a stop sequence, ends it."""
         self.tokens.append(token)
         written = self._tokenizer.decode(self.tokens)
-        self._stopped = token == self._tokenizer.eos_token_id or any(
-            term and term in written for term in self._until
-        )
+        self._stopped = token in self._ends or any(term and term in written for term in self._until)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from meditron_train.checkpoint.hf.directory import end_token_ids
 from meditron_train.checkpoint.hf.read import open_hf_model
 from meditron_train.config.training import ParallelSection
 from meditron_train.errors import UserError
@@ -31,10 +32,21 @@ def require_harness() -> None:
         raise UserError(f"evaluate needs the lm-evaluation-harness: {INSTALL}") from None
 
 
-def open_runner(name: str, directory: Path, *, device: str, batch_size: int, dtype: str) -> Any:
+def open_runner(
+    name: str, directory: Path, *, device: str, batch_size: int, dtype: str, chat: bool = False
+) -> Any:
     """An lm_eval `LM` over a Hugging Face directory.
 
-    A BOS token precedes every prompt exactly where the tokenizer adds one, as in training.
+    A BOS token precedes every prompt exactly where training puts one: where the tokenizer adds it, and in a
+    conversation where the template writes it.
+
+    Args:
+        name: of the runner.
+        directory: of the model.
+        device: as torch names it.
+        batch_size: texts at a time.
+        dtype: of the weights and activations.
+        chat: prompts are written by the chat template.
 
     Raises:
         UserError: the runner is unknown or not installed, or the vocabulary disagrees with the tokenizer.
@@ -43,7 +55,7 @@ def open_runner(name: str, directory: Path, *, device: str, batch_size: int, dty
     open_hf_model(directory)  # our own messages for missing shards, other architectures and adapters
     tokenizer = open_tokenizer(directory)
     _check_vocabulary(directory, len(tokenizer))
-    add_bos = _adds_bos(tokenizer)
+    add_bos = not chat and _adds_bos(tokenizer)
     if name == "transformers":
         from lm_eval.models.huggingface import HFLM
 
@@ -80,8 +92,11 @@ def open_parallel_runner(
     device: str,
     batch_size: int,
     dtype: str,
+    chat: bool = False,
 ) -> Any:
     """An lm_eval `LM` over a Hugging Face directory or a sharded checkpoint on all ranks of this job; collective.
+
+    BOS tokens are as those of `open_runner`.
 
     Raises:
         UserError: as `open_parallel_model`, or the vocabulary disagrees with the tokenizer, or there is none.
@@ -95,7 +110,8 @@ def open_parallel_runner(
     model = open_parallel_model(directory, launch, parallel, dtype=getattr(torch, dtype), device=device)
     tokenizer = open_tokenizer(model.tokenizer)
     _check_vocabulary(model.tokenizer, len(tokenizer))
-    return ParallelLM(model, tokenizer, add_bos=_adds_bos(tokenizer), batch_size=batch_size)
+    add_bos, ends = not chat and _adds_bos(tokenizer), end_token_ids(model.tokenizer)
+    return ParallelLM(model, tokenizer, add_bos=add_bos, ends=ends, batch_size=batch_size)
 
 
 def _check_vocabulary(directory: Path, num_tokens: int) -> None:

@@ -27,8 +27,8 @@ STAGES = {
     "repetition": "repetition",
     "quality": "quality",
     "contaminated": "benchmark items",
-    "duplicate.exact_duplicate": "exact duplicates",
     "duplicate.full_text": "abstracts of papers present",
+    "duplicate.exact_duplicate": "exact duplicates",
     "duplicate.near_duplicate": "near-duplicates",
     "removed": "removed later",
 }

@@ -2,7 +2,7 @@
 
 scan    shards: which ids are claimed more than once, and one process that decides who keeps them
 read    shards: raw files to documents, filters of single documents, benchmark items
-exact   one process: equal content, abstracts of papers
+exact   one process: abstracts of papers, equal content
 sign    units: MinHash signatures
 pair    buckets: pairs of near-duplicates
 cluster one process: which of them are kept
@@ -115,10 +115,11 @@ def _run(plan: Plan, work: WorkDirectory, execution: Execution, strict: bool) ->
     documents = index.num_documents
     if not work.fates.is_dir():
         fates = Fates.all_kept(documents)
-        if plan.corpus.dedup.exact:
-            drop_equal_content(index, fates)
+        # Abstracts first: else an equal text that comes before its paper stands for it, and the paper for the abstract.
         if plan.corpus.dedup.full_text:
             drop_abstracts_of_papers(index, fates)
+        if plan.corpus.dedup.exact:
+            drop_equal_content(index, fates)
         with whole_directory(work.fates) as directory:
             fates.write(directory)
     if not work.clusters.is_dir():

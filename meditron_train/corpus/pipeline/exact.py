@@ -23,7 +23,7 @@ def drop_equal_content(index: Index, fates: Fates) -> None:
 def drop_abstracts_of_papers(index: Index, fates: Fates) -> None:
     """Drop abstracts whose PMID, PMCID or DOI a paper has.
 
-    Papers that are duplicates of something count as well: their text is there.
+    To be called before papers are dropped, so that no two documents stand for each other.
     """
     parts = {shard.number: index.plan.source(shard.source).part for shard in index.plan.shards}
     if not {"abstracts", "papers"} <= set(parts.values()):

@@ -325,6 +325,27 @@ def test_an_abstract_stays_where_its_paper_is_contaminated(tmp_path: Path) -> No
     assert gone == {"p": "contaminated", "a6": "duplicate.full_text"}
 
 
+def test_a_paper_that_is_its_abstract_alone_stays_in_its_place(tmp_path: Path) -> None:
+    """The abstract comes first, has the same text and the same PMID; a guideline has that of another pair."""
+    papers = [{"id": f"p{i}", "text": article(i), "pmid": str(i)} for i in (5, 6)]
+    abstracts = [{"id": f"a{i}", "text": article(i), "pmid": str(i)} for i in (5, 6)]
+    sources = [
+        source(
+            "guidelines", write_jsonl(tmp_path / "g.jsonl", [{"id": "g", "text": article(6)}]), "guidelines"
+        ),
+        source("abstracts", write_jsonl(tmp_path / "a.jsonl", abstracts), "abstracts"),
+        source("papers", write_jsonl(tmp_path / "p.jsonl", papers)),
+    ]
+    build(corpus(tmp_path / "out", sources))
+    assert documents(tmp_path / "out").keys() == {"g", "p5"}
+    gone = {doc_id: (record["rule"], record["kept"]) for doc_id, record in dropped(tmp_path / "out").items()}
+    assert gone == {
+        "a5": ("duplicate.full_text", "p5"),
+        "a6": ("duplicate.full_text", "g"),
+        "p6": ("duplicate.exact_duplicate", "g"),
+    }
+
+
 def test_an_unknown_license_is_not_blamed_on_another_file(tmp_path: Path) -> None:
     pages = shutil.copytree(FIXTURES / "pages", tmp_path / "pages")
     (pages / "fever.json").write_text('{"license": "odd"}')

@@ -120,7 +120,8 @@ def _front_matter(card: Card) -> dict[str, Any]:
 
 
 def _index(evaluation: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for score in evaluation["scores"]:
+    """Entries of the Hub's table; a part of the questions gives none, as nobody sees there that it is one."""
+    for score in evaluation["scores"] if evaluation.get("limit") is None else ():
         if score["accuracy"] is not None:
             yield {
                 "task": {"type": "text-generation"},
@@ -208,11 +209,16 @@ def _data(facts: RunFacts) -> str:
          ", ".join(source.licenses) or _UNKNOWN, source.corpus or _UNKNOWN)
         for source in facts.data
     ]  # fmt: skip
+    trained = (
+        "How many tokens were trained on is not recorded."
+        if facts.tokens is None
+        else f"{facts.tokens:,} tokens were trained on, padding included."
+    )
     header = ("source", "share", "documents", "tokens", "licenses that documents state", "corpus")
     return (
         f"## Training data\n\n{_table(header, rows)}\n"
         f"Packing: {facts.config.data.packing}; documents in one sequence do not see each other. "
-        f"{facts.tokens:,} tokens were trained on, padding included.\n"
+        f"{trained}\n"
     )
 
 

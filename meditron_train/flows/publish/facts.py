@@ -80,6 +80,7 @@ class RunFacts:
 
     Attributes:
         config: what the checkpoint was trained with.
+        tokens: read in training, padding included; None where that is not recorded.
         learned_tokens: labels that counted in the loss; None where not every step is recorded.
         losses: the last training loss and validation losses by name.
         work: None without a run directory.
@@ -89,7 +90,7 @@ class RunFacts:
 
     config: Config
     step: int
-    tokens: int
+    tokens: int | None
     learned_tokens: int | None
     layout: ParallelLayout | None
     losses: Mapping[str, float]
@@ -120,7 +121,7 @@ def collect_facts(origin: Origin, gpu: str | None) -> RunFacts | None:
     return RunFacts(
         config=config,
         step=step,
-        tokens=int(meta.get("tokens") or 0),
+        tokens=_tokens(meta, run, step),
         learned_tokens=_learned_tokens(run.metrics, step) if run is not None else None,
         layout=_layout(meta.get("layout") or launch_of(start).get("layout")),
         losses=_losses(run.metrics, step) if run is not None else {},
@@ -155,6 +156,17 @@ def _losses(metrics: Metrics, step: int) -> dict[str, float]:
     }
     until = {name: curve.finite.values[curve.finite.steps <= step] for name, curve in curves.items()}
     return {name: float(values[-1]) for name, values in until.items() if len(values)}
+
+
+def _tokens(meta: Mapping[str, Any], run: RunRecord | None, step: int) -> int | None:
+    """By the checkpoint, else by the run's line of that step."""
+    if isinstance(known := meta.get("tokens"), int):
+        return known
+    if run is None:
+        return None
+    curve = run.metrics["tokens"].finite
+    values = curve.values[curve.steps == step]
+    return int(values[-1]) if step and len(values) else None
 
 
 def _learned_tokens(metrics: Metrics, step: int) -> int | None:

@@ -115,16 +115,17 @@ class LicenseFiles:
 
 
 def find_license(
-    stated: str | None, text: Path | None, base: Path | None, model_name: str
+    stated: str | None, text: Path | None, base: Path | None, model_name: str, *, is_uploaded: bool = False
 ) -> tuple[LicenseFiles, list[str]]:
     """The files that go with weights made from a base under the license `stated`, and what remains to be done by hand.
 
     Args:
         text: a file with the license's words; else that of the directory `base` is taken.
+        is_uploaded: the weights leave this machine, so that nothing can be added by hand before.
 
     Raises:
-        UserError: no license is stated, one that is not known here comes without its text, or it demands another name
-            of the model.
+        UserError: no license is stated, one that is not known here, or must go with an upload, comes without its text,
+            or it demands another name of the model.
     """
     if not stated:
         raise UserError(
@@ -154,10 +155,10 @@ def find_license(
         )
     to_do = []
     if known.needs_text and found is None:
-        to_do.append(
-            f"the {known.title} must go with the weights, and no copy was found beside the base: add it as "
-            f"{LICENSE_NAME} with --license-file FILE ({known.url})"
-        )
+        missing = f"the {known.title} must go with the weights, and no copy was found beside the base"
+        if is_uploaded:
+            raise UserError(f"{missing}: before an upload, give it with --license-file FILE ({known.url})")
+        to_do.append(f"{missing}: add it as {LICENSE_NAME} with --license-file FILE ({known.url})")
     policies = tuple(path for name in _POLICY_NAMES if (path := _first(base, (name,))) is not None)
     return LicenseFiles(known, found, policies), to_do
 

@@ -97,10 +97,13 @@ def _of_merged(directory: Path, source: dict[str, Any]) -> Origin:
 
 
 def _trained(directory: Path, training: Path, source: dict[str, Any]) -> Origin:
-    """Weights of that checkpoint, where it is still the same."""
-    manifest = training / MANIFEST_NAME
-    is_it = manifest.is_file() and sha256_file(manifest) == source.get("manifest_sha256")
-    return Origin(directory, training if is_it else None, training.parent.parent, source)
+    """Weights of that checkpoint, with its run; without either where another training has taken its place."""
+    manifest, run_dir = training / MANIFEST_NAME, training.parent.parent
+    if not manifest.is_file():  # deleted for newer ones
+        return Origin(directory, None, run_dir, source)
+    if sha256_file(manifest) != source.get("manifest_sha256"):
+        return Origin(directory, None, None, source)
+    return Origin(directory, training, run_dir, source)
 
 
 def _run_of(checkpoint: Path) -> Path | None:

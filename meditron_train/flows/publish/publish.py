@@ -31,7 +31,7 @@ from meditron_train.flows.publish.facts import RunFacts, collect_facts
 from meditron_train.flows.publish.licenses import LicenseFiles, find_license
 from meditron_train.flows.publish.origin import Origin, find_origin
 from meditron_train.flows.publish.signing import fingerprint, read_key, require_library, sign
-from meditron_train.flows.publish.upload import check_repo, find_token, upload
+from meditron_train.flows.publish.upload import check_repo, find_token, upload, upload_command
 from meditron_train.log import get_logger
 from meditron_train.planner.cost import DEFAULT_CARBON_KG_PER_KWH, DEFAULT_PUE
 from meditron_train.tokenizer.files import has_tokenizer
@@ -113,7 +113,9 @@ def publish(
     evaluations = [read_result(path) for path in wishes.evaluations]
     base = facts.config.model.from_ if facts is not None else None
     stated = wishes.base_license or (facts.config.model.license if facts is not None else None)
-    license_files, to_do = find_license(stated, wishes.license_file, base, name)
+    license_files, to_do = find_license(
+        stated, wishes.license_file, base, name, is_uploaded=wishes.repo is not None
+    )
     key = None
     if wishes.sign is not None:
         require_library()
@@ -140,8 +142,8 @@ def publish(
             url = upload(directory, wishes.repo, token, public=wishes.public)
         else:
             to_do.append(
-                f"nothing was uploaded, as there is no token (HF_TOKEN, or hf auth login): hf upload {wishes.repo} "
-                f"{directory}"
+                "nothing was uploaded, as there is no token (HF_TOKEN, or hf auth login): "
+                f"{upload_command(directory, wishes.repo, public=wishes.public)}"
             )
     return Published(directory, check, key is not None, url, tuple(to_do))
 
@@ -153,17 +155,21 @@ def _inside(directory: Path, run_dir: Path) -> Path | None:
 
 
 def _evaluation_notes(path: Path, result: dict[str, Any], origin: Origin, checkpoint: Path) -> list[str]:
-    """Where a result is not evidently of what is published: by the hash of its checkpoint, else by its path."""
+    """Where a result without a hash of its checkpoint is not evidently of what is published, by its path.
+
+    Raises:
+        UserError: by the hash, it is of another checkpoint.
+    """
     known = _manifest_hashes(origin)
     evaluated_hashes = _evaluated_hashes(result)
     if evaluated_hashes and known:
         if evaluated_hashes & known:
             return []
         name = result["checkpoint"].get("name")
-        return [
-            f"{path} is an evaluation of another checkpoint ({name} of {result['model']}, by the hash of its manifest) "
-            "than the one published, though the card shows it: evaluate this one"
-        ]
+        raise UserError(
+            f"--evaluation {path} is of another checkpoint ({name} of {result['model']}, by the hash of its manifest) "
+            f"than the one published, {origin.weights}: evaluate this one, or leave it out"
+        )
     places = {
         place.resolve() for place in (checkpoint, origin.weights, origin.training, origin.run_dir) if place
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from meditron_train.errors import MeditronError, UserError
@@ -29,6 +30,12 @@ def check_repo(name: str) -> None:
         raise UserError(f"--repo is {name!r}, which is no name of a repository: {error}") from None
 
 
+def upload_command(directory: Path, repo: str, *, public: bool) -> str:
+    """What to type to upload the directory by hand; a repository that `hf upload` makes is public by default."""
+    words = ["hf", "upload", repo, str(directory), *([] if public else ["--private"])]
+    return shlex.join(words)
+
+
 def upload(directory: Path, repo: str, token: str, *, public: bool) -> str:
     """Upload the directory in one commit, so that the repository has all of it or nothing.
 
@@ -42,8 +49,12 @@ def upload(directory: Path, repo: str, token: str, *, public: bool) -> str:
         MeditronError: it failed, and with which command to try again.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
+    # Those of the HTTP library below, whichever it is (requests, httpx, httpx2), as huggingface_hub lets them through.
+    failures: tuple[type[Exception], ...] = tuple(
+        kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind is not Exception
+    )
     api = HfApi(token=token)
     try:
         api.create_repo(repo, repo_type="model", private=not public, exist_ok=True)
@@ -52,10 +63,10 @@ def upload(directory: Path, repo: str, token: str, *, public: bool) -> str:
             folder_path=directory,
             commit_message=f"Publish {directory.name} with meditron-train",
         )
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    except (*failures, OSError, ValueError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MeditronError(
-            f"{directory} is complete, but its upload to {repo} failed: {first_line}. Try again with: hf upload {repo} "
-            f"{directory}"
+            f"{directory} is complete, but its upload to {repo} failed: {first_line}. Try again with: "
+            f"{upload_command(directory, repo, public=public)}"
         ) from error
     return str(done.commit_url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from meditron_train.config.schema import Config
 from meditron_train.errors import UserError
 from meditron_train.files import sha256_file
+from meditron_train.flows.publish.card import _data
 from meditron_train.flows.publish.facts import DataSource, Work, _source, collect_facts
 from meditron_train.flows.publish.origin import find_origin
 from meditron_train.report.run_record import seconds_of
@@ -50,6 +52,23 @@ def test_the_record_of_a_run(run_dir: Path) -> None:
     assert earlier is not None and earlier.losses["training"] == metrics[2]["loss"]
     with pytest.raises(UserError, match="the GPU 'a1000' is unknown"):
         collect_facts(find_origin(run_dir), "a1000")
+
+
+def test_an_export_whose_checkpoint_is_gone(run_dir: Path, tmp_path: Path) -> None:
+    """Deleted: the run tells the rest. Another one in its place: nothing is known of the training."""
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    checkpoint = run / "checkpoints" / "step_00000006"
+    (checkpoint / "manifest.json").write_text("{}")
+    origin = find_origin(run / "hf")
+    assert (origin.training, origin.run_dir) == (None, None) and collect_facts(origin, None) is None
+    shutil.rmtree(checkpoint)
+    facts = collect_facts(find_origin(run / "hf"), None)
+    assert facts is not None and (facts.step, facts.tokens) == (6, 6 * 4 * 64)
+    assert "1,536 tokens were trained on, padding included." in _data(facts)
+    (run / "metrics.jsonl").unlink()
+    facts = collect_facts(find_origin(run / "hf"), None)
+    assert facts is not None and facts.tokens is None
+    assert "How many tokens were trained on is not recorded." in _data(facts)
 
 
 def test_a_source_that_comes_from_a_corpus(tmp_path: Path) -> None:

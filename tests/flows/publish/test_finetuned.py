@@ -11,6 +11,7 @@ import yaml
 
 from meditron_train.checkpoint.convert.adapters import merge_adapter
 from meditron_train.files import sha256_file
+from meditron_train.flows.publish.facts import collect_facts
 from meditron_train.flows.publish.origin import find_origin
 from meditron_train.flows.publish.publish import Wishes, publish
 from tests.distributed import run_ranks
@@ -73,4 +74,5 @@ def test_a_merged_adapter_has_the_record_of_its_run(
     assert str(tmp_path) not in text + (tmp_path / "out" / "manifest.json").read_text()
     # Another training in the same place is not its record.
     (checkpoint / "manifest.json").write_text("{}")
-    assert find_origin(tmp_path / "merged").training is None
+    origin = find_origin(tmp_path / "merged")
+    assert (origin.training, origin.run_dir) == (None, None) and collect_facts(origin, None) is None

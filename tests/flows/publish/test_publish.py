@@ -184,12 +184,34 @@ def test_an_evaluation_of_another_model_is_pointed_out(run_dir: Path, tmp_path: 
         evaluation.write_text(
             json.dumps({**EVALUATION, "model": model, "checkpoint": {"name": "step", **said}})
         )
-        done = publish(run_dir, tmp_path / f"by-hash-{number}", Wishes(evaluations=(evaluation,)))
-        assert (done.to_do == ()) == is_it
-        assert is_it or "is an evaluation of another checkpoint (step of" in done.to_do[0]
+        out, wishes = tmp_path / f"by-hash-{number}", Wishes(evaluations=(evaluation,))
+        if is_it:
+            assert publish(run_dir, out, wishes).to_do == ()
+            continue
+        with refused("scores.json is of another checkpoint (step of", "evaluate this one"):
+            publish(run_dir, out, wishes)
+        assert not list(tmp_path.glob(f"{out.name}*"))
     evaluation.write_text("{}")
     with refused("scores.json is not a result of `evaluate --output`"):
         publish(run_dir, tmp_path / "other", Wishes(evaluations=(evaluation,)))
+
+
+def test_a_part_of_the_questions_is_no_entry_of_the_hubs_table(run_dir: Path, tmp_path: Path) -> None:
+    evaluation = tmp_path / "scores.json"
+    evaluation.write_text(json.dumps({**EVALUATION, "model": str(run_dir), "limit": 100}))
+    publish(run_dir, tmp_path / "Tiny", Wishes(evaluations=(evaluation,)))
+    header, text = read_card(tmp_path / "Tiny")
+    assert "model-index" not in header
+    assert "50.0 [40.0, 60.0] n=100" in text and "Tiny: only the first 100 questions of each" in text
+
+
+def test_an_upload_without_the_licenses_text_is_refused(run_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(flow, "find_token", lambda: "hf_secret")
+    monkeypatch.setattr(flow, "upload", lambda *_, **__: pytest.fail("it was uploaded"))
+    model = shutil.copytree(run_dir / "hf", tmp_path / "model")
+    with refused("no copy was found beside the base: before an upload, give it with --license-file FILE"):
+        publish(model, tmp_path / "out", Wishes("llama2", repo="lab/tiny"))
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
 def test_signed_and_every_change_is_seen(run_dir: Path, tmp_path: Path, key: Path) -> None:
@@ -266,7 +288,7 @@ def test_upload_to_a_hub(run_dir: Path, tmp_path: Path) -> None:
 def test_a_hub_that_fails_and_no_token(run_dir: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(flow, "find_token", lambda: None)
     done = publish(run_dir, tmp_path / "out", Wishes(repo="lab/tiny"))
-    assert done.url is None and "hf upload lab/tiny" in done.to_do[-1]
+    assert done.url is None and f"hf upload lab/tiny {tmp_path}/out --private" in done.to_do[-1]
 
     def fail(*_: Any, **__: Any) -> str:
         raise MeditronError("500")

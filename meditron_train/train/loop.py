@@ -57,12 +57,12 @@ class Run:
         status: RunStatus,
         stack: ExitStack,
         *,
-        goes_back: bool,
+        from_step: int | None = None,
     ) -> None:
         """Take over what the start has prepared.
 
         Args:
-            goes_back: to an earlier checkpoint, on request; what lies on the nodes is of later steps.
+            from_step: the step that a person asked to go back to, whether this start does so or an earlier one has.
         """
         config, settings = plan.config, plan.config.resilience
         self.plan, self.config, self.mesh, self.run_dir = plan, config, mesh, run_dir
@@ -74,8 +74,8 @@ class Run:
         self.batches = batch_schedule(config)
         self.checkpoints = RunCheckpoints(plan, mesh, run_dir.checkpoints, status)
         self.local = LocalCheckpoints(plan, mesh, mesh.from_first_rank(status.run_id))
-        if goes_back:
-            self.local.remove()
+        if from_step is not None:
+            self.local.remove_others(from_step)
         self.pulse.enter("checking the checkpoints")
         newest, local_step = self.checkpoints.newest(), self.local.newest()
         self.pulse.enter("building the model")
@@ -88,8 +88,8 @@ class Run:
         else:
             self.progress = self.checkpoints.load(self.engine, newest) if newest else Progress()
             self.warn_of_lr_jump(newest)
-        if goes_back:
-            self.progress.from_step = self.progress.step
+        if from_step is not None:  # also where an earlier start went back and left no checkpoint that says so
+            self.progress.from_step = from_step
         self.pulse.step = self.progress.step
         self.guard = StepGuard(self.engine, settings, hosts, self.progress.history)
         self.faults = InjectedFaults(run_dir.path, mesh.rank)

@@ -100,7 +100,7 @@ def train(
         if mesh.on_gpu and config.train.profile.memory_history:
             remember_allocations()
         try:
-            run = Run(plan, mesh, run_dir, launch, hosts, signals, status, stack, goes_back=goes_back)
+            run = Run(plan, mesh, run_dir, launch, hosts, signals, status, stack, from_step=from_step)
             exit_code = run.loop()
         except BaseException as error:
             write_if_out_of_memory(error, run_dir.path, launch.rank)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from meditron_train.train.guard.injected_faults import VARIABLE
 from tests.distributed import run_ranks
 from tests.train.test_loop import run, run_rank
 from tests.train.test_starts import failure
@@ -142,7 +144,9 @@ def test_validation_before_the_first_step(write_small, tmp_path):
     assert metrics[0]["validation_loss.held-out"] > metrics[4]["validation_loss.held-out"]
 
 
-def going_back_rank(rank: int, world_size: int, config_file: Path, steps: int) -> int:
+def going_back_rank(
+    rank: int, world_size: int, config_file: Path, steps: int, from_step: int | None = 2
+) -> int:
     from meditron_train.config.load import load_config
     from meditron_train.launcher.environment import detect_launcher
     from meditron_train.train.life.stop_signals import StopSignals
@@ -150,7 +154,7 @@ def going_back_rank(rank: int, world_size: int, config_file: Path, steps: int) -
 
     config = load_config(config_file, [f"train.steps={steps}"])
     with StopSignals(config.logging.run_dir, checks_files=rank == 0) as signals:
-        return train(config, detect_launcher(), signals, from_step=2)
+        return train(config, detect_launcher(), signals, from_step=from_step)
 
 
 def test_a_run_goes_back_to_a_chosen_checkpoint_once(write_small, tmp_path):
@@ -166,6 +170,48 @@ def test_a_run_goes_back_to_a_chosen_checkpoint_once(write_small, tmp_path):
     assert run_ranks(going_back_rank, 1, config, 5) == [0]
     assert not (checkpoints / "step_00000004.set_aside_2").exists()
     assert (checkpoints / "step_00000005").is_dir()
+
+
+def crashing_rank(rank: int, world_size: int, config_file: Path, from_step: int | None) -> int:
+    os.environ[VARIABLE] = "crash@4"
+    return going_back_rank(rank, world_size, config_file, 5, from_step)
+
+
+def test_a_crash_after_going_back_does_not_make_it_go_back_twice(write_small, tmp_path, caplog):
+    """The start after the crash finds the chosen checkpoint as the newest one, without a mark that it was chosen."""
+    from meditron_train.train.saving.continuing import chosen_checkpoint
+
+    config = write_small(checkpoint={"interval": 2, "export_hf": False})
+    run(config)
+    with pytest.raises(AssertionError, match="an injected crash"):
+        run_ranks(crashing_rank, 1, config, 2)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert {path.name for path in checkpoints.glob("step_*")} == {
+        "step_00000002",
+        "step_00000004.set_aside_1",
+    }
+    assert run_ranks(going_back_rank, 1, config, 4) == [0]
+    assert run_ranks(going_back_rank, 1, config, 5) == [0]
+    assert not (checkpoints / "step_00000004.set_aside_2").exists()
+    caplog.set_level("INFO", logger="meditron_train")
+    assert chosen_checkpoint(checkpoints, 2) == checkpoints / "step_00000005"
+    assert "--from-step 2 was obeyed before" in caplog.text
+
+
+@pytest.mark.parametrize("has_mark", [False, True])
+def test_what_lies_on_the_node_from_before_is_not_gone_back_to(write_small, tmp_path, has_mark):
+    """Of step 3, where the newest checkpoint that everyone can read is of step 2."""
+    local = {"local_interval": 1, "local_dir": str(tmp_path / "local")}
+    config = write_small(checkpoint={"interval": 2, "export_hf": False, **local})
+    if has_mark:
+        run(config)
+    with pytest.raises(AssertionError, match="an injected crash"):
+        run_ranks(crashing_rank, 1, config, 2 if has_mark else None)
+    assert list((tmp_path / "local").rglob("step_00000003.pt"))
+    assert run_ranks(going_back_rank, 1, config, 4) == [0]
+    log = (tmp_path / "run" / "logs" / "rank_00000.log").read_text()
+    start = log.rpartition("resuming from")[2]
+    assert ("after step 3" if has_mark else "step_00000002, after step 2") in start
 
 
 def test_a_first_start_that_is_refused_creates_nothing(write_small, tmp_path):

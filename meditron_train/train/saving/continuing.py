@@ -29,7 +29,14 @@ def chosen_checkpoint(directory: Path, from_step: int | None) -> Path | None:
         UserError: there is no checkpoint of `from_step`.
     """
     newest = newest_checkpoint(directory)
-    if from_step is None or (newest is not None and read_meta(newest).get("from_step") == from_step):
+    if from_step is None:
+        return newest
+    if newest is not None and read_meta(newest).get("from_step") == from_step:
+        _log.info(
+            "--from-step %d was obeyed before, and %s came of it: the run goes on from there. To go back once more, "
+            "move the checkpoints after step %d away",
+            *(from_step, newest, from_step),
+        )
         return newest
     store = CheckpointStore(directory, keep_last=1, keep_every=None)
     if from_step not in store.steps():

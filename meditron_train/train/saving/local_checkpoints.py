@@ -101,6 +101,12 @@ class LocalCheckpoints:
         _log.info("resuming from the local checkpoints in %s, after step %d", self._directory, step)
         return Progress(**read_json_object(sidecar)["progress"])
 
+    def remove_others(self, from_step: int) -> None:
+        """Remove what was saved before the run went back to the checkpoint of `from_step`."""
+        kept = [step for step in self._steps() if self._from_step_of(step) == from_step]
+        with contextlib.suppress(OSError):
+            self._delete_all_but(kept)
+
     def remove(self) -> None:
         """The run is done: leave nothing on the node."""
         if self._directory is not None:
@@ -119,6 +125,12 @@ class LocalCheckpoints:
         names = (_NAME.fullmatch(path.name) for path in self._directory.glob("step_*.json"))
         return sorted(int(name[1]) for name in names if name)
 
+    def _from_step_of(self, step: int) -> int | None:
+        try:
+            return Progress(**read_json_object(self._paths(step)[1])["progress"]).from_step
+        except (UserError, LookupError, TypeError):
+            return None
+
     def _is_intact(self, step: int) -> bool:
         tensors, sidecar = self._paths(step)
         try:
@@ -133,7 +145,8 @@ class LocalCheckpoints:
             return False
 
     def _delete_all_but(self, kept: list[int]) -> None:
-        assert self._directory is not None
+        if self._directory is None:
+            return
         for path in self._directory.glob("step_*"):
             name = _NAME.fullmatch(path.name)
             if name and int(name[1]) not in kept:

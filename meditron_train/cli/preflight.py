@@ -21,6 +21,10 @@ def preflight(
         Path | None, typer.Option("--report-dir", help="Where the first node writes the verdict.")
     ] = None,
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds for all of it.")] = 60.0,
+    from_step: Annotated[
+        int | None,
+        typer.Option("--from-step", min=1, help="As of `train`: a run that goes back is not finished."),
+    ] = None,
 ) -> None:
     """Check the nodes of a job before it trains: GPUs, network, clocks, disk, versions.
 
@@ -54,7 +58,7 @@ def preflight(
     for problem in verdict.other:
         typer.echo(problem)
     if report_dir is not None:
-        flow.write_report(report_dir, settings, verdict)
+        flow.write_report(report_dir, settings, verdict, from_step)
     raise typer.Exit(verdict.exit_code)
 
 

@@ -49,6 +49,14 @@ def submit(
             "--chain", min=1, help="Jobs one after the other; 1: one job that requeues itself until done."
         ),
     ] = 1,
+    from_step: Annotated[
+        int | None,
+        typer.Option(
+            "--from-step",
+            min=1,
+            help="Go back to the run's checkpoint of this step, once; later ones are set aside.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the batch script; submit nothing.")
     ] = False,
@@ -77,6 +85,7 @@ def submit(
         account=account,
         num_spare_nodes=spare_nodes,
         chain=chain,
+        from_step=from_step,
     )
     planned = plan_job(config, overrides or [], wishes)
     typer.echo(_summary(planned), err=True)

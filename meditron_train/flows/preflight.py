@@ -192,10 +192,13 @@ def _missing_files(settings: Config) -> list[str]:
         return [f"cannot read {error.filename}: {error.strerror}"]
 
 
-def write_report(directory: Path, settings: Config, verdict: Verdict) -> None:
+def write_report(directory: Path, settings: Config, verdict: Verdict, from_step: int | None = None) -> None:
     """Write what launch/train.sbatch goes by: nodes, bad, problems, run_dir, finished; and report.json for people.
 
     A stop request of an earlier job, which was ended before its ranks obeyed, is removed.
+
+    Args:
+        from_step: the step that the run is to go back to: whether there is something to do is for its ranks to find.
     """
     directory.mkdir(parents=True, exist_ok=True)
     forget_stop_of_job(settings.logging.run_dir)
@@ -213,7 +216,7 @@ def write_report(directory: Path, settings: Config, verdict: Verdict) -> None:
     (directory / "run_dir").write_text(f"{settings.logging.run_dir.absolute()}\n")
     (directory / "bad").write_text("".join(f"{node} {why}\n" for node, why in verdict.bad.items()))
     (directory / "problems").write_text("".join(f"{problem}\n" for problem in verdict.problems))
-    if _is_finished(settings):
+    if from_step is None and _is_finished(settings):
         (directory / "finished").touch()
     # Last: it says that the rest is complete.
     (directory / "nodes").write_text("".join(f"{node}\n" for node in nodes if node not in verdict.bad))

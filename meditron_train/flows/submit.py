@@ -45,6 +45,7 @@ class Wishes:
     account: str | None
     num_spare_nodes: int
     chain: int
+    from_step: int | None
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def plan_job(config: Path, overrides: Sequence[str], wishes: Wishes) -> Submissi
         num_spare_nodes=wishes.num_spare_nodes,
         save_time_s=wishes.save_time_s,
         chain=wishes.chain,
+        from_step=wishes.from_step,
         options=tuple(options.items()),
     )
     check_config(settings, model, job.world_size, check_files=False)

@@ -35,6 +35,8 @@ class Job:
         gpus_per_node: 0 on nodes without GPUs.
         time_limit: in Slurm's form; save_time_s seconds before its end the ranks are asked to save.
         chain: number of jobs, each continuing the one before.
+        from_step: the step whose checkpoint the run goes back to; checkpoints made since say so, and no later job or
+            start goes back again.
         options: further sbatch options, such as {"partition": "gpu"}.
     """
 
@@ -48,6 +50,7 @@ class Job:
     num_spare_nodes: int = 0
     save_time_s: int = 300
     chain: int = 1
+    from_step: int | None = None
     options: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -84,6 +87,7 @@ def batch_script(job: Job, *, directory: Path, launch_dir: Path) -> str:
         "output": "logs/%x-%j.out",
     }
     words = [str(launch_dir / "train.sbatch"), str(job.config), *job.overrides]
+    words += [] if job.from_step is None else ["--from-step", str(job.from_step)]
     _refuse_control_characters(options, words)
     lines = ["#!/usr/bin/env bash"]
     lines += [

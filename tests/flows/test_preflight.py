@@ -187,6 +187,7 @@ def test_a_finished_run_is_recognized(config, tmp_path, finished_run):
     assert not is_finished(config, report)  # it is still to be exported
     export_of(finished_run / "checkpoints" / "step_00001000", finished_run / "hf")
     assert is_finished(config, report)
+    assert not is_finished(config, report, "--from-step", "500")
     shutil.rmtree(finished_run / "checkpoints" / "step_00001000")
     assert not is_finished(config, report, without_export)
 

@@ -125,6 +125,11 @@ def test_the_files_that_the_clusters_settings_name_are_known(submit, tmp_path, m
     assert done.exit_code == 0 and "memory: about" in done.stderr, done.output
 
 
+def test_a_job_can_go_back(submit):
+    done = submit(PRESET, "--from-step", "100", "--dry-run")
+    assert done.exit_code == 0 and f"train.sbatch {PRESET} --from-step 100\n" in done.stdout
+
+
 def test_more_ranks_than_gpus(submit):
     done = submit(PRESET, "--gpus-per-node", "4", "--ranks-per-node", "8", "--dry-run")
     assert done.exit_code == 2 and "at most one process per GPU" in done.stderr

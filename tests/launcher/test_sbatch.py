@@ -65,6 +65,10 @@ def test_the_script_says_what_was_asked_for():
     )
 
 
+def test_the_option_to_go_back_reaches_the_batch_script():
+    assert script(overrides=(), from_step=100).endswith("train.sbatch configs/tiny.yaml --from-step 100\n")
+
+
 def test_bash_reads_the_script_as_it_is_meant(tmp_path):
     (tmp_path / "train.sbatch").write_text('#!/bin/sh\nprintf "%s|" "$@" "$TRAIN_NODES" "$NPROC_PER_NODE"\n')
     (tmp_path / "train.sbatch").chmod(0o755)

@@ -316,11 +316,11 @@ def until(condition, what: str) -> None:
 
 @pytest.fixture
 def saving(slurm):
-    """saving(**environment) → the batch script while its ranks save and do not come to an end."""
+    """saving(**environment) → the batch script while its ranks (or the pre-flight) do not come to an end."""
     processes = []
 
-    def start(**environment: str) -> subprocess.Popen[str]:
-        slurm.does(train=SAVES_FOR_EVER)
+    def start(during: str = "train", **environment: str) -> subprocess.Popen[str]:
+        slurm.does(**{during: SAVES_FOR_EVER})
         processes.append(slurm.popen(**environment))
         until((slurm.fake / "ready").exists, "the ranks run")
         return processes[-1]
@@ -351,6 +351,18 @@ def test_a_job_of_a_chain_leaves_the_rest_to_the_next(slurm, saving):
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0 and "the next job of the chain goes on" in output
     assert not slurm.calls("requeue")
+
+
+@pytest.mark.parametrize("chain_rest", ["0", "1"])
+def test_a_time_limit_during_the_preflight_ends_as_one_after_it_does(slurm, saving, chain_rest):
+    process = saving("preflight", CHAIN_REST=chain_rest)
+    process.send_signal(10)  # USR1: the limit is near
+    slurm.does(end="")
+    output, _ = process.communicate(timeout=30)
+    is_last = chain_rest == "0"
+    assert process.returncode == int(is_last) and bool(slurm.calls("requeue")) is is_last, output
+    assert ("the next job of the chain goes on" in output) is not is_last
+    assert not slurm.calls("train")
 
 
 def test_a_cancelled_job_stays_cancelled(slurm, saving):

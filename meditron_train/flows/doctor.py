@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meditron_train.errors import MeditronError
+
 _GIB = 2**30
 _LEAST_DISK_GIB = 5
 _LEAST_SHARED_MEMORY_GIB = 1
@@ -225,10 +227,14 @@ def _attention() -> list[Finding]:
     if torch is None or backends is None:
         return []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reasons = {
-        name: backends.why_not(backend, device, torch.bfloat16, 128)
-        for name, backend in backends.BACKENDS.items()
-    }
+
+    def why_not(backend: Any) -> str | None:
+        try:
+            return backends.why_not(backend, device, torch.bfloat16, 128)
+        except (MeditronError, torch.OutOfMemoryError) as error:
+            return str(error).partition("\n")[0]
+
+    reasons = {name: why_not(backend) for name, backend in backends.BACKENDS.items()}
     chosen = next(name for name, reason in reasons.items() if reason is None)
     findings = []
     for name, reason in reasons.items():

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from meditron_train.errors import UserError
+from meditron_train.errors import MeditronError, UserError
 from meditron_train.log import get_logger
 from meditron_train.native import operators, sdpa
 from meditron_train.native.devices import is_gpu
@@ -195,29 +196,57 @@ def _choose_backend(request: str, device: torch.device, dtype: torch.dtype, head
 
 @functools.cache
 def why_not(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why this backend is not for such tensors (also: it fails its self-test on this GPU), or None."""
+    """Why this backend is not for such tensors (also: it fails its self-test on this GPU), or None.
+
+    Raises:
+        MeditronError, torch.OutOfMemoryError: as `self_test`. Neither is kept: the next call asks again.
+    """
     reason = backend.missing(device, dtype, head_dim)
     if reason is None and device.type == "cuda" and backend.name != "sdpa":
         return self_test(backend, device, dtype, head_dim)
     return reason
 
 
-# Boundaries of queries and of keys, and the window. The first is what training without context parallelism asks for;
-# the second has keys before the queries of each document and, in one, keys alone.
-_SELF_TESTS = (
-    ([0, 3, 3, 140, 301], [0, 3, 3, 140, 301], None),
-    ([0, 3, 3, 140, 301], [0, 8, 15, 180, 390], 50),
-)
+@dataclass(frozen=True)
+class _Packing:
+    """Boundaries of queries and of keys, and the window."""
+
+    cu_seqlens: list[int]
+    cu_seqlens_kv: list[int]
+    window: int | None = None
+
+
+def _packings(num_multiprocessors: int) -> tuple[_Packing, ...]:
+    """What a backend is tested on.
+
+    The first is what training without context parallelism asks for; the second has keys before the queries of each
+    document and, in one, keys alone. Blocks of a kernel may stay on their multiprocessor and take tiles one after the
+    other: the third has more than two tiles of 128 tokens for each, already for two key/value heads.
+    """
+    lengths = [700, *itertools.islice(itertools.cycle((33, 1, 150, 17)), num_multiprocessors)]
+    many = list(itertools.accumulate(lengths, initial=0))
+    return (
+        _Packing([0, 3, 3, 140, 301], [0, 3, 3, 140, 301]),
+        _Packing([0, 3, 3, 140, 301], [0, 8, 15, 180, 390], 50),
+        _Packing(many, many),
+    )
+
+
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def self_test(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Compare output and gradients on small packings with PyTorch in fp32; what differs, or None."""
+    """Compare output and gradients on small packings with PyTorch in fp32; what differs, or None.
+
+    Raises:
+        torch.OutOfMemoryError: the GPU is full, which says nothing of the backend.
+        MeditronError: the backend left the GPU in a state in which nothing else runs in this process.
+    """
     # The first call may come from an evaluation: its verdict also holds for training.
     with torch.inference_mode(False), torch.enable_grad():
-        for cu_seqlens, cu_seqlens_kv, window in _SELF_TESTS:
-            reason = _compare_with_pytorch(
-                backend, device, dtype, head_dim, cu_seqlens, cu_seqlens_kv, window
-            )
+        for packing in _packings(_num_multiprocessors(device)):
+            reason = _compare_with_pytorch(backend, device, dtype, head_dim, packing)
             if reason is not None:
                 return f"its self-test failed: {reason}"
     return None
@@ -228,12 +257,10 @@ def _compare_with_pytorch(
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
-    cu_seqlens: list[int],
-    cu_seqlens_kv: list[int],
-    window: int | None,
+    packing: _Packing,
 ) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    num_queries, num_keys = cu_seqlens[-1], cu_seqlens_kv[-1]
+    num_queries, num_keys = packing.cu_seqlens[-1], packing.cu_seqlens_kv[-1]
 
     def random(tokens: int, heads: int) -> torch.Tensor:
         return torch.randn(tokens, heads, head_dim, generator=generator).to(device, dtype)
@@ -241,10 +268,10 @@ def _compare_with_pytorch(
     sides, grad = [random(num_queries, 4), random(num_keys, 2), random(num_keys, 2)], random(num_queries, 4)
     angles = torch.rand(num_keys, head_dim // 2, generator=generator).to(device)
     settings = (
-        torch.tensor(cu_seqlens, dtype=torch.int32),
-        torch.tensor(cu_seqlens_kv, dtype=torch.int32),
+        torch.tensor(packing.cu_seqlens, dtype=torch.int32),
+        torch.tensor(packing.cu_seqlens_kv, dtype=torch.int32),
         head_dim**-0.5,
-        window,
+        packing.window,
         Rotation(angles.cos(), angles.sin()),
         True,
     )
@@ -256,14 +283,38 @@ def _compare_with_pytorch(
 
     try:
         results = run(backend.attend, dtype)
-    except (
-        Exception
-    ) as error:  # whatever a third-party kernel raises: it is not used, and the reason is logged
+        _wait_for(
+            device
+        )  # what fails on the GPU is reported by a later call: here, not inside PyTorch's attention
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # Whatever a third-party kernel raises: it is not used, and the reason is logged.
+        if "out of memory" in str(error).lower():  # in the words of another library
+            raise torch.OutOfMemoryError(f"{backend.name}: {error}") from error
+        _check_still_usable(device, backend, error)
         return f"{type(error).__name__}: {error}"
     for name, got, want in zip(
         ("output", "dq", "dk", "dv"), results, run(sdpa.attend, torch.float32), strict=True
     ):
         error_norm = float((got.float() - want).norm() / want.norm())
         if not error_norm < 0.02:  # bf16 rounds to 0.004; a wrong mask or scale is far above
-            return f"{name} differs by {error_norm:.1%} from PyTorch in fp32 (window {window})"
+            return f"{name} differs by {error_norm:.1%} from PyTorch in fp32 (window {packing.window})"
     return None
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _check_still_usable(device: torch.device, backend: Backend, error: Exception) -> None:
+    """After a fault of some kinds (an illegal address), CUDA answers every later call of the process with it."""
+    try:
+        _wait_for(device)
+    except Exception as lasting:
+        cause = str(error).strip().partition("\n")[0]
+        raise MeditronError(
+            f"attention backend {backend.name!r} crashed on {device} in its self-test, and nothing else can run there "
+            f"in this process ({cause}); start again with train.attention: sdpa"
+        ) from lasting

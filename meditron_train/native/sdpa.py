@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from meditron_train.native.devices import is_gpu
 from meditron_train.native.problem import Problem
 
 
@@ -42,6 +43,11 @@ def _attend_document(
     num_queries, num_keys = q_TND.shape[0], k_SKD.shape[0]
     aligned = num_queries == num_keys and (window is None or window >= num_keys)
     mask = None if aligned else _causal_mask(num_queries, num_keys, window, q_TND.device)
+    group_size = q_TND.shape[1] // k_SKD.shape[1]
+    if group_size > 1 and is_gpu(q_TND.device) and (mask is not None or q_TND.dtype == torch.float32):
+        # The flash kernel takes no mask and no fp32, the memory-efficient one no groups: what is left for both keeps a
+        # matrix of all scores.
+        k_SKD, v_SKD = (x.repeat_interleave(group_size, dim=1) for x in (k_SKD, v_SKD))
     o_NTD = F.scaled_dot_product_attention(
         q_TND.transpose(0, 1)[None],
         k_SKD.transpose(0, 1)[None],

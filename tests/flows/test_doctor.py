@@ -5,9 +5,11 @@ import sys
 import types
 
 import pytest
+import torch
 import typer
 
 from meditron_train.cli.doctor import doctor as show
+from meditron_train.errors import MeditronError
 from meditron_train.flows import doctor
 
 
@@ -111,6 +113,22 @@ def test_attention_table_says_who_attends_and_why_others_do_not(monkeypatch):
     assert [name for name, entry in used.items() if entry.in_use] == ["native"]
     assert used["flash_attn"].detail == "on cpu: runs on CUDA only"
     assert used["sdpa"].found and used["sdpa"].detail == "on cpu: could be used; native comes first"
+
+
+def test_a_backend_that_breaks_the_gpu_is_a_line_of_the_table(monkeypatch):
+    from meditron_train.native import backends
+
+    def why_not(backend, *_):
+        if backend.name == "flash_attn":
+            raise MeditronError("attention backend 'flash_attn' crashed")
+        if backend.name == "native":
+            raise torch.OutOfMemoryError("the GPU is full")
+        return None if backend.name == "sdpa" else "no"
+
+    monkeypatch.setattr(backends, "why_not", why_not)
+    details = {name: finding(f"attention: {name}").detail for name in ("flash_attn", "native", "sdpa")}
+    assert details["flash_attn"].endswith("'flash_attn' crashed") and details["sdpa"].endswith("used")
+    assert details["native"].endswith("the GPU is full")
 
 
 def test_instruction_sets_are_named():

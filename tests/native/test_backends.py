@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from meditron_train.errors import UserError
+from meditron_train.errors import MeditronError, UserError
 from meditron_train.native import backends, operators, sdpa
 from meditron_train.native.backends import BACKENDS, Backend, self_test
 from meditron_train.native.problem import Problem
@@ -94,6 +94,113 @@ def test_self_test_passes_ours_and_finds_wrong_ones():
     assert "output differs" in verdict(ignores_the_boundaries_of_keys)
     assert "dk differs" in verdict(wrong_gradient)
     assert verdict(crashes) == "its self-test failed: RuntimeError: no kernel image"
+
+
+def gpu_stand_in(monkeypatch, *, faults: list[bool]) -> torch.device:
+    """The CPU as a GPU whose kernels run late: the n-th wait for it reports a fault where `faults` says so."""
+    waits = iter(faults)
+
+    def wait(device):
+        if next(waits, False):
+            raise RuntimeError(
+                "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be"
+            )
+
+    monkeypatch.setattr(backends, "_wait_for", wait)
+    return CPU
+
+
+def test_a_fault_that_the_gpu_reports_late_is_the_backends(monkeypatch):
+    """The first wait reports it, the second finds the device usable again."""
+    device = gpu_stand_in(monkeypatch, faults=[True, False])
+    verdict = self_test(Backend("x", sdpa.attend, lambda *_: None), device, torch.bfloat16, 64)
+    assert verdict.startswith("its self-test failed: RuntimeError: CUDA error: an illegal memory access")
+
+
+def test_a_fault_that_stays_ends_the_process_with_the_backends_name(monkeypatch):
+    device = gpu_stand_in(monkeypatch, faults=[True, True])
+    with pytest.raises(MeditronError) as caught:
+        self_test(Backend("x", sdpa.attend, lambda *_: None), device, torch.bfloat16, 64)
+    assert str(caught.value) == (
+        "attention backend 'x' crashed on cpu in its self-test, and nothing else can run there in this process "
+        "(CUDA error: an illegal memory access was encountered); start again with train.attention: sdpa"
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), RuntimeError("CUDA driver: Out of memory")], ids=str
+)
+def test_a_full_gpu_is_no_verdict_and_asked_again(monkeypatch, error):
+    tries = []
+
+    def attend(problem):
+        tries.append(problem)
+        if len(tries) == 1:
+            raise error
+        return sdpa.attend(problem)
+
+    def on_cpu(backend, device, *rest):
+        return self_test(backend, CPU, *rest)
+
+    monkeypatch.setattr(backends, "self_test", on_cpu)
+    backend = Backend("x", attend, lambda *_: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        backends.why_not(backend, CUDA, torch.bfloat16, 64)
+    assert backends.why_not(backend, CUDA, torch.bfloat16, 64) is None
+
+
+def test_self_test_takes_every_multiprocessor_more_than_two_tiles(monkeypatch):
+    """A stand-in for a kernel that goes wrong only where a block takes its third tile."""
+    num_multiprocessors, heads, seen = 132, 2, []
+    monkeypatch.setattr(backends, "_num_multiprocessors", lambda device: num_multiprocessors)
+
+    def wrong_from_the_third_turn(problem):
+        lengths = problem.cu_seqlens.diff().tolist()
+        num_tiles = sum(-(-length // 128) for length in lengths)
+        seen.append(problem.q_TND.shape[0])
+        out = sdpa.attend(problem)
+        return out * 0 if num_tiles * heads > 2 * num_multiprocessors else out
+
+    backend = Backend("x", wrong_from_the_third_turn, lambda *_: None)
+    assert "output differs" in self_test(backend, CPU, torch.bfloat16, 64)
+    assert max(seen) < 10_000  # small, as it runs once in each process
+
+
+@pytest.mark.parametrize("dtype, extra_keys, window, wanted", [
+    (torch.bfloat16, [0, 0], None, [True, True]),
+    (torch.bfloat16, [0, 3], None, [True, False]),
+    (torch.bfloat16, [0, 0], 4, [False, False]),
+    (torch.float32, [0, 0], None, [False, False]),
+])  # fmt: skip
+def test_grouped_heads_never_leave_a_gpu_the_kernel_with_all_scores(
+    monkeypatch, dtype, extra_keys, window, wanted
+):
+    """On a GPU only the flash kernel takes groups, and it takes neither a mask nor fp32."""
+    case = example([40, 9], (4, 2), 64, extra_keys=extra_keys, window=window, dtype=dtype)
+
+    def run() -> tuple[list[torch.Tensor], list[bool]]:
+        sides = [x.detach().requires_grad_() for x in (case.q, case.k, case.v)]
+        grouped = []
+
+        def spy(q, k, v, **options):
+            assert (q.shape[1] != k.shape[1]) <= options["enable_gqa"]
+            grouped.append(k.shape[1] == 2)
+            return scaled_dot_product_attention(q, k, v, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sdpa.F, "scaled_dot_product_attention", spy)
+            given = dict(zip(("q_TND", "k_SKD", "v_SKD"), sides, strict=True))
+            out = sdpa.attend(Problem(**{**vars(problem_of(case)), **given}))
+        return [out.detach(), *torch.autograd.grad(out, sides, torch.ones_like(out))], grouped
+
+    scaled_dot_product_attention = torch.nn.functional.scaled_dot_product_attention
+    on_cpu, grouped = run()
+    assert all(grouped)  # there it costs nothing
+    monkeypatch.setattr(sdpa, "is_gpu", lambda device: True)
+    on_gpu, grouped = run()
+    assert grouped == wanted  # by document
+    for got, want in zip(on_gpu, on_cpu, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

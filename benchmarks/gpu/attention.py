@@ -7,9 +7,12 @@ Three batches of the same number of tokens in bf16: one document, and packed doc
 articles (mean 2000) and as abstracts (mean 350). Peers: SDPA with the flash, the memory-efficient and the cuDNN kernel,
 called document by document, torch's varlen_attn (FlashAttention-2), and flash-attn and Transformer Engine where they
 are installed. `meditron-train` is what `train.attention: auto` chooses on this machine, `our kernels` those of csrc/.
-Tools take turns in an order that rotates; a tool that refuses says so in the table.
+Training rotates q and k: "our kernels with RoPE" do it as they read, the peer with RoPE before it, in a pass of its own
+that torch.compile made. Tools take turns in an order that rotates; a tool that refuses or fails says so in the table,
+and if it is `meditron-train`, the exit status is 1.
 
-Useful work, for each query head and each pair of a query and a key that it sees: 4 * D FLOPs forward, 10 * D backward.
+Useful work, for each query head and each pair of a query and a key that it sees: 4 * D FLOPs forward, 10 * D backward;
+the rotation counts as none.
 
 Legend: T packed tokens, N query heads, K key/value heads, D head size.
 """
@@ -17,27 +20,34 @@ Legend: T packed tokens, N query heads, K key/value heads, D head size.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 import json
 import random
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from meditron_train.errors import UserError
-from meditron_train.native import packed_attention
+from meditron_train.files import replace_text
+from meditron_train.native import Rotation, packed_attention
 
 
 @dataclass(frozen=True)
 class Work:
-    """A batch: q [T, N, D], k and v [T, K, D], and where its documents begin (on CPU and on the device)."""
+    """A batch: q [T, N, D], k and v [T, K, D], and where its documents begin (on CPU and on the device).
+
+    `rotation` is for the tools that turn q and k: by each token's place in its document.
+    """
 
     name: str
     q: torch.Tensor
@@ -46,6 +56,7 @@ class Work:
     grad: torch.Tensor
     cu_seqlens: torch.Tensor
     cu_on_device: torch.Tensor
+    rotation: Rotation
 
     @property
     def lengths(self) -> list[int]:
@@ -85,7 +96,8 @@ def torch_varlen(work: Work) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     longest = max(work.lengths)
-    grouped = work.q.shape[1] != work.k.shape[1]
+    # torch 2.11 does not know the word.
+    grouped: dict[str, Any] = {"enable_gqa": True} if work.q.shape[1] != work.k.shape[1] else {}
     out = varlen_attn(
         work.q,
         work.k,
@@ -95,7 +107,7 @@ def torch_varlen(work: Work) -> torch.Tensor:
         longest,
         longest,
         window_size=(-1, 0),
-        enable_gqa=grouped,
+        **grouped,
     )
     assert isinstance(out, torch.Tensor)
     return out
@@ -117,16 +129,46 @@ def by_backend(name: str) -> Attention:
     return attend
 
 
+def ours_with_rope(work: Work) -> torch.Tensor:
+    return packed_attention(work.q, work.k, work.v, work.cu_seqlens, rotation=work.rotation, backend="native")
+
+
+def rope_before(attend: Attention) -> Attention:
+    """A peer that is given q and k turned; on a GPU by a compiled kernel each, as in other trainers."""
+
+    def turned(work: Work) -> torch.Tensor:
+        turn = _turn_compiled() if work.q.device.type == "cuda" else _turn
+        q, k = (turn(x, work.rotation.cos_PC, work.rotation.sin_PC) for x in (work.q, work.k))
+        return attend(dataclasses.replace(work, q=q, k=k))
+
+    return turned
+
+
+def _turn(x_TND: torch.Tensor, cos_TC: torch.Tensor, sin_TC: torch.Tensor) -> torch.Tensor:
+    return Rotation(cos_TC, sin_TC).apply(x_TND, None)
+
+
+@functools.cache
+def _turn_compiled() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    return torch.compile(_turn)
+
+
+OURS, OURS_WITH_ROPE = "meditron-train", "our kernels with RoPE"
+PEER_WITH_ROPE = "torch varlen_attn with RoPE"
+# Ours first: what is killed keeps what it has measured.
 TOOLS: dict[str, Attention] = {
+    OURS: ours,
+    "our kernels": by_backend("native"),
+    OURS_WITH_ROPE: ours_with_rope,
+    "torch varlen_attn": torch_varlen,
+    PEER_WITH_ROPE: rope_before(torch_varlen),
+    "flash-attn varlen": flash_attn_varlen,
+    "Transformer Engine": by_backend("transformer_engine"),
     "SDPA flash, by document": sdpa_by_document(SDPBackend.FLASH_ATTENTION),
     "SDPA memory-efficient, by document": sdpa_by_document(SDPBackend.EFFICIENT_ATTENTION),
     "SDPA cuDNN, by document": sdpa_by_document(SDPBackend.CUDNN_ATTENTION),
-    "torch varlen_attn": torch_varlen,
-    "flash-attn varlen": flash_attn_varlen,
-    "Transformer Engine": by_backend("transformer_engine"),
-    "our kernels": by_backend("native"),
-    "meditron-train": ours,
 }
+WITH_ROPE = (OURS_WITH_ROPE, PEER_WITH_ROPE)
 
 
 def lognormal_lengths(num_tokens: int, mean: float = 350, sigma: float = 0.8) -> list[int]:
@@ -149,8 +191,12 @@ def make_work(
         torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) for shape in shapes
     )
     cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    return Work(name, *leaves, grad, cu_seqlens, cu_seqlens.to(device))
+    for leaf in (q, k, v):
+        leaf.requires_grad_()
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    angles = positions[:, None] / 10_000 ** (torch.arange(head_dim // 2) / (head_dim // 2))
+    rotation = Rotation(angles.cos().to(device), angles.sin().to(device))
+    return Work(name, q, k, v, grad, cu_seqlens, cu_seqlens.to(device), rotation)
 
 
 def seconds(step: Callable[[], object], device: str, repeats: int) -> float:
@@ -182,57 +228,92 @@ def forward_and_backward(attend: Attention, work: Work) -> None:
 PASSES = {"forward": forward, "forward + backward": forward_and_backward}
 
 
-def check(attend: Attention, work: Work) -> None:
+def check(name: str, work: Work) -> None:
     """Refuses a tool whose numbers are not those of attention; ours is checked by the tests."""
+    wanted = rope_before(ours) if name in WITH_ROPE else ours
     with torch.no_grad():
-        error = (attend(work).float() - ours(work).float()).abs().max().item()
+        error = (TOOLS[name](work).float() - wanted(work).float()).abs().max().item()
     if not error < 0.05:
         raise RuntimeError(f"differs from ours by {error:.2g}")
 
 
+Table = dict[str, dict[str, float | str]]
+"""TFLOP/s by "work, pass" and tool, or "no: ..." with the reason."""
+
+
 def measure(
-    works: Sequence[Work], device: str, rounds: int, repeats: int
-) -> dict[str, dict[str, float | str]]:
-    """TFLOP/s of the median round by "work, pass" and tool, or why a tool was left out."""
-    table: dict[str, dict[str, float | str]] = {}
+    works: Iterable[Work], device: str, rounds: int, repeats: int, keep: Callable[[Table], object]
+) -> Table:
+    """The median round of each tool; `keep` gets the table after each column."""
+    table: Table = {}
     for work in works:
         refused: dict[str, str] = {}
-        for name, attend in TOOLS.items():
-            try:
-                check(attend, work)
-            except (RuntimeError, ImportError, NotImplementedError, TypeError, UserError) as error:
-                refused[name] = f"no: {str(error).splitlines()[0][:160]}"
-        names = [name for name in TOOLS if name not in refused]
+        for name in TOOLS:
+            with why_not(refused, name):
+                check(name, work)
         for pass_name, step in PASSES.items():
-            times: dict[str, list[float]] = {name: [] for name in names}
-            for number in range(rounds):
-                for name in [*names[number % len(names) :], *names[: number % len(names)]]:
-                    call = functools.partial(step, TOOLS[name], work)
-                    times[name].append(seconds(call, device, repeats))
-            flops = work.useful_flops(backward=step is forward_and_backward)
-            speeds = {name: flops / statistics.median(values) / 1e12 for name, values in times.items()}
-            table[f"{work.name}, {pass_name}"] = {**refused, **speeds}
+            table[f"{work.name}, {pass_name}"] = measure_pass(work, step, device, rounds, repeats, refused)
+            keep(table)
     return table
 
 
-def as_markdown(table: dict[str, dict[str, float | str]]) -> str:
+def measure_pass(
+    work: Work,
+    step: Callable[[Attention, Work], None],
+    device: str,
+    rounds: int,
+    repeats: int,
+    refused: dict[str, str],
+) -> dict[str, float | str]:
+    """A column of the table. A tool that fails takes no further turns in it."""
+    failed = dict(refused)
+    times: dict[str, list[float]] = {name: [] for name in TOOLS}
+    for number in range(rounds):
+        shift = number % len(TOOLS)
+        for name in [*TOOLS][shift:] + [*TOOLS][:shift]:
+            if name not in failed:
+                with why_not(failed, name):
+                    call = functools.partial(step, TOOLS[name], work)
+                    times[name].append(seconds(call, device, repeats))
+    flops = work.useful_flops(backward=step is forward_and_backward)
+    return {
+        name: failed[name] if name in failed else flops / statistics.median(times[name]) / 1e12
+        for name in TOOLS
+    }
+
+
+@contextlib.contextmanager
+def why_not(reasons: dict[str, str], name: str) -> Iterator[None]:
+    """Whatever a tool raises goes to `reasons`; the others are measured all the same."""
+    try:
+        yield
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        reasons[name] = f"no: {type(error).__name__}: {first_line[:160]}"
+    if name in reasons and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def as_markdown(table: Table) -> str:
     """A row per tool; in brackets our speed over its speed. Why a tool was left out stands below."""
     lines = ["| useful TFLOP/s | " + " | ".join(table) + " |", "|---" * (len(table) + 1) + "|"]
-    refused: dict[str, str] = {}
+    reasons: dict[str, None] = {}
     for name in TOOLS:
         cells = []
         for column in table.values():
-            speed, our_speed = column[name], column["meditron-train"]
+            speed, our_speed = column[name], column[OURS_WITH_ROPE if name in WITH_ROPE else OURS]
             if isinstance(speed, float) and isinstance(our_speed, float):
                 cells.append(f"{speed:.4g} ({our_speed / speed:.2f})")
+            elif isinstance(speed, float):
+                cells.append(f"{speed:.4g}")
             else:
                 cells.append("no")
-                refused[name] = str(speed)
+                reasons[f"- {name}: {speed}"] = None
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *(f"- {name}: {reason}" for name, reason in refused.items())]).rstrip()
+    return "\n".join([*lines, "", *reasons]).rstrip()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -244,31 +325,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=20, help="calls timed together")
-    parser.add_argument("--json", type=Path, help="also write the table here")
+    parser.add_argument("--json", type=Path, help="also write the table here, after every column")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; write --tiny --device cpu to see whether the benchmark runs")
     tokens = options.tokens or (200 if options.tiny else 16384)
     heads = options.heads or (2 if options.tiny else 32)
     shape = (heads, options.kv_heads or heads, options.head_dim, options.device)
-    works = [make_work("one document", [tokens], *shape)]
-    for kind, mean in (
-        ("articles", 100 if options.tiny else 2000),
-        ("abstracts", 50 if options.tiny else 350),
-    ):
+    articles, abstracts = (100, 50) if options.tiny else (2000, 350)
+    batches = {"one document": [tokens]}
+    for kind, mean in (("articles", articles), ("abstracts", abstracts)):
         lengths = lognormal_lengths(tokens, mean)
-        works.append(make_work(f"{len(lengths)} {kind}", lengths, *shape))
+        batches[f"{len(lengths)} {kind}"] = lengths
     rounds, repeats = (1, 1) if options.tiny else (options.rounds, options.repeats)
-    table = measure(works, options.device, rounds, repeats)
+
+    def keep(table: Table) -> None:
+        if options.json:
+            replace_text(options.json, json.dumps(table, indent=1))
+
+    works = (make_work(name, lengths, *shape) for name, lengths in batches.items())
+    table = measure(works, options.device, rounds, repeats, keep)
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(
         f"{tokens} tokens, heads {heads}/{shape[1]}, head size {options.head_dim}, bf16; {name}, torch "
         f"{torch.__version__}, median of {rounds} rounds of {repeats} calls\n"
     )
     print(as_markdown(table))
-    if options.json:
-        options.json.write_text(json.dumps(table, indent=1))
+    return 1 if any(isinstance(column[OURS], str) for column in table.values()) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

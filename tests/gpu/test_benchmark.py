@@ -43,6 +43,7 @@ def test_attention_is_measured_in_every_case(device, tmp_path):
     assert len(table) == 6  # three batches, two passes
     for column in table.values():
         assert column["meditron-train"] > 0
+        assert device == "cuda" or column["our kernels with RoPE"] > 0
         # A peer that runs has passed the comparison with ours. This one runs everywhere.
         assert column["SDPA flash, by document"] > 0
     assert "| meditron-train | " in done.stdout

@@ -19,7 +19,8 @@ MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "meditron-train-manifest/1"
 SIGNATURE_NAME = "model.sig"  # of a published directory: it signs the manifest, which so cannot name it
 CONVERSION_NAME = ".conversion.json"  # of workspace.py; a kill just after its last rename leaves it there
-
+# Files that may lie beside those of the manifest.
+_NOT_LISTED = {MANIFEST_NAME, SIGNATURE_NAME, CONVERSION_NAME}
 _MAX_BYTES = 256 << 20
 _MAX_LISTED = 10
 _BLOCK_BYTES = 4 * 1024 * 1024
@@ -107,7 +108,7 @@ def verify_manifest(
     try:
         manifest = read_json(directory / MANIFEST_NAME, _MAX_BYTES)
         expected = {name: (int(e["num_bytes"]), str(e["sha256"])) for name, e in manifest["files"].items()}
-        found = _file_names(directory) - {MANIFEST_NAME, SIGNATURE_NAME, CONVERSION_NAME}
+        found = _file_names(directory) - _NOT_LISTED
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return [f"{MANIFEST_NAME} cannot be read: {error!r}"]
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found)]
@@ -128,6 +129,15 @@ def verify_manifest(
     if check_hashes:
         problems += _changed_files(directory, right_size, expected)
     return problems
+
+
+def added_files(directory: Path) -> list[str]:
+    """The files that someone has put beside those of the manifest, which `verify_manifest` reports, too."""
+    named = (read_manifest(directory) or {}).get("files", {})
+    try:
+        return sorted(_file_names(directory) - _NOT_LISTED - set(named)) if named else []
+    except OSError:
+        return []
 
 
 def require_intact(directory: Path, *, check_hashes: bool = True, unhashed: Collection[str] = ()) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import yaml
 
+from meditron_train.train.guard.injected_faults import VARIABLE
 from tests import browser
+from tests.distributed import run_ranks
 from tests.report.synthetic_run import write_run
 from tests.train.test_loop import run as train
+from tests.train.test_own_faults import going_back_rank
 
 _WHY_NOT = browser.why_not()
 needs_browser = pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT))
@@ -121,3 +126,23 @@ def test_text_of_files_does_nothing_in_a_browser(tmp_path):
         assert found.page.evaluate("window.hit") is None
         assert found.page.query_selector_all("img, svg a") == []
         assert found.requests == [path.as_uri()] and found.errors == []
+
+
+def killed_after_going_back(rank: int, world_size: int, config_file: Path) -> int:
+    os.environ[VARIABLE] = "crash@3"
+    return going_back_rank(rank, world_size, config_file, 4)
+
+
+def test_the_status_names_the_checkpoint_that_was_gone_back_to(write_config, tmp_path):
+    """The one that it named before was set aside."""
+    values = {"steps": 4, "seq_len": 64, "global_batch_size": 4, "precision": "fp32", "device": "cpu"}
+    logging = {"run_dir": str(tmp_path / "run"), "tensorboard": False}
+    config = write_config(
+        "back.yaml", train=values, checkpoint={"interval": 2, "export_hf": False}, logging=logging
+    )
+    train(config)
+    status = tmp_path / "run" / "status.json"
+    assert json.loads(status.read_text())["last_checkpoint"] == "step_00000004"
+    with pytest.raises(AssertionError, match="an injected crash"):
+        run_ranks(killed_after_going_back, 1, config)
+    assert json.loads(status.read_text())["last_checkpoint"] == "step_00000002"

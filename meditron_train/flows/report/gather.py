@@ -14,6 +14,7 @@ from meditron_train.report.page.blocks import Cell, Page, Section, Text, facts, 
 from meditron_train.report.page.life import STATES, data_mixture, evaluations, provenance, stability
 from meditron_train.report.page.training import (
     charts_of_runs,
+    flops_counted,
     other_metrics,
     section,
     step_time,
@@ -49,7 +50,7 @@ def make_page(
 
 def _one(run: RunRecord, check_hashes: bool, footer: str, refresh_s: int | None) -> Page:
     costs, hours = cost(run)
-    loss, optimization, speed = charts_of_runs({run.name: run.metrics})
+    loss, optimization, speed = charts_of_runs({run.name: run})
     speed = section(speed.name, speed.title, *speed.blocks, *step_time(run))
     scores = other_metrics(run) or section("scores", "Scores and further metrics")
     scores = section(scores.name, scores.title, *evaluations(run), *scores.blocks)
@@ -119,7 +120,7 @@ def _tiles(run: RunRecord, hours: str) -> list[tuple[str, str | Cell, str]]:
         ("validation loss", validation_summary(metrics), "last, by source"),
         ("speed", f"{amount(float(speed.values[recent].mean()))} tokens/s" if len(speed) else UNKNOWN, "recent mean"),
         ("MFU", percent(float(mfu.values[recent].mean())) if len(mfu) else UNKNOWN,
-         "by 6 FLOPs a parameter and token" if len(mfu) else "not known: no published peak for this hardware"),
+         f"by {flops_counted([run])}" if len(mfu) else "not known: no published peak for this hardware"),
         ("peak memory", f"{memory / 2**30:,.2f} GiB" if memory else UNKNOWN, "of the fullest rank"),
         ("skipped steps", Cell(number(skipped), "warn" if skipped else ""), ""),
         ("starts", f"{num_starts:,}", "" if num_starts < 2 else "their causes are below"),
@@ -154,7 +155,7 @@ def _several(runs: list[RunRecord], footer: str, refresh_s: int | None) -> Page:
     sections = [
         section("runs", "Runs", table(columns, rows, numeric=(2, 3, 4, 6, 7))),
         differences(dict(zip(names, runs, strict=True))),
-        *charts_of_runs({name: run.metrics for name, run in zip(names, runs, strict=True)}),
+        *charts_of_runs(dict(zip(names, runs, strict=True))),
         section(
             "notes",
             "Notes",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meditron_train.checkpoint.manifest import read_manifest, verify_manifest
+from meditron_train.checkpoint.manifest import added_files, read_manifest, verify_manifest
 from meditron_train.checkpoint.sharded.store import FINISHED_NAME
 from meditron_train.config.load import load_config
 from meditron_train.errors import MeditronError
@@ -26,6 +27,10 @@ from meditron_train.report.run_record import RunRecord, launch_of, listing, mapp
 from meditron_train.train.length import batch_schedule
 from meditron_train.units import format_num_bytes
 
+_EXPORT = re.compile(r"(hf|adapter)(_step_\d{8,}(_\d+)?)?")
+# What an export is called until it has its name, hidden or not.
+_UNFINISHED_EXPORT = re.compile(rf"\.?{_EXPORT.pattern}(\.(tmp|new|old))+")
+
 
 def checkpoints(run: RunRecord, *, check_hashes: bool) -> Section:
     """Every checkpoint and export of the run.
@@ -37,16 +42,14 @@ def checkpoints(run: RunRecord, *, check_hashes: bool) -> Section:
     found = sorted(directory.iterdir()) if directory.is_dir() else []
     finished = [path for path in found if FINISHED_NAME.fullmatch(path.name)]
     rows = [_checkpoint_row(path, check_hashes) for path in finished]
-    rows += [
-        (path.name, UNKNOWN, UNKNOWN, UNKNOWN, Cell("being written, or left by a kill", "warn"))
-        for path in found
-        if path.name.endswith(".tmp")
-    ]
+    rows += [_unfinished_row(path) for path in found if path.name.endswith(".tmp")]
     last = run.status.get("last_checkpoint")
     if isinstance(last, str) and last not in [path.name for path in finished]:
         rows.append((last, UNKNOWN, UNKNOWN, UNKNOWN, Cell("missing: status.json names it", "bad")))
-    exports = [path for path in sorted(run.path.glob("hf*")) if path.is_dir()]
-    rows += [_checkpoint_row(path, check_hashes) for path in exports]
+    beside = [path for path in sorted(run.path.iterdir()) if path.is_dir()]
+    exports = [path for path in beside if _EXPORT.fullmatch(path.name)]
+    rows += [_checkpoint_row(path, check_hashes, others_may_add=True) for path in exports]
+    rows += [_unfinished_row(path) for path in beside if _UNFINISHED_EXPORT.fullmatch(path.name)]
     note = (
         "All files were read and their SHA-256 compared with the manifest."
         if check_hashes
@@ -60,7 +63,18 @@ def checkpoints(run: RunRecord, *, check_hashes: bool) -> Section:
     )
 
 
-def _checkpoint_row(path: Path, check_hashes: bool) -> tuple[str | Cell, ...]:
+def _unfinished_row(path: Path) -> tuple[str | Cell, ...]:
+    return path.name, UNKNOWN, UNKNOWN, UNKNOWN, Cell("being written, or left by a kill", "warn")
+
+
+def _checkpoint_row(
+    path: Path, check_hashes: bool, *, others_may_add: bool = False
+) -> tuple[str | Cell, ...]:
+    """How one directory stands.
+
+    Args:
+        others_may_add: further files, such as a model card, do it no harm.
+    """
     problems = verify_manifest(path, check_hashes=check_hashes)
     manifest = read_manifest(path) or {}
     sizes = [mapping(entry).get("num_bytes") for entry in mapping(manifest.get("files")).values()]
@@ -71,7 +85,11 @@ def _checkpoint_row(path: Path, check_hashes: bool) -> tuple[str | Cell, ...]:
             tokens = read_json_object(path / "meta.json").get("tokens")
         except MeditronError as error:
             problems.append(str(error))
-    if problems:
+    added = added_files(path) if others_may_add and problems else []
+    if problems and len(problems) == len(added):
+        more = f" and {len(added) - 1} more" if len(added) > 1 else ""
+        state = Cell(f"changed since: {added[0]}{more} was added", "warn")
+    elif problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         state = Cell(f"damaged: {problems[0]}{more}", "bad")
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -20,9 +20,6 @@ STEP_PARTS = {
     "reduce_time_s": "gradients and waiting",
     "update_time_s": "optimizer",
 }
-MFU_NOTE = (
-    "By 6 FLOPs for each parameter and token, over the peak of the hardware; recomputed work does not count."
-)
 _SHOWN_KEYS = {
     *("time", "tokens", "loss", "lr", "grad_norm", "param_norm", "num_loss_tokens", "tokens_per_second"),
     *("step_time_s", "mfu", "num_skipped_steps", "peak_memory_bytes", "energy_j", *STEP_PARTS),
@@ -30,8 +27,10 @@ _SHOWN_KEYS = {
 _GIB = 2**30
 
 
-def charts_of_runs(runs: Mapping[str, Metrics]) -> list[Section]:
+def charts_of_runs(records: Mapping[str, RunRecord]) -> list[Section]:
     """The curves of one run, or of several on top of each other, by name."""
+    runs = {name: run.metrics for name, run in records.items()}
+    counted = flops_counted(list(records.values()))
     return [
         section(
             "loss",
@@ -75,7 +74,7 @@ def charts_of_runs(runs: Mapping[str, Metrics]) -> list[Section]:
                 _scaled(runs, "mfu", 100),
                 unit="%",
                 smooth=True,
-                note=MFU_NOTE,
+                note=f"By {counted}, over the peak of the hardware; recomputed work does not count.",
             ),
             over_steps(
                 "memory",
@@ -214,3 +213,11 @@ def _rest(total: Curve, parts: Mapping[str, Curve]) -> Curve:
     for curve in parts.values():
         rest = rest - curve.values[np.isin(curve.steps, steps)]
     return Curve(steps, np.maximum(rest, 0.0))
+
+
+def flops_counted(runs: Sequence[RunRecord]) -> str:
+    """What the MFU of the runs counts: with adapters the model's own matrices have no gradient to be computed."""
+    whole = "6 FLOPs a parameter and token"
+    adapted = "4 FLOPs a parameter and token, 6 of the adapters"
+    found = [adapted if run.setting("lora") is not None else whole for run in runs]
+    return f"{whole} (with adapters: {adapted})" if len(set(found)) > 1 else found[0]

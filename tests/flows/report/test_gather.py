@@ -149,6 +149,23 @@ def test_mfu_of_adapters_has_one_convention(tmp_path):
     assert adapted[1] == whole[1]
 
 
+def test_what_mfu_counts_is_said(tmp_path):
+    """As `planner.flops.model_flops_per_token` counts it."""
+    whole, adapted = (write_run(tmp_path / name) for name in ("whole", "adapted"))
+    config = yaml.safe_load((adapted / "config.yaml").read_text())
+    (whole / "config.yaml").write_text(yaml.safe_dump(config | {"lora": None}))
+    (adapted / "config.yaml").write_text(yaml.safe_dump(config | {"lora": {"rank": 16}}))
+    said = "6 FLOPs a parameter and token", "4 FLOPs a parameter and token, 6 of the adapters"
+    for run, words in zip((whole, adapted), said, strict=True):
+        page = make_page([run])
+        assert {label: note for label, _, note in page.tiles.rows}["MFU"] == f"by {words}"
+        assert next(chart for chart in page.charts if chart.name == "mfu").note.startswith(
+            f"By {words}, over"
+        )
+    note = next(chart for chart in make_page([whole, adapted]).charts if chart.name == "mfu").note
+    assert note.startswith(f"By {said[0]} (with adapters: {said[1]}), over")
+
+
 def test_what_was_measured_is_of_one_batch_size_and_the_last_start(tmp_path):
     """In the ramp and before the restart steps took other times."""
     sizes = {"tensor": 8, "pipeline": 8, "world_size": 128}
@@ -259,6 +276,48 @@ def test_checkpoints_and_their_hashes(tmp_path):
     states = {row[0]: row[-1] for row in rows_of(make_page([run], check_hashes=True), "checkpoints")}
     assert states["step_00000010"] == "intact: hashes match"
     assert states["step_00000030"].startswith("damaged: weights.bin has changed")
+
+
+def test_exports_and_what_others_add_to_them(tmp_path):
+    run = write_run(tmp_path / "run", last_checkpoint="step_00000010")
+    make_checkpoint(run, 10)
+    names = (
+        "hf",
+        "hf_step_00000010",
+        "adapter",
+        "adapter_step_00000010_2",
+        "hf_step_00000020",
+        "adapter_step_00000030",
+    )
+    for name in names:
+        (run / name).mkdir()
+        (run / name / "model.safetensors").write_bytes(b"w" * 1000)
+        write_manifest(run / name)
+    (run / "hf/README.md").write_text("a card")
+    (run / "adapter/README.md").write_text("a card")
+    (run / "adapter/eval.json").write_text("{}")
+    (run / "hf_step_00000020/README.md").write_text("a card")
+    (run / "hf_step_00000020/model.safetensors").write_bytes(b"w")
+    (run / "adapter_step_00000030/manifest.json").unlink()
+    for name in ("hf.tmp", "hf.new", ".hf.new.tmp", ".adapter_step_00000010.tmp", "hf_of_someone", ".cache"):
+        (run / name).mkdir()
+    found = next(section for section in make_page([run]).sections if section.name == "checkpoints")
+    (table,) = (block for block in found.blocks if isinstance(block, Table))
+    states = {row[0].text: (row[-1].text, row[-1].tone) for row in table.rows}
+    del states["step_00000010"]
+    unfinished = ("being written, or left by a kill", "warn")
+    assert states == {
+        "hf": ("changed since: README.md was added", "warn"),
+        "hf_step_00000010": ("complete: sizes match", "good"),
+        "adapter": ("changed since: README.md and 1 more was added", "warn"),
+        "adapter_step_00000010_2": ("complete: sizes match", "good"),
+        "hf_step_00000020": ("damaged: README.md is not in the manifest and 1 more", "bad"),
+        "adapter_step_00000030": ("damaged: manifest.json is missing", "bad"),
+        "hf.tmp": unfinished,
+        "hf.new": unfinished,
+        ".hf.new.tmp": unfinished,
+        ".adapter_step_00000010.tmp": unfinished,
+    }
 
 
 OTHER_CONTENTS = [

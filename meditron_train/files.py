@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal, cast
+from typing import IO, Any, Literal, cast
 
 from meditron_train.errors import DISK_FAULT, DISK_FULL, UserError
 
@@ -203,7 +203,7 @@ def describe_missing_directory(directory: Path) -> str:
     return f"there is no directory {directory}"
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """The file, open for reading.
 
     Raises:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from meditron_train.errors import UserError
-from meditron_train.files import read_json, replace_text
+from meditron_train.files import open_regular, read_json, replace_text
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "meditron-train-manifest/1"
@@ -21,6 +22,8 @@ SIGNATURE_NAME = "model.sig"  # of a published directory: it signs the manifest,
 CONVERSION_NAME = ".conversion.json"  # of workspace.py; a kill just after its last rename leaves it there
 # Files that may lie beside those of the manifest.
 _NOT_LISTED = {MANIFEST_NAME, SIGNATURE_NAME, CONVERSION_NAME}
+# What `hf download --local-dir` and git leave beside the files that they fetch.
+_OF_DOWNLOADS = (".cache/huggingface/", ".git/", ".gitattributes")
 _MAX_BYTES = 256 << 20
 _MAX_LISTED = 10
 _BLOCK_BYTES = 4 * 1024 * 1024
@@ -96,7 +99,7 @@ def verify_manifest(
     """What is wrong with a finished checkpoint directory, one line per problem; an empty list means intact.
 
     Finds missing, additional, cut off and changed files; bad files never cause an exception. Sizes are
-    compared first: a file of the wrong size is not hashed.
+    compared first: a file of the wrong size is not hashed. What a download adds beside the files is no problem.
 
     Args:
         directory: the checkpoint.
@@ -112,14 +115,19 @@ def verify_manifest(
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return [f"{MANIFEST_NAME} cannot be read: {error!r}"]
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found)]
-    problems += [f"{name} is not in the manifest" for name in sorted(found - expected.keys())]
+    more = sorted(found - expected.keys())
+    problems += [f"{name} is not in the manifest" for name in more if not _is_of_a_download(name)]
     right_size = []
     for name in sorted(expected.keys() & found):
         try:
-            num_bytes = (directory / name).stat().st_size
+            status = (directory / name).stat()
         except OSError as error:
             problems.append(f"{name} cannot be read: {error}")
             continue
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, and a device never ends
+            problems.append(f"{name} is not a file")
+            continue
+        num_bytes = status.st_size
         if num_bytes == expected[name][0] and name in unhashed:
             continue
         if num_bytes == expected[name][0]:
@@ -135,7 +143,8 @@ def added_files(directory: Path) -> list[str]:
     """The files that someone has put beside those of the manifest, which `verify_manifest` reports, too."""
     named = (read_manifest(directory) or {}).get("files", {})
     try:
-        return sorted(_file_names(directory) - _NOT_LISTED - set(named)) if named else []
+        more = sorted(_file_names(directory) - _NOT_LISTED - set(named)) if named else []
+        return [name for name in more if not _is_of_a_download(name)]
     except OSError:
         return []
 
@@ -158,6 +167,10 @@ def not_intact(directory: Path, problems: Sequence[str]) -> UserError:
     return UserError("\n  ".join(lines))
 
 
+def _is_of_a_download(name: str) -> bool:
+    return any(name == place or (place.endswith("/") and name.startswith(place)) for place in _OF_DOWNLOADS)
+
+
 def _file_names(directory: Path) -> set[str]:
     def fail(error: OSError) -> None:
         raise error  # os.walk would otherwise silently leave out what it cannot list
@@ -169,11 +182,16 @@ def _file_names(directory: Path) -> set[str]:
 
 
 def describe_file(path: Path, *, sync: bool = False) -> dict[str, int | str]:
-    """{"num_bytes", "sha256"} of a file; with `sync`, it is on the disk afterwards."""
+    """{"num_bytes", "sha256"} of a file; with `sync`, it is on the disk afterwards.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a regular file.
+    """
     digest = hashlib.sha256()
     num_bytes = 0
     buffer = memoryview(bytearray(_BLOCK_BYTES))
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         while block_bytes := file.readinto(buffer):
             digest.update(buffer[:block_bytes])
             num_bytes += block_bytes
@@ -186,7 +204,7 @@ def _changed_files(directory: Path, names: Iterable[str], expected: dict[str, tu
     def problem_of(name: str) -> str | None:
         try:
             sha256 = describe_file(directory / name)["sha256"]
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return f"{name} cannot be read: {error}"
         if sha256 != expected[name][1]:
             return f"{name} has changed: SHA-256 {str(sha256)[:12]}… instead of {expected[name][1][:12]}…"

@@ -326,10 +326,8 @@ def _print_comparison(result: Comparison) -> None:
         )
     else:
         cast = f" after the declared cast to {result.cast}" if result.cast else ""
-        tell(
-            f"equal: {result.num_tensors} tensors ({format_num_bytes(result.num_bytes)}) bit for bit{cast}, config, "
-            "tokenizer"
-        )
+        size, tokenizer = format_num_bytes(result.num_bytes), ", tokenizer" if result.with_tokenizers else ""
+        tell(f"equal: {result.num_tensors} tensors ({size}) bit for bit{cast}, config{tokenizer}")
 
 
 def _print_description(description: dict[str, Any]) -> None:

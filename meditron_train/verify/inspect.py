@@ -47,7 +47,7 @@ def inspect_directory(
     directory = Path(directory)
     if is_adapter_directory(directory):
         return inspect_adapter(directory, hashes=hashes)
-    side = open_full_side(directory, MegatronOptions(padded_vocabulary=True))
+    side = open_full_side(directory, MegatronOptions(padded_vocabulary=True, rope_as_stated=True))
     description: dict[str, Any] = {"directory": str(directory), "format": side.format}
     if isinstance(side, ShardedSide):
         problems, tensors, facts = _sharded(side)

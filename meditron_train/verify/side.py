@@ -106,13 +106,19 @@ class ShardedSide(_JointSide):
 
 
 class MegatronSide(_JointSide):
-    """A checkpoint of Megatron-LM or Megatron-LLM."""
+    """A checkpoint of Megatron-LM or Megatron-LLM. Its tokenizer is its own; the one of the options, where it has none.
+
+    Attributes:
+        has_own_tokenizer: whether it has one.
+    """
 
     format = "megatron"
 
     def __init__(self, directory: Path, options: MegatronOptions) -> None:
         self.source = MegatronSource(directory, options)
-        super().__init__(directory, self.source.tokenizer or directory, self.source, set(self.source.names))
+        self.has_own_tokenizer = self.source.own_tokenizer is not None
+        hf_files = self.source.own_tokenizer or self.source.tokenizer or directory
+        super().__init__(directory, hf_files, self.source, set(self.source.names))
         self.cast = self.made_from = None
 
 

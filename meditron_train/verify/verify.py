@@ -7,10 +7,14 @@ stand for its tensors.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -25,9 +29,14 @@ from meditron_train.checkpoint.hf.read import is_hf_directory
 from meditron_train.checkpoint.manifest import MANIFEST_NAME, verify_manifest
 from meditron_train.checkpoint.megatron.source import MegatronOptions, is_megatron_directory
 from meditron_train.checkpoint.tensor_map import hf_shapes
-from meditron_train.checkpoint.tokenizer.files import compare_fingerprints, compare_tokenizers
+from meditron_train.checkpoint.tokenizer.files import (
+    compare_fingerprints,
+    compare_tokenizers,
+    tokenizer_fingerprint,
+)
+from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import MeditronError, UserError
-from meditron_train.tokenizer.files import has_tokenizer
+from meditron_train.tokenizer.files import has_tokenizer, tokenizer_files
 from meditron_train.verify.bits import BitComparison
 from meditron_train.verify.scan import in_parallel, scan_tensor
 from meditron_train.verify.side import (
@@ -57,6 +66,7 @@ class Comparison:
 
     Attributes:
         cast: the dtype to which tensors were cast before they were compared, because it was declared.
+        with_tokenizers: whether both sides have a tokenizer, so that they could be compared.
         logits: set with `--logits`.
     """
 
@@ -64,6 +74,7 @@ class Comparison:
     num_tensors: int
     num_bytes: int
     cast: str | None = None
+    with_tokenizers: bool = True
     logits: LogitComparison | None = None
 
 
@@ -119,23 +130,33 @@ def verify(
     elif logits:
         compared, more = _compare_logits(side_a, side_b, cast if num_cast else None)
         differences += more
+    with_tokenizers = _has_tokenizer(side_a) and _has_tokenizer(side_b)
     cast_name = str(cast).removeprefix("torch.") if num_cast else None
-    return Comparison(tuple(differences), len(names), sum(sizes.values()), cast_name, compared)
+    return Comparison(
+        tuple(differences), len(names), sum(sizes.values()), cast_name, with_tokenizers, compared
+    )
 
 
 def _open_sides(a: str | Path, b: str | Path) -> tuple[AnySide, AnySide]:
-    """Another program's checkpoint has no tokenizer and not always a size of its vocabulary: those are B's then, or
-    A's. Its configuration is its own, and compared."""
+    """Another program's checkpoint does not always have a tokenizer, say the size of its vocabulary, or how RoPE was
+    scaled: those are B's then, or A's. The rest of its configuration is its own, and compared."""
     if not is_megatron_directory(a):
         side_a = open_side(a)
         return side_a, open_side(b, _completed_by(side_a))
-    side_b = open_side(b)
+    side_b = open_side(b, MegatronOptions(rope_as_stated=True))
     return open_side(a, _completed_by(side_b)), side_b
 
 
 def _completed_by(side: AnySide) -> MegatronOptions:
     tokenizer = None if isinstance(side, ManifestSide) or not has_tokenizer(side.hf_files) else side.hf_files
-    return MegatronOptions(tokenizer=tokenizer, vocab_size=side.model.vocab_size)
+    return MegatronOptions(tokenizer=tokenizer, vocab_size=side.model.vocab_size, other=side.model)
+
+
+def _has_tokenizer(side: AnySide) -> bool:
+    """Whether the side has one of its own."""
+    if isinstance(side, ManifestSide):
+        return side.tokenizer() is not None
+    return side.has_own_tokenizer if isinstance(side, MegatronSide) else has_tokenizer(side.hf_files)
 
 
 def _stated_cast(side_a: AnySide, side_b: AnySide) -> torch.dtype | None:
@@ -250,14 +271,38 @@ def _compare_hashes(side_a: AnySide, side_b: AnySide, name: str, dtype: torch.dt
 
 
 def _compare_tokenizers(side_a: AnySide, side_b: AnySide) -> list[Difference]:
-    if isinstance(side_a, ManifestSide) or isinstance(side_b, ManifestSide):
-        try:
-            found = compare_fingerprints(side_a.tokenizer(), side_b.tokenizer())
-        except UserError as error:
-            found = [("tokenizer", str(error))]
-    else:
-        found = compare_tokenizers(side_a.hf_files, side_b.hf_files)
+    try:
+        with _as_of_the_model(side_a, side_b) as a, _as_of_the_model(side_b, side_a) as b:
+            if isinstance(a, Path) and isinstance(b, Path):
+                found = compare_tokenizers(a, b)
+            else:
+                found = compare_fingerprints(
+                    *(tokenizer_fingerprint(x) if isinstance(x, Path) else x for x in (a, b))
+                )
+    except UserError as error:
+        found = [("tokenizer", str(error))]
     return [Difference("tokenizer", what, message) for what, message in found]
+
+
+@contextmanager
+def _as_of_the_model(side: AnySide, other: AnySide) -> Iterator[Path | dict[str, Any] | None]:
+    """Where the side's tokenizer lies, or its fingerprint. Another program's has no config.json beside it, by which
+    transformers decides how to read one: it is read as that of the model that it is compared with."""
+    if isinstance(side, ManifestSide):
+        yield side.tokenizer()
+        return
+    if not isinstance(side, MegatronSide) or not side.has_own_tokenizer or isinstance(other, MegatronSide):
+        yield side.hf_files
+        return
+    with TemporaryDirectory() as scratch:
+        for name, path in tokenizer_files(side.hf_files).items():
+            (Path(scratch) / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, Path(scratch) / name)
+        if isinstance(other, ManifestSide):
+            (Path(scratch) / "config.json").write_text(json.dumps({"model_type": other.model.family}))
+        elif (other.hf_files / "config.json").is_file():
+            shutil.copyfile(other.hf_files / "config.json", Path(scratch) / "config.json")
+        yield Path(scratch)
 
 
 def _compare_logits(
@@ -288,13 +333,20 @@ def _contradictory_configs(a: str | Path, b: str | Path) -> list[Difference]:
 def _compare_configs(side_a: AnySide, side_b: AnySide) -> list[Difference]:
     """Field by field. The dtype that a config states is left out: the tensors' own are compared."""
     fields_a, fields_b = (
-        _flatten(side.model.model_dump(mode="json", exclude={"dtype"})) for side in (side_a, side_b)
+        _flatten(_as_computed(side.model).model_dump(mode="json", exclude={"dtype"}))
+        for side in (side_a, side_b)
     )
     return [
         Difference("config", key, f"{fields_a[key]!r} against {fields_b[key]!r}")
         for key in fields_a
         if fields_a[key] != fields_b[key]
     ]
+
+
+def _as_computed(model: ModelConfig) -> ModelConfig:
+    """A Mistral without a window is a Llama, and in Megatron's arguments nothing tells them apart."""
+    is_llama = model.family == "mistral" and model.sliding_window is None
+    return model.model_copy(update={"family": "llama"}) if is_llama else model
 
 
 def _changed_files(label: str, side: AnySide) -> list[Difference]:

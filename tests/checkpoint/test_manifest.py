@@ -11,6 +11,7 @@ import pytest
 
 from meditron_train.checkpoint.manifest import verify_manifest, write_manifest
 from tests.checkpoint.filled import fill
+from tests.hostile import check
 
 
 def test_manifest_lists_every_file_and_holds(tmp_path):
@@ -54,6 +55,38 @@ def test_missing_truncated_and_additional_files_are_named(tmp_path):
         "hf/config.json is missing",
         "hf/surprise is not in the manifest",
     ]
+
+
+@pytest.mark.parametrize("what", ["pipe", "device"])
+def test_what_is_no_file_is_neither_waited_for_nor_read(tmp_path, what):
+    fill(tmp_path)
+    write_manifest(tmp_path)
+    (tmp_path / "empty").unlink()  # of the size that a pipe and a device have, too
+    if what == "pipe":
+        os.mkfifo(tmp_path / "empty")
+    else:
+        (tmp_path / "empty").symlink_to("/dev/zero")
+    check(lambda: verify_manifest(tmp_path))
+    assert verify_manifest(tmp_path) == ["empty is not a file"]
+
+
+def test_what_a_download_adds_is_no_problem(tmp_path):
+    """As `hf download --local-dir` and `git clone` do."""
+    fill(tmp_path)
+    write_manifest(tmp_path)
+    added = (".cache/huggingface/download/empty.metadata", ".git/HEAD", ".gitattributes")
+    for name in (*added, ".cache/other", "hf/.gitattributes", ".github/x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert verify_manifest(tmp_path) == [
+        ".cache/other is not in the manifest",
+        ".github/x is not in the manifest",
+        "hf/.gitattributes is not in the manifest",
+    ]
+    (tmp_path / "manifest.json").unlink()
+    write_manifest(tmp_path)
+    (tmp_path / ".gitattributes").write_text("x")
+    assert verify_manifest(tmp_path) == [".gitattributes has 1 bytes instead of 0"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -52,8 +52,21 @@ def conventions_of(args: Mapping[str, Any], *, megatron_llm: bool) -> Convention
     return Conventions(gate_first=True, interleaved_rotary=bool(args.get("rotary_interleaved")))
 
 
-def model_from_args(args: Mapping[str, Any], vocab_size: int | None, dtype: str, where: str) -> ModelConfig:
+def model_from_args(
+    args: Mapping[str, Any],
+    vocab_size: int | None,
+    dtype: str,
+    where: str,
+    rope: RopeConfig | Literal["as stated"] | None = None,
+) -> ModelConfig:
     """The model that the arguments describe.
+
+    Args:
+        args: as the checkpoint has them.
+        vocab_size: without padding, where they do not say it.
+        dtype: of the weights.
+        where: file they come from, for messages.
+        rope: how RoPE was scaled where they do not decide it: not at all, or by the factor that they state.
 
     Raises:
         UserError: the arguments do not say enough, name a feature that the model does not have, or are not
@@ -93,7 +106,7 @@ def model_from_args(args: Mapping[str, Any], vocab_size: int | None, dtype: str,
             head_dim=_first(args, "kv_channels") or hidden_size // num_heads,
             max_position_embeddings=_needed(args, where, "max_position_embeddings", "seq_length"),
             rms_norm_eps=_first(args, "norm_epsilon", "layernorm_epsilon", default=1e-5),
-            rope=_rope(args, where),
+            rope=_rope(args, where, rope),
             tie_embeddings=bool(tied),
             sliding_window=window,
             num_full_attention_layers=num_full,
@@ -247,7 +260,9 @@ def _family(args: Mapping[str, Any], num_layers: int, where: str) -> tuple[Famil
     return ("mistral" if window else "llama"), window, 0
 
 
-def _rope(args: Mapping[str, Any], where: str) -> RopeConfig:
+def _rope(
+    args: Mapping[str, Any], where: str, otherwise: RopeConfig | Literal["as stated"] | None
+) -> RopeConfig:
     theta = float(_first(args, "rotary_base", "rope_theta", default=10000.0))
     factor = _first(args, "rope_scaling_factor")
     if args.get("use_rope_scaling"):  # Megatron-LM: Llama 3's scaling, whose other constants are fixed there
@@ -257,7 +272,10 @@ def _rope(args: Mapping[str, Any], where: str) -> RopeConfig:
     if "glu_activation" not in args:
         factor = args.get("rotary_seq_len_interpolation_factor")
         is_old = args.get("use_legacy_models") or args.get("use_mcore_models") is False
-        if factor not in (None, 1) and not is_old:
+        undecided = factor not in (None, 1) and not is_old
+        if undecided and isinstance(otherwise, RopeConfig) and otherwise.kind == "default":
+            return RopeConfig(theta=theta)
+        if undecided and otherwise is None:
             raise UserError(
                 f"{where}: rotary_seq_len_interpolation_factor = {spelled(factor)}: the model before megatron-core "
                 f"scaled RoPE by it, but Megatron-LM never gave it to megatron-core's GPTModel, so nothing says which "

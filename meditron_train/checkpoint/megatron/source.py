@@ -40,7 +40,7 @@ from meditron_train.checkpoint.megatron.torch_dist import (
 from meditron_train.checkpoint.sharded.torch_dist import TorchDistTensors
 from meditron_train.checkpoint.tensor_map import TensorSpec, tensor_specs
 from meditron_train.checkpoint.tied_head import same_values
-from meditron_train.config.model_config import ModelConfig
+from meditron_train.config.model_config import ModelConfig, RopeConfig
 from meditron_train.errors import UserError
 from meditron_train.files import read_whole
 from meditron_train.tokenizer.files import has_tokenizer
@@ -63,6 +63,10 @@ class MegatronOptions:
         rotary: how query and key rows are ordered; auto: as the program that wrote the checkpoint does today.
         padded_vocabulary: where nothing says how many tokens there are, take all rows, padding included: to
             look at a checkpoint, not to convert it.
+        other: a model that this one is compared with. It decides what the arguments do not: special token ids,
+            how RoPE was scaled, and everything where there are none.
+        rope_as_stated: RoPE was scaled by what the arguments state, though they do not decide it: to look at a
+            checkpoint, not to convert it.
     """
 
     tokenizer: Path | None = None
@@ -70,6 +74,8 @@ class MegatronOptions:
     vocab_size: int | None = None
     rotary: Literal["auto", "half", "interleaved"] = "auto"
     padded_vocabulary: bool = False
+    other: ModelConfig | None = None
+    rope_as_stated: bool = False
 
 
 class MegatronSource:
@@ -77,7 +83,8 @@ class MegatronSource:
 
     Attributes:
         model, padded_vocab_size, names, place, shape, dtype, read: as of `ShardedSource`.
-        tokenizer: the one of the options, or one that lies in the checkpoint.
+        tokenizer: the one of the options, or `own_tokenizer`.
+        own_tokenizer: the one that lies in the checkpoint.
         iteration: as the checkpoint says.
         layout: tensor and pipeline sizes it was written under, where known.
 
@@ -89,8 +96,9 @@ class MegatronSource:
     def __init__(self, directory: str | Path, options: MegatronOptions | None = None) -> None:
         options = options or MegatronOptions()
         self.directory = find_iteration(Path(directory))
+        self.own_tokenizer = _tokenizer_beside(Path(directory), self.directory)
         if options.tokenizer is None:
-            options = replace(options, tokenizer=_tokenizer_beside(Path(directory), self.directory))
+            options = replace(options, tokenizer=self.own_tokenizer)
         self.tokenizer = options.tokenizer
         self.layout: dict[str, int] = {}
         if rank_directories(self.directory):
@@ -254,6 +262,8 @@ def _model(args: Mapping[str, Any], options: MegatronOptions, dtype: str, where:
         check_args(args, where, "", described=True)
         model = read_hf_config(options.config)
         return model.model_copy(update={"dtype": dtype, "vocab_size": options.vocab_size or model.vocab_size})
+    if not args and options.other is not None:
+        return options.other.model_copy(update={"dtype": dtype})
     if not args:
         raise UserError(f"{where}: the checkpoint holds no arguments that describe the model. {CONFIG_HINT}")
     vocab_size: int | None = options.vocab_size
@@ -264,7 +274,13 @@ def _model(args: Mapping[str, Any], options: MegatronOptions, dtype: str, where:
         named_size = args.get("vocab_size")
         vocab_size = vocab_size or max(reading.vocab_size, named_size if type(named_size) is int else 0)
         ids = _token_ids(reading, options.tokenizer)
-    return model_from_args(args, vocab_size, dtype, where).model_copy(update=ids)
+    if options.other is not None:
+        ids = {
+            name: getattr(options.other, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
+    known = options.other.rope if options.other is not None else None
+    rope: RopeConfig | Literal["as stated"] | None = "as stated" if options.rope_as_stated else known
+    return model_from_args(args, vocab_size, dtype, where, rope).model_copy(update=ids)
 
 
 def _token_ids(reading: Reading, directory: Path) -> dict[str, int | tuple[int, ...] | None]:

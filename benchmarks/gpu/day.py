@@ -1,9 +1,10 @@
 """Every figure that one GPU can give, in parts, in less than nine minutes: `python -m benchmarks.gpu.day OUT [--tiny]`.
 
 Each part is a process of its own with a time limit. It leaves OUT/PART.json (status, device, versions, date, seconds,
-result) and OUT/PART.log; OUT/table.md has all of them. A part that fails does not stop the others; the exit status is 1
-then. Parts that have passed on the same device, with the same versions, are not run again: the same command after an
-interruption continues. `--tiny` runs all parts with toy sizes on a CPU, to show that they run: its speeds mean nothing.
+result) and OUT/PART.log; OUT/table.md has all of them, and OUT/out.tar.gz every file, to be fetched as one. A part that
+fails or is stopped keeps what it has found and does not stop the others; the exit status is 1 then. Parts that have
+passed on the same device, with the same versions, are not run again: the same command after an interruption continues.
+`--tiny` runs all parts with toy sizes on a CPU, to show that they run: its speeds mean nothing.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meditron_train.files import read_json_object, replace_text
+from benchmarks.gpu import outcomes
+from meditron_train.files import read_json_object, replace_text, replacing
 
 TOTAL_S = 525
 ROOT = Path(__file__).parents[2]
@@ -41,11 +43,14 @@ class Part:
 def parts(*, tiny: bool) -> list[Part]:
     module = ("-m", "benchmarks.gpu.")
     toy = ("--tiny", "--device", "cpu") if tiny else ()
-    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml", "{result}")
-    tests += (
-        ("tests/gpu/test_isolation.py", "-k", "not_a_number") if tiny else ("tests/gpu", "--timeout", "60")
-    )
+    tests: tuple[str, ...] = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+    tests += ("-p", "benchmarks.gpu.outcomes", "--outcomes", "{result}")
+    if tiny:
+        tests += ("tests/gpu/test_isolation.py", "-k", "not_a_number")
+    else:  # the benchmarks are parts of their own
+        tests += ("tests/gpu", "--ignore", "tests/gpu/test_benchmark.py", "--timeout", "60")
     few_steps = ("--rounds", "1", "--warm-up", "1" if tiny else "3", "--steps", "1" if tiny else "6")
+    few_recorded = ("--warm-up", "2", "--steps", "2")
 
     def step(batch: int, seq_len: int) -> tuple[str, ...]:
         size = ("--model", "llama2-7b", "--batch", str(batch), "--seq-len", str(seq_len))
@@ -55,10 +60,10 @@ def parts(*, tiny: bool) -> list[Part]:
         return (module[0], module[1] + name, *toy, *arguments, "--json", "{result}")
 
     return [
-        Part("tests", "tests/gpu", 130, tests),
-        Part("attention", "Attention", 70, run("attention", "--rounds", "3", "--repeats", "10")),
+        Part("tests", "tests/gpu", 115, tests),
+        Part("attention", "Attention", 85, run("attention", "--rounds", "3", "--repeats", "10")),
         Part("step-4096", "Training step, s4096", 140, run("train_step", *few_steps, *step(2, 4096))),
-        Part("profile", "Profile of our step, s4096", 60, run("profile", "--steps", "2", *step(2, 4096))),
+        Part("profile", "Profile of our step, s4096", 60, run("profile", *few_recorded, *step(2, 4096))),
         Part("step-2048", "Training step, s2048", 140, run("train_step", *few_steps, *step(4, 2048))),
     ]
 
@@ -91,7 +96,7 @@ def run_part(part: Part, out: Path, on: dict[str, str], limit_s: float) -> dict[
                 process.wait()
     try:
         result = read_result(part, raw)
-    except (OSError, ValueError, ET.ParseError) as error:
+    except (OSError, ValueError) as error:
         result, problem = None, problem or f"left no result: {error}"
     record = {
         "part": part.name,
@@ -110,14 +115,7 @@ def run_part(part: Part, out: Path, on: dict[str, str], limit_s: float) -> dict[
 def read_result(part: Part, raw: Path) -> dict[str, Any]:
     if part.name != "tests":
         return json.loads(raw.read_text())
-    suite = next(ET.parse(raw).getroot().iter("testsuite"))
-    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-    bad = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in suite.iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-    return {**counts, "failed": bad}
+    return outcomes.summary(raw)
 
 
 def passed_before(part: Part, out: Path, on: dict[str, str]) -> dict[str, Any] | None:
@@ -143,10 +141,11 @@ def as_table(part: Part, record: dict[str, Any]) -> str:
 def body(part: Part, result: dict[str, Any]) -> str:
     """The result as the part itself would print it."""
     if part.name == "tests":
-        names = ("tests", "failures", "errors", "skipped")
+        names = ("tests", *outcomes.ENDS)
         row = " | ".join(str(result[name]) for name in names)
-        listed = "".join(f"\n- failed: `{name}`" for name in result["failed"])
-        return f"| {' | '.join(names)} |\n|---|---|---|---|\n| {row} |\n{listed}".rstrip()
+        listed = "".join(f"\n- failed: `{name}`" for name in result["names_failed"])
+        listed += "".join(f"\n- did not end: `{name}`" for name in result["names_unfinished"])
+        return f"| {' | '.join(names)} |\n{'|---' * len(names)}|\n| {row} |\n{listed}".rstrip()
     # torch and transformers are imported once all parts have run.
     from benchmarks.gpu import attention, profile, train_step
 
@@ -160,6 +159,14 @@ def body(part: Part, result: dict[str, Any]) -> str:
         f"{result['plan_counted_bytes'] / 2**30:.1f} GiB."
     )
     return f"{size}\n\n{train_step.table(result)}"
+
+
+def pack(out: Path) -> None:
+    """All files of OUT as OUT/out.tar.gz."""
+    with replacing(out / "out.tar.gz") as file, tarfile.open(fileobj=file, mode="w:gz") as tar:
+        for path in sorted(out.iterdir()):
+            if path.suffix in (".json", ".log", ".md"):
+                tar.add(path, arcname=path.name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -194,12 +201,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             limit_s = 8 * part.limit_s if options.tiny else max(1, min(part.limit_s, ends - time.monotonic()))
             print(f"{part.name}: at most {limit_s:.0f} s ...", flush=True)
             record = run_part(part, out, on, limit_s)
+            pack(out)  # also for whoever stops this process
         records[part.name] = record
         print(f"{part.name}: {record['status']}{again} {record['problem']}".rstrip(), flush=True)
     versions = ", ".join(f"{name} {value}" for name, value in on.items() if name != "device")
     sections = [as_table(part, records[part.name]) for part in chosen if part.name in records]
     text = "\n\n".join([f"# {on['device']}\n\n{versions}.", *sections]) + "\n"
     replace_text(out / "table.md", text)
+    pack(out)
     print(f"\n{text}")
     return 1 if any(record["status"] == "failed" for record in records.values()) else 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,9 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsy
     assert day.main([str(tmp_path), "--tiny"]) == 1
     table = (tmp_path / "table.md").read_text()
     assert "exit status 1; see bad.log" in table and "body of good" in table
+    with tarfile.open(tmp_path / "out.tar.gz") as tar:
+        assert tar.getnames() == ["bad.json", "bad.log", "good.json", "good.log", "table.md"]
+        assert tar.extractfile("table.md").read().decode() == table
     assert day.main([str(tmp_path), "--tiny", "--only", "good"]) == 0
     assert "good: passed (before)" in capsys.readouterr().out
 
@@ -72,15 +76,75 @@ def test_the_limits_fit_into_nine_minutes():
     assert sum(part.limit_s for part in day.parts(tiny=False)) < 9 * 60 + 5
 
 
-def test_failed_tests_are_named(tmp_path):
-    (tmp_path / "raw").write_text(
-        '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1">'
-        '<testcase classname="a" name="b"><failure/></testcase><testcase classname="a" name="c"/>'
-        "</testsuite></testsuites>"
-    )
-    result = day.read_result(day.Part("tests", "Tests", 1, ()), tmp_path / "raw")
-    assert result == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1, "failed": ["a::b"]}
-    assert "| 3 | 1 | 0 | 1 |" in day.body(day.Part("tests", "Tests", 1, ()), result)
+TESTS = """
+import time
+import pytest
+
+def test_good(): pass
+def test_bad(): assert False
+@pytest.mark.skip
+def test_skipped(): pass
+@pytest.fixture
+def broken(): raise RuntimeError
+def test_error(broken): pass
+def test_hangs(): time.sleep({seconds})
+def test_later(): pass
+"""
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_the_tests_part_keeps_what_it_has_found(tmp_path, hangs):
+    (tmp_path / "test_some.py").write_text(TESTS.format(seconds=1000 if hangs else 0))
+    arguments = [word for word in day.parts(tiny=False)[0].arguments if not word.startswith("tests/gpu")]
+    arguments.remove("--ignore")
+    arguments += ["-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path / "test_some.py")]
+    if hangs:  # killed once the test before has ended
+        arguments[:2] = ["-c", KILLED_AT_THE_HANGING_TEST]
+    part = day.Part("tests", "Tests", 1, tuple(arguments))
+    record = day.run_part(part, tmp_path, MACHINE, 200)
+    assert record["status"] == "failed"
+    result = record["result"]
+    assert {name: result[name] for name in ("tests", "passed", "failed", "error", "skipped")} == {
+        "tests": 6, "passed": 1 if hangs else 3, "failed": 1, "error": 1, "skipped": 1,
+    }  # fmt: skip
+    assert result["names_failed"] == ["test_some.py::test_bad", "test_some.py::test_error"]
+    assert result["names_unfinished"] == (["test_some.py::test_hangs"] if hangs else [])
+    body = day.body(part, result)
+    assert "- failed: `test_some.py::test_bad`" in body
+    assert ("- did not end: `test_some.py::test_hangs`" in body) == hangs
+
+
+KILLED_AT_THE_HANGING_TEST = """
+import os, signal, sys, threading, time, pathlib
+import pytest
+
+def kill():
+    path = pathlib.Path(sys.argv[sys.argv.index("--outcomes") + 1])
+    while not (path.is_file() and "test_hangs" in path.read_text()):
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+threading.Thread(target=kill, daemon=True).start()
+pytest.main(sys.argv[1:])
+"""
+
+
+def test_no_tests_are_no_result(tmp_path):
+    (tmp_path / "raw").write_text('{"test": "cut o')
+    with pytest.raises(ValueError, match="no test was collected"):
+        day.read_result(day.Part("tests", "Tests", 1, ()), tmp_path / "raw")
+
+
+def test_the_day_measures_nothing_twice_and_ours_first():
+    from benchmarks.gpu import attention, tools
+
+    tests, *others = day.parts(tiny=False)
+    ignored = tests.arguments[tests.arguments.index("--ignore") + 1]
+    assert (ROOT / ignored).is_file() and ignored == "tests/gpu/test_benchmark.py"
+    profile = next(part for part in others if part.name == "profile")
+    assert profile.arguments[profile.arguments.index("--warm-up") + 1] == "2"
+    assert list(tools.TOOLS)[:2] == [tools.OURS, tools.SHORT_DOCUMENTS]
+    assert next(iter(attention.TOOLS)) == attention.OURS
 
 
 def test_idle_share_of_a_profile():

@@ -28,6 +28,20 @@ CPU = pytest.param(
     marks=pytest.mark.skipif(NUM_GPUS > 0, reason="torch sees a GPU, and megatron-core would use it"),
 )
 
+HEAD_DIM = 64
+"""A head size that our attention takes on GPUs; the small models of tests/train have 8, which PyTorch attends to."""
+
+
+def our_attention(device: str) -> dict[str, str]:
+    """The `train` section with which our kernels attend to bf16 heads of HEAD_DIM; skips where they are not built."""
+    from meditron_train.native import operators
+    from meditron_train.native.backends import choose_backend
+
+    if device == "cuda" and not operators.built_with_cuda():
+        pytest.skip("our CUDA kernels are not built: on this GPU other attention would be tested")
+    assert choose_backend("native", torch.device(device), torch.bfloat16, HEAD_DIM) == "native"
+    return {"precision": "bf16", "attention": "native"}
+
 
 def num_not_finite(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     """How many NaN and infinite elements each tensor has; only tensors that have any."""

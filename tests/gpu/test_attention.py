@@ -118,6 +118,44 @@ def test_long_documents(device, dim, window, seed):
     check_against_float64(packing, (4, 2), dim, torch.bfloat16, device, seed)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@DEVICES
+def test_every_multiprocessor_takes_many_tiles(device, dim, seed):
+    """Blocks of the kernels for H100 stay on their multiprocessor: eight turns and more reuse their buffers."""
+    on_gpu, heads = device == "cuda", (8, 2)
+    num_multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if on_gpu else 3
+    draw = random.Random(seed)
+    lengths = [8192 if on_gpu else 300, *(draw.randint(1, 100) for _ in range(4 * num_multiprocessors))]
+    assert heads[1] * sum(-(-length // 128) for length in lengths) > 8 * num_multiprocessors
+    generator = torch.Generator().manual_seed(seed)
+    angles = torch.rand(sum(lengths), dim // 2, generator=generator)
+    packing = Packing(bounds(lengths), bounds(lengths), cos=angles.cos(), sin=angles.sin())
+    inputs = draw_inputs(packing, heads, dim, torch.bfloat16, seed)
+    results = run(inputs, packing, device)
+    assert num_not_finite(results) == {}, f"seed {seed}"
+    # In float64 on the CPU this would take minutes.
+    expected = by_pytorch_in_fp32(inputs, packing, device)
+    for name, result in results.items():
+        tolerances = TOLERANCES_OF_DIFFERENCES if name in ("dq", "dk") else TOLERANCES
+        error = row_errors(result, expected[name].double())
+        assert error <= tolerances[torch.bfloat16], f"{name} is off by {error:.1e} of a row with seed {seed}"
+
+
+def by_pytorch_in_fp32(inputs, packing: Packing, device: str) -> dict[str, torch.Tensor]:
+    from meditron_train.native import Rotation, packed_attention
+
+    tensors = [inputs[name].to(device, torch.float32).requires_grad_() for name in ("q", "k", "v")]
+    output = packed_attention(
+        *tensors,
+        torch.tensor(packing.cu_queries, dtype=torch.int32),
+        rotation=Rotation(packing.cos.to(device), packing.sin.to(device)),
+        backend="sdpa",
+    )
+    grads = torch.autograd.grad(output, tensors, inputs["output_grad"].to(device, torch.float32))
+    results = zip(("output", "dq", "dk", "dv"), (output.detach(), *grads), strict=True)
+    return {name: result.cpu() for name, result in results}
+
+
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @DTYPES
 @DEVICES

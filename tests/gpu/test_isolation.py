@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from tests.gpu.devices import CPU, CUDA, needs_gpus, num_not_finite
+from tests.gpu.devices import CPU, CUDA, HEAD_DIM, needs_gpus, num_not_finite, our_attention
 from tests.gpu.ranks import logits_and_gradients
 from tests.train.ranks import make_config
 from tests.train.reference import hf_model, random_batch
@@ -36,8 +36,20 @@ def places_of(batch, document: int) -> set[int]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("device, layout", PLACES)
 def test_a_document_changes_nothing_in_another(device, layout, precision, directory):
+    assert_isolated(device, layout, {"precision": precision}, directory)
+
+
+@pytest.mark.parametrize("device, layout", PLACES)
+def test_a_document_changes_nothing_in_another_with_our_attention(device, layout, tmp_path):
+    """With heads that our kernels take on a GPU, too."""
+    train = our_attention(device)
+    hf_model(head_dim=HEAD_DIM).save_pretrained(tmp_path / "hf")
+    assert_isolated(device, layout, train, tmp_path / "hf")
+
+
+def assert_isolated(device, layout, train, directory):
     world_size, parallel = LAYOUTS[layout]
-    config = make_config(directory, {"parallel": parallel, "train": {"precision": precision}})
+    config = make_config(directory, {"parallel": parallel, "train": train})
     batch = random_batch(3)
     batches = [batch, with_other_text(batch, CHANGED)]
     moved, seen_logits, reached, seen_gradients = set(), set(), set(), set()

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from tests.distributed import run_ranks
-from tests.gpu.devices import CPU, CUDA, needs_gpus, num_not_finite
+from tests.gpu.devices import CPU, CUDA, HEAD_DIM, needs_gpus, num_not_finite, our_attention
 from tests.gpu.ranks import cuda_state, train_ranks
 from tests.train.ranks import assemble, make_config
 from tests.train.test_parity import LAYOUTS, assert_agrees, make_steps, reference_run
@@ -52,8 +52,24 @@ def test_fp32_agrees_with_transformers(device, layout, reference):
 @pytest.mark.parametrize("device, layout", PLACES)
 def test_bf16_follows_the_fp32_reference(device, layout, reference):
     """On a CPU loss, norm and weights are off by at most 0.03, 0.4 and 0.6 %."""
-    directory, expected_history, expected_weights = reference
-    history, weights = run_layout(device, directory, layout, train={"precision": "bf16"})
+    assert_follows(reference, *run_layout(device, reference[0], layout, train={"precision": "bf16"}))
+
+
+@pytest.fixture(scope="module")
+def reference_of_wide_heads(tmp_path_factory):
+    return reference_run(tmp_path_factory.mktemp("parity") / "hf", make_steps(), head_dim=HEAD_DIM)
+
+
+@pytest.mark.parametrize("device, layout", PLACES)
+def test_our_attention_follows_the_fp32_reference(device, layout, reference_of_wide_heads):
+    """With heads that our kernels take on a GPU, too."""
+    train = our_attention(device)
+    directory = reference_of_wide_heads[0]
+    assert_follows(reference_of_wide_heads, *run_layout(device, directory, layout, train=train))
+
+
+def assert_follows(reference, history, weights):
+    _, expected_history, expected_weights = reference
     for step, ((loss, norm), (expected_loss, expected_norm)) in enumerate(
         zip(history, expected_history, strict=True), start=1
     ):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
-from tests.gpu.devices import CPU, CUDA, needs_gpus
+from tests.gpu.devices import CPU, CUDA, HEAD_DIM, needs_gpus, our_attention
+from tests.train.reference import hf_model
 from tests.train.test_loop import run, stop_file_after
 
 NUM_STEPS, STOP_AFTER = 8, 4
@@ -14,12 +17,13 @@ COMPARED = ("loss", "grad_norm", "param_norm", "lr", "tokens", "num_skipped_step
 
 @pytest.fixture
 def write_run(write_config, tmp_path):
-    """write_run(name, device, precision) → configuration of a short run in tmp_path/name."""
+    """write_run(name, device, precision, **sections) → configuration of a short run in tmp_path/name."""
 
-    def write(name: str, device: str, precision: str):
+    def write(name: str, device: str, precision: str, **sections):
+        train = {"steps": NUM_STEPS, "precision": precision, "device": device}
         return write_config(
             f"{name}.yaml",
-            train={"steps": NUM_STEPS, "precision": precision, "device": device},
+            **{**sections, "train": {**train, **sections.get("train", {})}},
             checkpoint={"interval": 1000},  # only when it stops or ends
             validation={"interval": NUM_STEPS},
             logging={"run_dir": str(tmp_path / name), "wandb": "disabled", "tensorboard": False},
@@ -39,9 +43,9 @@ def weights(run_dir) -> dict[str, torch.Tensor]:
     return {name: source.read(name) for name in source.names}
 
 
-def assert_resumes(write_run, tmp_path, device, precision, overrides, world_size):
-    whole = run(write_run("whole", device, precision), *overrides, world_size=world_size)
-    config = write_run("parts", device, precision)
+def assert_resumes(write_run, tmp_path, device, precision, overrides, world_size, **sections):
+    whole = run(write_run("whole", device, precision, **sections), *overrides, world_size=world_size)
+    config = write_run("parts", device, precision, **sections)
     stop_file_after(config, tmp_path / "parts", step=STOP_AFTER, overrides=overrides, world_size=world_size)
     resumed = run(config, *overrides, world_size=world_size)
     assert [line["step"] for line in resumed] == list(range(1, NUM_STEPS + 1))
@@ -63,6 +67,19 @@ def assert_resumes(write_run, tmp_path, device, precision, overrides, world_size
 )
 def test_one_rank_resumes_to_the_bit(write_run, tmp_path, device, precision):
     assert_resumes(write_run, tmp_path, device, precision, (), world_size=1)
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_our_attention_resumes_to_the_bit(write_run, tmp_path, hf_dir, device):
+    """With heads that our kernels take on a GPU, too."""
+    from meditron_train.data.tokenizing.tokenizer import load_tokenizer
+
+    train = our_attention(device)
+    directory = shutil.copytree(hf_dir, tmp_path / "hf")
+    ids = {"vocab_size": load_tokenizer(hf_dir).vocab_size, "bos_token_id": 1, "eos_token_id": 2}
+    hf_model(**ids, head_dim=HEAD_DIM).save_pretrained(directory)
+    sections = {"model": {"from": str(directory)}, "train": train}
+    assert_resumes(write_run, tmp_path, device, "bf16", (), world_size=1, **sections)
 
 
 @pytest.mark.parametrize("override", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2", ""])

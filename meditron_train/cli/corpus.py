@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -159,7 +160,7 @@ def check(
     from meditron_train.flows.corpus.runs import find_runs
 
     benchmarks = [
-        Benchmark(name=path.name.split(".")[0], path=path, keys=tuple(key or ("question",)))
+        Benchmark(name=_name_of(path), path=path, keys=tuple(key or ("question",)))
         for path in benchmark or ()
     ]
     report = check_corpus(
@@ -174,6 +175,11 @@ def check(
         _print_check(report)
     if not report["ok"]:
         raise typer.Exit(1)
+
+
+def _name_of(path: Path) -> str:
+    """What a file is called, in the characters of a name."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", path.name.split(".")[0]).lstrip("-_") or "benchmark"
 
 
 def _print_check(report: dict[str, Any]) -> None:

@@ -27,6 +27,18 @@ def bin_path(prefix: Path | str) -> Path:
     return Path(f"{prefix}.bin")
 
 
+def find_prefix(prefix: Path, working_directory: object) -> Path | None:
+    """Where the files of a run's data are: as this process sees the path, else as the run saw it; None where neither
+    has them.
+
+    Args:
+        prefix: as the run's configuration has it.
+        working_directory: of the run's last start, as provenance.jsonl has it; anything but a string: unknown.
+    """
+    seen = [prefix, Path(working_directory) / prefix] if isinstance(working_directory, str) else [prefix]
+    return next((path for path in seen if bin_path(path).is_file()), None)
+
+
 def write_index(
     path: Path, dtype: np.dtype, sizes: NDArray[np.int32], document_indices: ArrayLike | None = None
 ) -> None:

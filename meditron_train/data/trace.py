@@ -12,7 +12,7 @@ from meditron_train.config.data import DataSection
 from meditron_train.config.load import load_config
 from meditron_train.config.schema import Config
 from meditron_train.data.conversations import answers_among
-from meditron_train.data.index_file import idx_path
+from meditron_train.data.index_file import find_prefix
 from meditron_train.data.meta import ids_path
 from meditron_train.data.packed import PackedDataset, Segment, build_train_dataset
 from meditron_train.data.packing.batch_schedule import BatchSchedule
@@ -122,7 +122,7 @@ def _config_of(run_dir: Path | str) -> Config:
 
 def _open_data(config: Config, schedule: BatchSchedule, run_dir: Path) -> tuple[PackedDataset, bool]:
     """The training data of a run, and whether it was found to be what the run recorded."""
-    provenance = _last_provenance(run_dir)
+    provenance = last_provenance(run_dir)
     data = _located(config.data, provenance.get("working_directory"))
     dataset = build_train_dataset(data, config.train.seq_len, vocabulary(data), schedule)
     return dataset, _verify(dataset, provenance, run_dir)
@@ -140,7 +140,7 @@ def _steps_done(run_dir: Path) -> int:
     return last
 
 
-def _last_provenance(run_dir: Path) -> dict[str, Any]:
+def last_provenance(run_dir: Path) -> dict[str, Any]:
     """What the last start of the run recorded; empty when nothing was. A torn last line does not count."""
     path = run_dir / "provenance.jsonl"
     if not path.is_file():
@@ -162,9 +162,9 @@ def _located(data: DataSection, working_directory: str | None) -> DataSection:
     base = Path(working_directory)
     train, validation = (
         tuple(
-            source
-            if idx_path(source.path).exists()
-            else source.model_copy(update={"path": base / source.path})
+            source.model_copy(
+                update={"path": find_prefix(source.path, working_directory) or base / source.path}
+            )
             for source in sources
         )
         for sources in (data.train, data.validation)

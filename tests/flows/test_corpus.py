@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -184,8 +185,6 @@ def test_check_finds_nothing_in_a_whole_corpus(built: Path) -> None:
 
 
 def test_check_finds_changed_files(built: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(built / "out", tmp_path / "out")
     with open(tmp_path / "out" / "tokenized" / "papers.train.bin", "r+b") as file:
         file.write(b"\xff")
@@ -225,6 +224,31 @@ def test_check_finds_retractions_and_the_steps_that_saw_them(built: Path, tmp_pa
     assert any(document["steps"] for document in run["documents"])
 
 
+def test_runs_with_relative_paths_are_not_left_out(built: Path, tmp_path: Path) -> None:
+    """Paths of a run are those of the directory where it was started, and may be links into the corpus."""
+    first = built / "runs" / "first"
+    config = yaml.safe_load((first / "config.yaml").read_text())
+    (tmp_path / "data").mkdir()
+    for declared in config["data"]["train"] + config["data"]["validation"]:
+        prefix = Path(declared["path"])
+        for path in prefix.parent.glob(f"{prefix.name}.*"):
+            (tmp_path / "data" / path.name).unlink(missing_ok=True)
+            (tmp_path / "data" / path.name).symlink_to(path)
+        declared["path"] = f"data/{prefix.name}"
+    run = shutil.copytree(first, tmp_path / "runs" / "first")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "provenance.jsonl").write_text(json.dumps({"working_directory": str(tmp_path)}) + "\n")
+    pmc = write_jsonl(tmp_path / "pmc.jsonl", [{"pmid": 77, "is_retracted": True}])
+    words = ["--retractions", pmc, "--runs", tmp_path / "runs", "--json"]
+    (report,) = json.loads(call("corpus", "check", built / "out", *words, code=1))["runs"]
+    (document,) = report["documents"]
+    assert document["steps"] == expected_steps(first, "papers", "p7") != []
+    assert "CC-BY-SA-4.0" in call("data", "trace", run, "--step", 2)
+    shutil.rmtree(tmp_path / "data")
+    (report,) = json.loads(call("corpus", "check", built / "out", *words, code=1))["runs"]
+    assert "is neither here nor where the run was started" in report["unknown"]
+
+
 def test_check_finds_what_stands_for_a_retracted_duplicate(built: Path, tmp_path: Path) -> None:
     pmc = write_jsonl(tmp_path / "pmc.jsonl", [{"pmid": 95, "is_retracted": True}])
     words = ["--retractions", pmc, "--runs", built / "runs", "--json"]
@@ -254,7 +278,8 @@ def test_check_says_which_retractions_it_cannot_read(built: Path, tmp_path: Path
 def test_check_looks_for_further_benchmarks(built: Path, tmp_path: Path) -> None:
     asked = " ".join(article(104).split()[3:25])
     quiz = write_jsonl(
-        tmp_path / "new.jsonl", [{"stem": asked}, {"stem": "what nobody has ever written down in a text"}]
+        tmp_path / "my new quiz.jsonl",
+        [{"stem": asked}, {"stem": "what nobody has ever written down in a text"}],
     )
     report = json.loads(
         call(

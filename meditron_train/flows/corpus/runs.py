@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meditron_train.config.load import load_config
 from meditron_train.corpus.manifest import Dataset, dataset_of_prefix
-from meditron_train.data.trace import steps_with, trace_step
+from meditron_train.data.index_file import bin_path, find_prefix
+from meditron_train.data.trace import last_provenance, steps_with, trace_step
 from meditron_train.errors import UserError
 
 
@@ -34,7 +35,7 @@ def trace_with_corpus(run_dir: Path | str, step: int) -> dict[str, Any]:
         UserError: as `trace_step`, and when corpus and tokenized data are not of the same build.
     """
     traced = trace_step(run_dir, step)
-    datasets = dict(_datasets_of_run(Path(run_dir)))
+    datasets, _ = _datasets_of_run(Path(run_dir))
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for segment in traced["segments"]:
         dataset = datasets.get(segment["source"])
@@ -54,13 +55,22 @@ def trace_with_corpus(run_dir: Path | str, step: int) -> dict[str, Any]:
     return traced
 
 
-def _datasets_of_run(run_dir: Path) -> Iterator[tuple[str, Dataset]]:
-    """Name of the source in the run and dataset of the corpus, for those training sources that come from one."""
+def _datasets_of_run(run_dir: Path) -> tuple[dict[str, Dataset], list[Path]]:
+    """The datasets of a corpus by the name of their source in the run, for those training sources that come from one;
+    and the paths of which that cannot be told, as nothing is there."""
     config = load_config(run_dir / "config.yaml")
+    working_directory = last_provenance(run_dir).get("working_directory")
+    datasets, missing = {}, []
     for source in config.data.train:
-        dataset = dataset_of_prefix(source.path)
+        found = find_prefix(source.path, working_directory)
+        prefix = source.path if found is None else found
+        real = bin_path(prefix).resolve().with_suffix("")  # where a link leads
+        dataset = dataset_of_prefix(prefix) or dataset_of_prefix(real)
         if dataset is not None:
-            yield source.name, dataset
+            datasets[source.name] = dataset
+        elif found is None:
+            missing.append(source.path)
+    return datasets, missing
 
 
 def find_runs(places: Iterable[Path]) -> list[Path]:
@@ -88,13 +98,22 @@ def who_saw(documents: list[Found], runs: Iterable[Path]) -> list[dict[str, Any]
 
 
 def _seen_by(documents: list[Found], run: Path) -> dict[str, Any] | None:
-    """None for a run that does not use the datasets of the documents."""
-    by_manifest = {dataset.manifest.resolve(): name for name, dataset in _datasets_of_run(run)}
+    """None for a run that does not use the datasets of the documents.
+
+    Raises:
+        UserError: that cannot be told, as its data is not there.
+    """
+    datasets, missing = _datasets_of_run(run)
+    by_manifest = {dataset.manifest.resolve(): name for name, dataset in datasets.items()}
     wanted: dict[str, dict[int, Found]] = {}
     for document in documents:
         name = by_manifest.get(document.dataset.manifest.resolve())
         if name is not None:
             wanted.setdefault(name, {})[document.number] = document
+    if missing:
+        raise UserError(
+            f"its data {', '.join(map(str, missing))} is neither here nor where the run was started"
+        )
     if not wanted:
         return None
     steps = steps_with(run, {name: set(numbers) for name, numbers in wanted.items()})

@@ -16,7 +16,7 @@ from meditron_train.checkpoint.sharded.read import read_meta
 from meditron_train.config.load import load_config
 from meditron_train.config.schema import Config
 from meditron_train.corpus.manifest import Dataset, FinishedCorpus, dataset_of_prefix
-from meditron_train.data.index_file import bin_path
+from meditron_train.data.index_file import bin_path, find_prefix
 from meditron_train.data.indexed import IndexedDataset
 from meditron_train.errors import UserError
 from meditron_train.files import sha256_file
@@ -200,10 +200,8 @@ def _source(config: Config, number: int, start: Mapping[str, Any]) -> DataSource
     share = (
         f"{source.token_budget:,} tokens" if source.token_budget else f"{(source.weight or 0) / total:.1%}"
     )
-    for root in (Path(), Path(str(start.get("working_directory", ".")))):
-        prefix = root / source.path
-        if not bin_path(prefix).is_file():
-            continue
+    prefix = find_prefix(source.path, start.get("working_directory"))
+    if prefix is not None:
         real = bin_path(prefix).resolve().with_suffix("")
         if (dataset := dataset_of_prefix(real)) is not None:
             return _corpus_source(source.name, share, dataset)

@@ -64,7 +64,7 @@ def publish(
       meditron-train publish runs/llama2-7b my-model --base-license llama2 \\
           --evaluation scores.json
       meditron-train publish averaged my-model --base-license llama2 \\
-          --sign key.pem --repo my-lab/my-model
+          --license-file LICENSE.txt --sign key.pem --repo my-lab/my-model
     """
     from meditron_train.flows.publish.publish import Wishes
     from meditron_train.flows.publish.publish import publish as run

@@ -52,8 +52,10 @@ def upload(directory: Path, repo: str, token: str, *, public: bool) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     # Those of the HTTP library below, whichever it is (requests, httpx, httpx2), as huggingface_hub lets them through.
-    failures: tuple[type[Exception], ...] = tuple(
-        kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind is not Exception
+    failures: tuple[type[Exception], ...] = (
+        OSError,
+        ValueError,
+        *(kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind is not Exception),
     )
     api = HfApi(token=token)
     try:
@@ -63,7 +65,7 @@ def upload(directory: Path, repo: str, token: str, *, public: bool) -> str:
             folder_path=directory,
             commit_message=f"Publish {directory.name} with meditron-train",
         )
-    except (*failures, OSError, ValueError) as error:
+    except failures as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MeditronError(
             f"{directory} is complete, but its upload to {repo} failed: {first_line}. Try again with: "

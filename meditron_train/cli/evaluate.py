@@ -230,16 +230,18 @@ def _show(results: list[dict[str, Any]], table: Path | None) -> None:
 
 def _line(model: str, score: dict[str, Any]) -> str:
     if score["accuracy"] is None:
-        return f"{model}  {score['benchmark']}: {score['num_items']} answers generated, not scored"
+        cut = f" ({score['num_cut']} prompts cut)" if score.get("num_cut") else ""
+        return f"{model}  {score['benchmark']}: {score['num_items']} answers generated, not scored{cut}"
     low, high = score["interval"]
     by_length = score.get("accuracy_by_length")  # not in results of earlier versions
     norm = f", acc_norm {100 * by_length:.1f}" if by_length is not None else ""
     spread = f", sd over seeds {100 * score['spread']:.1f}" if len(score["protocol"]["seeds"]) > 1 else ""
     unparsed = f", {score['num_unparsed']} unparsed" if score["num_unparsed"] else ""
     ties = f", {score['num_ties']} ties" if score["num_ties"] else ""
+    cut = f", {score['num_cut']} prompts cut" if score.get("num_cut") else ""
     return (
         f"{model}  {score['benchmark']}: {100 * score['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of "
-        f"{score['num_items']} (chance {100 * score['chance']:.1f}{norm}{spread}{unparsed}{ties})"
+        f"{score['num_items']} (chance {100 * score['chance']:.1f}{norm}{spread}{unparsed}{ties}{cut})"
     )
 
 

@@ -31,21 +31,14 @@ def generate(
       meditron-train generate runs/llama2-7b --prompt "Metformin is"
       meditron-train generate models/Llama-2-7b-hf --prompt "Q:" --temperature 1
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise typer.BadParameter(f"{device!r} is not one of auto, cpu, cuda", param_hint="--device")
-
     import torch
 
-    from meditron_train.errors import UserError
     from meditron_train.evaluate.generate import check_sampling, generate_text
-    from meditron_train.evaluate.language_model import as_hf_directory, load_language_model
+    from meditron_train.evaluate.language_model import as_hf_directory, choose_device, load_language_model
     from meditron_train.flows.run_model import model_of_run
 
     check_sampling(max_new_tokens, temperature, top_p, seed)  # before a large model is read
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, but torch finds no CUDA device. Write --device cpu")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(device)
     with as_hf_directory(model_of_run(model)) as directory:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         language_model = load_language_model(directory, dtype=dtype, device=device)

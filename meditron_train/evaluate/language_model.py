@@ -22,6 +22,20 @@ from meditron_train.files import describe_missing_directory
 from meditron_train.tokenizer.reading import open_tokenizer
 
 
+def choose_device(wanted: str) -> str:
+    """cpu or cuda; for auto, what is here.
+
+    Raises:
+        UserError: it is another word, or cuda and there is none.
+    """
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device is {wanted!r}: write auto, cpu or cuda")
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise UserError("--device is cuda, but torch finds no CUDA device. Write --device cpu")
+    return wanted if wanted != "auto" else "cuda" if has_cuda else "cpu"
+
+
 @dataclass(frozen=True)
 class LanguageModel:
     """A transformers causal model in evaluation mode, and the tokenizer of the same directory."""

@@ -17,9 +17,9 @@ from meditron_train.config.section import Section
 from meditron_train.config.training import ParallelSection
 from meditron_train.errors import UserError
 from meditron_train.evaluate.harness.lm_task import Protocol
-from meditron_train.evaluate.harness.run import Score, read_questions, run_benchmark
+from meditron_train.evaluate.harness.run import Score, check_model, read_questions, run_benchmark
 from meditron_train.evaluate.harness.runners import open_parallel_runner, open_runner, require_harness
-from meditron_train.evaluate.language_model import as_hf_directory, check_is_model
+from meditron_train.evaluate.language_model import as_hf_directory, check_is_model, choose_device
 from meditron_train.files import replace_text, sha256_file
 from meditron_train.flows.run_model import model_of_run
 from meditron_train.launcher.environment import LaunchEnvironment
@@ -67,7 +67,7 @@ def evaluate_model(request: Request, launch: LaunchEnvironment) -> dict[str, Any
         UserError: a task, a file, the model or the layout is wrong. Only what the model itself lacks is found after it
             was opened.
     """
-    benchmarks = find_benchmarks(request.tasks)
+    benchmarks, device = find_benchmarks(request.tasks), choose_device(request.device)
     require_harness()
     parallel = load_overrides(request.overrides, _Settings).parallel
     runner = request.runner
@@ -84,11 +84,6 @@ def evaluate_model(request: Request, launch: LaunchEnvironment) -> dict[str, Any
         read_questions(benchmark, request.data, request.protocol, limit=request.limit)
         for benchmark in benchmarks
     ]
-    import torch
-
-    device = request.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "bfloat16" if device == "cuda" else "float32"
     about: dict[str, Any] = {
         "model": str(request.model),
@@ -106,6 +101,8 @@ def evaluate_model(request: Request, launch: LaunchEnvironment) -> dict[str, Any
         "chat": request.protocol.chat,
     }
     with _opened(directory, runner, parallel, launch, settings) as lm:
+        for questions in asked:
+            check_model(lm, questions)
         for questions in asked:
             scores.append(run_benchmark(lm, questions))
             result = {

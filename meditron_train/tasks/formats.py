@@ -143,15 +143,18 @@ def medicationqa(row: Row) -> Item:
 
 
 def medxpertqa(row: Row) -> Item:
-    """MedXpertQA, text (Zuo et al. 2025): options as {letter: text} or a list of {letter, content}; label."""
-    options = row["options"]
+    """MedXpertQA, text (Zuo et al. 2025): options as {letter: text} or a list of {letter, content}; label.
+    `question` may end with "Answer Choices:" and the options once more."""
+    options, question = row["options"], row["question"]
+    if isinstance(question, str) and "\nAnswer Choices:" in question:
+        question = question.rpartition("\nAnswer Choices:")[0]
     if not isinstance(options, Mapping):
         options = {option["letter"]: option["content"] for option in options}
     letters = sorted(letter for letter, text in options.items() if text is not None)
     category = str(row.get("medical_task") or "")
     return choice_item(
         row,
-        row["question"],
+        question,
         [options[letter] for letter in letters],
         letters.index(row["label"]),
         category=category,
@@ -203,7 +206,8 @@ def arc(row: Row) -> Item:
 
 
 def questions(row: Row) -> Item:
-    """Your own questions: question, options (a list), answer (an index from 0, or the text of an option)."""
+    """Your own questions: question, options (a list), answer (an index from 0, or the text of an option); context,
+    which is shown before the question, where there is some."""
     options, answer = list(row["options"]), row["answer"]
     index = options.index(answer) if isinstance(answer, str) else int(answer)
     return choice_item(row, row["question"], options, index, context=str(row.get("context") or ""))

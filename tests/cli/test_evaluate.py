@@ -41,5 +41,6 @@ def test_a_score_in_one_line() -> None:
         "accuracy_by_length": 0.625, "spread": 0.0, "num_unparsed": 0, "num_ties": 0, "protocol": {"seeds": [1]},
     }  # fmt: skip
     assert _line("m", score) == "m  arc_challenge: 50.0 % [25.0, 75.0] of 8 (chance 25.0, acc_norm 62.5)"
+    assert _line("m", {**score, "num_cut": 3}).endswith("acc_norm 62.5, 3 prompts cut)")
     del score["accuracy_by_length"]
     assert _line("m", score) == "m  arc_challenge: 50.0 % [25.0, 75.0] of 8 (chance 25.0)"

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from meditron_train.errors import MeditronError
+from meditron_train.errors import MeditronError, UserError
 from meditron_train.evaluate.harness.compare import read_result
 from meditron_train.evaluate.harness.lm_task import Protocol
 from meditron_train.files import sha256_file
 from meditron_train.flows import evaluate as flow
 from meditron_train.flows.evaluate import Request, default_output, evaluate_model
 from meditron_train.launcher.environment import detect_launcher
+from tests.distributed import run_ranks
 from tests.evaluate.harness.test_run import medmcqa_rows, medqa_rows, write_lines
 from tests.evaluate.models import write_tiny_model
 from tests.refusal import refused
@@ -50,6 +52,31 @@ def test_files_are_read_before_the_model(request_: Request, monkeypatch: Any) ->
     (request_.data / "medmcqa.jsonl").write_text("{}\n")
     with refused("medmcqa.jsonl, row 1 is not of the format"):
         evaluate_model(request_, detect_launcher({}))
+
+
+def test_a_device_that_is_not_there(request_: Request, monkeypatch: Any) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for device, words in (("gpu", "--device is 'gpu': write auto"), ("cuda", "torch finds no CUDA device")):
+        with refused(words):
+            evaluate_model(replace(request_, device=device), detect_launcher({}))
+
+
+def test_answers_that_leave_no_room_are_refused_before_anything_is_asked(
+    request_: Request, monkeypatch: Any
+) -> None:
+    write_tiny_model(request_.model, max_position_embeddings=512)
+    monkeypatch.setattr(flow, "run_benchmark", lambda *_: pytest.fail("it was asked"))
+    long = replace(request_, protocol=Protocol(mode="cot", max_new_tokens=512))
+    message = "--max-new-tokens is 512; the model reads 512 tokens, with the prompt"
+    with refused(message):
+        evaluate_model(long, detect_launcher({}))
+    assert run_ranks(refused_on_a_rank, 1, replace(long, runner="parallel")) == [message]
+
+
+def refused_on_a_rank(rank: int, world_size: int, request: Request) -> str:
+    with pytest.raises(UserError) as caught:
+        evaluate_model(request, detect_launcher(os.environ))
+    return str(caught.value)
 
 
 def test_every_benchmark_is_kept_as_soon_as_it_is_done(request_: Request, monkeypatch: Any) -> None:

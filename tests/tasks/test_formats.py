@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from meditron_train.tasks import formats
-from meditron_train.tasks.catalogue import read_prompt
+from meditron_train.tasks.catalogue import BENCHMARKS, read_prompt
 from meditron_train.tasks.questions import question_of
 
 MEDMCQA = {"question": "q?", "opa": "a", "opb": "b", "opc": "c", "opd": "d"}
@@ -101,6 +101,22 @@ def test_the_row_of_careqa_without_a_question_is_the_harnesses():
     item = formats.careqa(row)
     question = question_of(item, read_prompt("choices"))
     assert question.prompt == theirs.doc_to_text(row) and item.answer == theirs.doc_to_target(row)
+
+
+def test_medxpertqa_has_its_options_once():
+    row = {"id": "T1", "label": "A", "options": {"A": "a", "B": "b"}}
+    for question in ("q\nr?", "q\nr?\nAnswer Choices:", "q\nr?\nAnswer Choices: (A) a (B) b"):
+        assert formats.medxpertqa({**row, "question": question}).question == "q\nr?"
+
+
+def test_a_question_of_ones_own_shows_its_context():
+    row = {"question": "q?", "options": ["a", "b"], "answer": 0}
+    for with_reasons in (False, True):
+        prompt = read_prompt(BENCHMARKS["questions"].prompt, with_reasons=with_reasons)
+        plain, shown = (
+            question_of(formats.questions({**row, **more}), prompt).text for more in ({}, {"context": "c."})
+        )
+        assert plain.startswith("Question: q?\nA. a\n") and shown == "Context: c.\n" + plain
 
 
 def test_open_questions_have_a_reference():

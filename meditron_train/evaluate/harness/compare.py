@@ -129,19 +129,28 @@ def _own_row(result: dict[str, Any], columns: Sequence[str]) -> tuple[str, str, 
         cells[column] = (
             f"{100 * score['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}] n={score['num_items']}"
         )
-    return result["model"], describe_protocol(result["protocol"]), "this evaluation", list(cells.values())
+    return result["model"], _conditions(result), "this evaluation", list(cells.values())
 
 
 def describe_protocol(protocol: dict[str, Any]) -> str:
-    """ "likelihood, 3 shots, 3 seeds, chat" """
+    """What changes numbers: "cot, 3 shots, seeds 1, 2, 3, up to 512 tokens, chat" """
     parts = [protocol["mode"], f"{protocol['shots']} shots"]
-    if len(protocol["seeds"]) > 1:
-        parts.append(f"{len(protocol['seeds'])} seeds")
+    seeds = protocol["seeds"]
+    if len(seeds) > 1 or protocol["shots"] or protocol["mode"] == "sc-cot":
+        parts.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
     if protocol["mode"] == "sc-cot":
         parts.append(f"{protocol['branches']} branches at T={protocol['temperature']:g}")
+    if protocol["mode"] != "likelihood" and "max_new_tokens" in protocol:
+        parts.append(f"up to {protocol['max_new_tokens']} tokens")
     if protocol.get("chat"):
         parts.append("chat")
     return ", ".join(parts)
+
+
+def _conditions(result: dict[str, Any]) -> str:
+    """The protocol, and who computed in which precision."""
+    parts = (describe_protocol(result["protocol"]), result.get("runner"), result.get("dtype"))
+    return ", ".join(part for part in parts if part)
 
 
 def _warnings(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -158,11 +167,17 @@ def _warnings(results: Sequence[dict[str, Any]]) -> list[str]:
                     if score["accuracy_of_parsed"] is not None
                     else f"{result['model']}, {score['benchmark']}: no answer could be parsed"
                 )
+            if score.get("num_cut"):  # not in results of earlier versions
+                answers = score["num_items"] * len(score["protocol"]["seeds"])
+                warnings.append(
+                    f"{result['model']}, {score['benchmark']}: {score['num_cut']} of {answers} prompts are longer than "
+                    "what the model reads, and lost their beginning"
+                )
         if result.get("limit") is not None:
             warnings.append(
                 f"{result['model']}: only the first {result['limit']} questions of each benchmark were asked"
             )
-    protocols = {describe_protocol(result["protocol"]) for result in results}
+    protocols = {_conditions(result) for result in results}
     if len(protocols) > 1:
         warnings.append(f"the protocols of these evaluations differ: {'; '.join(sorted(protocols))}")
     return warnings + _different_questions(results)

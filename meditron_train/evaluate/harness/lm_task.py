@@ -89,7 +89,7 @@ def make_task(
             "doc_to_target": "target",
             "repeats": protocol.branches,
             "generation_kwargs": {
-                "until": ["\n\nQuestion:", "\n\nAbstract:"],
+                "until": ["\n\nQuestion:", "\n\nAbstract:", "\n\nContext:"],
                 "max_gen_toks": protocol.max_new_tokens,
                 **_sampling(protocol.temperature),
             },

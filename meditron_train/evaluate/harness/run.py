@@ -24,7 +24,7 @@ class Answer:
     """One item with one seed.
 
     Attributes:
-        prompt: as the model saw it.
+        prompt: as it was asked; where `is_cut`, the model saw only its end.
         chosen: the option that counts; None: unparsed.
         chosen_by_length: the option with the largest log-likelihood per character, as acc_norm of the harness has it;
             None where options are letters.
@@ -32,6 +32,7 @@ class Answer:
         generations: texts (cot, sc-cot, open).
         parsed: the option read from each generation; None where none could be.
         is_tie: several options had the most votes; the first of them counts.
+        is_cut: the prompt is longer than what the model reads, and lost its beginning.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Answer:
     parsed: tuple[int | None, ...] = ()
     is_tie: bool = False
     reference: str = ""
+    is_cut: bool = False
 
     @property
     def is_correct(self) -> bool:
@@ -60,6 +62,7 @@ class Score:
         accuracy_by_length: of `Answer.chosen_by_length`; None where options are letters.
         spread: standard deviation over seeds.
         accuracy_of_parsed: leaves out the answers that cannot be parsed.
+        num_cut: answers to prompts that lost their beginning.
     """
 
     benchmark: str
@@ -77,6 +80,7 @@ class Score:
     accuracy_of_parsed: float | None
     chance: float | None
     answers: tuple[Answer, ...]
+    num_cut: int = 0
 
     def summary(self) -> dict[str, Any]:
         """Everything but the answers, JSON-ready."""
@@ -126,15 +130,31 @@ def run_benchmark(model: Any, questions: Questions) -> Score:
     """Ask an lm_eval `LM`.
 
     Raises:
-        UserError: the questions are to be put by a chat template, which the model's tokenizer lacks.
+        UserError: as `check_model`.
     """
-    tokenizer = getattr(model, "tokenizer", None)
-    if questions.protocol.chat and tokenizer is not None and not tokenizer.chat_template:
-        raise UserError("--chat: the tokenizer of the model has no chat template; ask without --chat")
+    check_model(model, questions)
     answers: list[Answer] = []
     for seed in questions.protocol.seeds:
         answers += _ask(model, questions, seed)
     return _score(questions, answers)
+
+
+def check_model(model: Any, questions: Questions) -> None:
+    """Find out before anything is asked that an lm_eval `LM` cannot be asked in this way.
+
+    Raises:
+        UserError: the questions are to be put by a chat template, which the model's tokenizer lacks, or their answers
+            leave no room for them.
+    """
+    protocol, tokenizer = questions.protocol, getattr(model, "tokenizer", None)
+    if protocol.chat and tokenizer is not None and not tokenizer.chat_template:
+        raise UserError("--chat: the tokenizer of the model has no chat template; ask without --chat")
+    length = getattr(model, "max_length", None)
+    is_generated = protocol.with_reasons or questions.benchmark.is_open
+    if is_generated and length is not None and protocol.max_new_tokens >= length:
+        raise UserError(
+            f"--max-new-tokens is {protocol.max_new_tokens}; the model reads {length} tokens, with the prompt"
+        )
 
 
 def _examples(data: Path, benchmark: Benchmark, items: Sequence[Item], protocol: Protocol) -> list[Item]:
@@ -177,13 +197,36 @@ def _ask(model: Any, questions: Questions, seed: int) -> list[Answer]:
     assert found is not None  # only rank 0 of several evaluates
     samples = sorted(found["samples"][benchmark.name], key=lambda sample: sample["doc_id"])
     return [
-        _answer(item, sample, questions, seed) for item, sample in zip(questions.items, samples, strict=True)
+        replace(_answer(item, sample, questions, seed), is_cut=_is_cut(model, sample))
+        for item, sample in zip(questions.items, samples, strict=True)
     ]
 
 
+def _requests(sample: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Prompts, each with the continuation that is scored, or the settings of the generation."""
+    found = sample["arguments"]
+    if isinstance(found, dict):
+        return [(str(values["arg_0"]), values["arg_1"]) for values in found.values()]
+    return [(str(prompt), rest) for prompt, rest in found]
+
+
+def _is_cut(model: Any, sample: dict[str, Any]) -> bool:
+    """Whether a prompt lost its beginning, as every runner cuts what is too long; False where that is not known."""
+    length, encode = getattr(model, "max_length", None), getattr(model, "tok_encode", None)
+    if length is None or encode is None:
+        return False
+    for prompt, rest in _requests(sample):
+        if isinstance(rest, str):  # the last token is only predicted
+            num_tokens = len(encode(prompt + rest)) - 1
+        else:
+            num_tokens = len(encode(prompt)) + rest["max_gen_toks"]
+        if num_tokens > length:
+            return True
+    return False
+
+
 def _answer(item: Item, sample: dict[str, Any], questions: Questions, seed: int) -> Answer:
-    first, prompt, is_open = sample["arguments"], questions.prompt, questions.benchmark.is_open
-    context = str(first[0][0] if isinstance(first, list | tuple) else first["gen_args_0"]["arg_0"])
+    prompt, is_open, context = questions.prompt, questions.benchmark.is_open, _requests(sample)[0][0]
     if not questions.protocol.with_reasons and not is_open:
         scores = tuple(float(response[0][0]) for response in sample["resps"])
         by_length = None
@@ -247,6 +290,7 @@ def _score(questions: Questions, answers: Sequence[Answer]) -> Score:
         accuracy_of_parsed=None,
         chance=None,
         answers=tuple(answers),
+        num_cut=sum(answer.is_cut for answer in answers),
     )
     if benchmark.is_open:
         return unscored

@@ -42,5 +42,19 @@ def paired_test(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
     n, fewer = only_first + only_second, min(only_first, only_second)
-    tail = sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n
-    return PairedTest(only_first, only_second, min(1.0, 2 * tail))
+    return PairedTest(only_first, only_second, min(1.0, 2 * _lower_tail(n, fewer)))
+
+
+def _lower_tail(n: int, most: int) -> float:
+    """The probability of at most `most` heads in n throws of a fair coin, `most` at most n / 2.
+
+    From the largest term down, each by its ratio to the one above: no number is as large as the binomial coefficients.
+    """
+    log_largest = math.lgamma(n + 1) - math.lgamma(most + 1) - math.lgamma(n - most + 1) - n * math.log(2)
+    total = term = 1.0
+    for k in range(most, 0, -1):
+        term *= k / (n - k + 1)
+        total += term
+        if term < 1e-18 * total:
+            break
+    return math.exp(log_largest) * total

@@ -92,7 +92,10 @@ def test_a_protocol_in_words() -> None:
         "branches": 5,
         "temperature": 0.8,
     }
-    assert describe_protocol(sampled) == "sc-cot, 3 shots, 3 seeds, 5 branches at T=0.8"
+    assert describe_protocol(sampled) == "sc-cot, 3 shots, seeds 1, 2, 3, 5 branches at T=0.8"
+    longer = {**PROTOCOL, "mode": "cot", "max_new_tokens": 512}
+    assert describe_protocol(longer) == "cot, 0 shots, up to 512 tokens"
+    assert describe_protocol({**PROTOCOL, "shots": 1}) == "likelihood, 1 shots, seed 1234"
 
 
 def warnings(*results: dict[str, Any]) -> str:
@@ -107,6 +110,15 @@ def test_what_cannot_be_compared_is_said() -> None:
         "the protocols of these evaluations differ: likelihood, 0 shots; likelihood, 0 shots, chat"
         in warnings(ours, chat)
     )
+    half = {**result("half", RIGHT, RIGHT), "runner": "parallel", "dtype": "bfloat16"}
+    whole = {**half, "dtype": "float32"}
+    assert "likelihood, 0 shots, parallel, bfloat16; likelihood, 0 shots, parallel, float32" in warnings(
+        half, whole
+    )
+    assert compare([half]).rows[0][1] == "likelihood, 0 shots, parallel, bfloat16"
+    cut = result("cut", RIGHT, RIGHT)
+    cut["scores"][0]["num_cut"] = 2
+    assert f"2 of {len(RIGHT)} prompts are longer than what the model reads" in warnings(cut)
     few = {**result("few", [0], [0]), "limit": 1}
     said = warnings(ours, few)
     assert "few: only the first 1 questions" in said

@@ -11,6 +11,7 @@ import pytest
 
 from meditron_train.evaluate.harness.lm_task import Protocol
 from meditron_train.tasks.catalogue import BENCHMARKS
+from tests.checkpoint.tiny_llama import change_json
 from tests.commands import Command
 from tests.distributed import run_ranks
 from tests.evaluate.asking import ask
@@ -66,6 +67,32 @@ def test_answers_are_those_of_lm_evals_own_model(directory, data, expected, worl
     for found in ranks:  # each rank has all of them
         for answers, wanted in zip(found, expected, strict=True):
             assert_same(answers, wanted)
+
+
+def test_prompts_that_are_cut_are_counted(tmp_path, data):
+    """Against the lengths of the prompts and their answers, as transformers' tokenizer has them."""
+    from transformers import AutoTokenizer
+
+    from meditron_train.evaluate.harness.runners import open_runner
+
+    directory = write_tiny_model(tmp_path / "model")
+    plain, cot = Protocol(), Protocol(mode="cot", max_new_tokens=8)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    lm = open_runner("transformers", directory, device="cpu", batch_size=4, dtype="float32")
+    lengths = [
+        len(tokenizer(f"{answer.prompt} A").input_ids)
+        for answer in ask(lm, BENCHMARKS["medqa4"], data, plain).answers
+    ]
+    size = sorted(lengths)[2] - 1  # the last token is not read
+    change_json(directory / "config.json", max_position_embeddings=size)
+    lm = open_runner("transformers", directory, device="cpu", batch_size=4, dtype="float32")
+    scores = [ask(lm, BENCHMARKS["medqa4"], data, protocol) for protocol in (plain, cot)]
+    cut = [answer.is_cut for answer in scores[0].answers]
+    assert cut == [length > size + 1 for length in lengths] and 0 < scores[0].num_cut == sum(cut) < 5
+    assert scores[1].num_cut == 5
+    (found,) = run_ranks(answer_benchmark, 1, directory, {}, data, [("medqa4", plain), ("medqa4", cot)])
+    for answers, score in zip(found, scores, strict=True):
+        assert_same(answers, score.answers)
 
 
 def test_samples_do_not_depend_on_the_layout(directory, data):

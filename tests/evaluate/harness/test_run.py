@@ -324,6 +324,10 @@ def test_ties_are_said_and_unparsed_answers_count_as_wrong(data):
         ("Answer: b", None),
         ("The answer is A-dependent.", None),
         ("The answer is E.", None),
+        ("Answer: A beta blocker", None),
+        ("The answer is A because it blocks.", 0),
+        ("The answer is A\nbecause it blocks.", 0),
+        ("Answer: A Beta blocker", 0),
         ("", None),
     ],
 )

@@ -76,18 +76,14 @@ def ours(work: Work) -> torch.Tensor:
 
 def sdpa_by_document(backend: SDPBackend) -> Attention:
     def attend(work: Work) -> torch.Tensor:
-        documents = zip(*(x.split(work.lengths) for x in (work.q, work.k, work.v)), strict=True)
+        grouped = work.q.shape[1] != work.k.shape[1]
+        outputs = []
         with sdpa_kernel(backend):
-            return torch.cat(
-                [
-                    F.scaled_dot_product_attention(
-                        *(x.transpose(0, 1)[None] for x in document),
-                        is_causal=True,
-                        enable_gqa=work.q.shape[1] != work.k.shape[1],
-                    )[0].transpose(0, 1)
-                    for document in documents
-                ]
-            )
+            for document in zip(*(x.split(work.lengths) for x in (work.q, work.k, work.v)), strict=True):
+                q, k, v = (x.transpose(0, 1)[None] for x in document)
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+                outputs.append(out[0].transpose(0, 1))
+            return torch.cat(outputs)
 
     return attend
 
@@ -133,11 +129,11 @@ def ours_with_rope(work: Work) -> torch.Tensor:
     return packed_attention(work.q, work.k, work.v, work.cu_seqlens, rotation=work.rotation, backend="native")
 
 
-def rope_before(attend: Attention) -> Attention:
-    """A peer that is given q and k turned; on a GPU by a compiled kernel each, as in other trainers."""
+def rope_before(attend: Attention, *, compiled: bool) -> Attention:
+    """A peer that is given q and k turned; `compiled`: by one kernel each, as in other trainers."""
 
     def turned(work: Work) -> torch.Tensor:
-        turn = _turn_compiled() if work.q.device.type == "cuda" else _turn
+        turn = _turn_compiled() if compiled and work.q.device.type == "cuda" else _turn
         q, k = (turn(x, work.rotation.cos_PC, work.rotation.sin_PC) for x in (work.q, work.k))
         return attend(dataclasses.replace(work, q=q, k=k))
 
@@ -161,7 +157,7 @@ TOOLS: dict[str, Attention] = {
     "our kernels": by_backend("native"),
     OURS_WITH_ROPE: ours_with_rope,
     "torch varlen_attn": torch_varlen,
-    PEER_WITH_ROPE: rope_before(torch_varlen),
+    PEER_WITH_ROPE: rope_before(torch_varlen, compiled=True),
     "flash-attn varlen": flash_attn_varlen,
     "Transformer Engine": by_backend("transformer_engine"),
     "SDPA flash, by document": sdpa_by_document(SDPBackend.FLASH_ATTENTION),
@@ -230,7 +226,7 @@ PASSES = {"forward": forward, "forward + backward": forward_and_backward}
 
 def check(name: str, work: Work) -> None:
     """Refuses a tool whose numbers are not those of attention; ours is checked by the tests."""
-    wanted = rope_before(ours) if name in WITH_ROPE else ours
+    wanted = rope_before(ours, compiled=False) if name in WITH_ROPE else ours
     with torch.no_grad():
         error = (TOOLS[name](work).float() - wanted(work).float()).abs().max().item()
     if not error < 0.05:

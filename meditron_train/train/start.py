@@ -6,21 +6,30 @@ import math
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import Store  # type: ignore[attr-defined]
+
 from meditron_train.checkpoint.manifest import verify_manifest
 from meditron_train.checkpoint.sharded.store import newest_checkpoint
 from meditron_train.config.schema import Config
-from meditron_train.errors import Cause, ExitCode, MeditronError, RequeueError
+from meditron_train.errors import Cause, ExitCode, MeditronError, RequeueError, UserError
 from meditron_train.files import is_disk_fault
 from meditron_train.launcher.environment import LaunchEnvironment
 from meditron_train.launcher.waiting import join, tell_failure
 from meditron_train.log import get_logger, setup_logging
 from meditron_train.parallel import destroy, initialize
-from meditron_train.report.status import LOG_DIR_KEY, RunStatus, forget_failures, read_requeue, record_failure
+from meditron_train.report.status import (
+    LOG_DIR_KEY,
+    RunStatus,
+    forget_failures,
+    read_requeue,
+    record_failure,
+    request_requeue,
+)
 from meditron_train.train.life.heartbeat import forget_heartbeats
 from meditron_train.train.life.run_dir import RunDir
 from meditron_train.train.life.stacks import stacks_file, stacks_written_to
@@ -64,7 +73,7 @@ def train(
             tell_failure(launch, error)
         raise
     config = plan.config
-    store = join(launch, signals, timeout_s) if launch.world_size > 1 else None
+    store = _meet(run_dir, launch, signals, timeout_s) if launch.world_size > 1 else None
     with ExitStack() as stack:
         mesh = initialize(
             plan.layout,
@@ -112,6 +121,24 @@ def train(
             raise
     destroy()  # not after an error: it may wait for what a failed peer never sends
     return exit_code
+
+
+def _meet(run_dir: RunDir, launch: LaunchEnvironment, signals: StopSignals, timeout_s: float) -> Store:
+    """As `join`. A request to stop that ends the wait is passed on to the batch script, and is thereby obeyed.
+
+    But not SIGTERM: torchrun sends it, too, when another rank has failed, and that is to be counted.
+    """
+    try:
+        return join(launch, signals, timeout_s)
+    except RequeueError as error:
+        if launch.rank == 0 and error.cause is not Cause.TERMINATED and run_dir.path.is_dir():
+            with (
+                suppress(UserError),
+                run_dir.locked(),
+            ):  # not in the name of another start, which has the directory
+                request_requeue(run_dir.path, str(error), error.cause)
+                signals.acknowledge(stop=True)
+        raise
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from meditron_train.errors import Cause
+from meditron_train.flows.job_end import Action, Decision, decide
 from meditron_train.report.status import Requeue, read_requeue, read_status
 from tests.commands import Command
 from tests.distributed import run_ranks
@@ -180,3 +181,55 @@ def test_a_signal_saves_and_exits_85(write_config, tmp_path, number):
     (saved,) = [entry.name for entry in (tmp_path / "run" / "checkpoints").glob("step_*")]
     assert int(saved.removeprefix("step_")) >= 3
     assert signal.Signals(number).name in process.stderr
+
+
+def lone_rank(rank: int, world_size: int, config_file: Path) -> tuple[int, str] | None:
+    """Rank 0 of two; the other does not come."""
+    from tests.train.test_failures import message_rank
+
+    return message_rank(rank, world_size, config_file) if rank == 0 else None
+
+
+def test_a_stop_file_that_is_seen_while_ranks_meet_ends_the_job(write_config, tmp_path):
+    """It was tried three times: nothing told the batch script why, and the file was still there."""
+    run_dir, log_dir = tmp_path / "run", tmp_path / "logs"
+    for directory in (run_dir, log_dir):
+        directory.mkdir()
+    (log_dir / "started").touch()
+    (run_dir / "stop").touch()
+    (ended, _) = run_ranks(lone_rank, 2, write_config())
+    assert ended is not None and ended[0] == 85 and f"stopped by the file {run_dir / 'stop'}" in ended[1]
+    assert decide(log_dir, run_dir) == Decision(Action.END, 0, ended[1])
+    assert not (run_dir / "stop").exists() and read_status(run_dir) is None
+
+
+def terminated_rank(rank: int, world_size: int, config_file: Path) -> tuple[int, str] | None:
+    from meditron_train.train.life.stop_signals import StopSignals
+
+    enter = StopSignals.__enter__
+
+    def enter_and_hear(self):
+        enter(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return self
+
+    StopSignals.__enter__ = enter_and_hear  # a process of its own
+    return lone_rank(rank, world_size, config_file)
+
+
+def test_the_sigterm_that_torchrun_sends_while_ranks_meet_asks_for_nothing(write_config, tmp_path):
+    """As another rank has failed: the start counts as one that has, and is not repeated for ever."""
+    (tmp_path / "run").mkdir()
+    (ended, _) = run_ranks(terminated_rank, 2, write_config())
+    assert ended is not None and ended[0] == 85 and "stopped by SIGTERM" in ended[1]
+    assert read_requeue(tmp_path / "run") is None
+
+
+def test_a_stop_file_is_for_the_run_that_has_the_directory(write_config, tmp_path):
+    from meditron_train.train.life.run_dir import RunDir
+
+    with RunDir(tmp_path / "run").locked():
+        (tmp_path / "run" / "stop").touch()
+        (ended, _) = run_ranks(lone_rank, 2, write_config())
+    assert ended is not None and ended[0] == 85
+    assert (tmp_path / "run" / "stop").exists() and read_requeue(tmp_path / "run") is None

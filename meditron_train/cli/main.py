@@ -102,8 +102,7 @@ def _message(error: MeditronError) -> str:
 
 
 def _leave_for_batch_script(error: UserError) -> None:
-    """Rank 0 alone, as a mistake of the run's is met by it too; a file that only another rank misses is its node's
-    fault."""
+    """Rank 0 alone, as a mistake of the run's is met by it too; what only another rank meets is in its failure file."""
     from meditron_train.flows.job_end import leave_user_error
 
     if _place()[0] == 0:

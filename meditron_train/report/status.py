@@ -4,10 +4,10 @@
     requeue                         there when the run ended and wants to be started again; JSON: cause and reason
     logs/rank_00003.failure.json    the exception that ended a rank, with its cause
 
-An exit code does not survive torchrun, so a batch script goes by the files: `requeue` there: start again. Not there:
-`status.json` says "done", "failed" (the run gave up, and says why), "crashed" (it met a bug, or lost other ranks) or
-still "running" (it was killed from outside, or its machine was lost). All three are replaced atomically; where they
-cannot be written, training goes on.
+An exit code does not survive torchrun, so a batch script goes by the files: `requeue` there: start again, unless its
+cause is a person's wish (docs/explanation/reliability.md). Not there: `status.json` says "done", "failed" (the run gave
+up, and says why), "crashed" (it met a bug, or lost other ranks) or still "running" (it was killed from outside, or its
+machine was lost). All three are replaced atomically; where they cannot be written, training goes on.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ def record_failure(run_dir: Path, rank: int, error: BaseException, step: int | N
     }
     try:
         replace_text(
-            _failure_path(run_dir, rank), json.dumps(record, indent=1) + "\n", durable=False, shared=True
+            failure_path(run_dir, rank), json.dumps(record, indent=1) + "\n", durable=False, shared=True
         )
     except OSError as problem:
         _log.warning("the failure of rank %d could not be recorded: %s", rank, problem)
@@ -274,7 +274,8 @@ def forget_failures(run_dir: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _failure_path(run_dir: Path, rank: int) -> Path:
+def failure_path(run_dir: Path, rank: int) -> Path:
+    """Where `record_failure` leaves the failure of `rank`."""
     return Path(run_dir) / "logs" / f"rank_{rank:05d}.failure.json"
 
 

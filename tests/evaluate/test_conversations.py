@@ -17,7 +17,7 @@ from meditron_train.data.tokenizing.tokenizer import load_tokenizer
 from meditron_train.errors import UserError
 from meditron_train.evaluate.conversations import Written, write_conversations
 from meditron_train.evaluate.harness.lm_task import Protocol
-from meditron_train.evaluate.harness.run import parse_answer
+from meditron_train.evaluate.harness.parse_answer import parse_answer
 from meditron_train.tasks.catalogue import BENCHMARKS, read_prompt
 from tests.checkpoint.tiny_llama import write_tiny_llama
 from tests.checkpoint.tiny_tokenizer import VOCAB_SIZE, write_tokenizer_model

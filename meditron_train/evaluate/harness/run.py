@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -12,10 +11,11 @@ from typing import Any
 
 from meditron_train.errors import UserError
 from meditron_train.evaluate.harness.lm_task import Protocol, make_task
+from meditron_train.evaluate.harness.parse_answer import parse_answer
 from meditron_train.evaluate.harness.statistics import bootstrap_interval
 from meditron_train.files import sha256_file
 from meditron_train.tasks.catalogue import Benchmark, Prompt, read_prompt
-from meditron_train.tasks.formats import LETTERS, Item
+from meditron_train.tasks.formats import Item
 from meditron_train.tasks.items import find_file, find_test_file, read_items
 
 
@@ -255,21 +255,6 @@ def _answer(item: Item, sample: dict[str, Any], questions: Questions, seed: int)
 def _largest(scores: Sequence[float]) -> int:
     """The first of the largest."""
     return max(range(len(scores)), key=scores.__getitem__)
-
-
-def parse_answer(text: str, prompt: Prompt, options: Sequence[str]) -> int | None:
-    """The option that a generated text ends with, by the prompt's pattern; None where there is none, or no such
-    option. Of several, the last counts: reasoning may weigh others before."""
-    found = list(re.finditer(prompt.answer_pattern, text))
-    if not found:
-        return None
-    answer = found[-1][found[-1].lastindex or 0]
-    if prompt.answer_with == "text":
-        texts = [option.lower().rstrip(".") for option in options]
-        answer = answer.lower().rstrip(".")
-        return texts.index(answer) if answer in texts else None
-    number = LETTERS.index(answer.upper())
-    return number if number < len(options) else None
 
 
 def _score(questions: Questions, answers: Sequence[Answer]) -> Score:

@@ -12,7 +12,7 @@ import yaml
 
 from meditron_train.errors import UserError
 from meditron_train.evaluate.harness.lm_task import Protocol
-from meditron_train.evaluate.harness.run import parse_answer
+from meditron_train.evaluate.harness.parse_answer import parse_answer
 from meditron_train.tasks.catalogue import BENCHMARKS, find_benchmarks, read_prompt
 from meditron_train.tasks.items import find_file, read_items
 from tests.evaluate.asking import ask

@@ -4,7 +4,7 @@ resume."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ class RunDir:
         fixed: list[str] = []
         free: list[str] = []
         for key, old_value, new_value in _differences(old, new):
-            is_fixed = _is_under(key, _FIXED_KEYS) and not _is_under(key, _FREE_KEYS)
+            is_fixed = _is_fixed(key)
             if key == "model.from" and config.model.from_ is not None and self._holds(config.model.from_):
                 is_fixed = False  # the base is gone, and one of the run's own checkpoints named in its place
             (fixed if is_fixed else free).append(f"{key}: {old_value!r} -> {new_value!r}")
@@ -144,6 +144,15 @@ def _creation_error(path: Path, error: OSError) -> MeditronError:
     return UserError(f"the run directory {path} cannot be created: {error}; choose another logging.run_dir")
 
 
+def fixed_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs of the settings that a checkpoint fixes: "key: old -> new".
+
+    Args:
+        old, new: configurations as `model_dump(mode="json", by_alias=True)` gives them.
+    """
+    return [f"{key}: {one!r} -> {other!r}" for key, one, other in _differences(old, new) if _is_fixed(key)]
+
+
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) of every leaf that differs. Keys that `old` lacks are left out: it
     may have been written by an earlier version."""
@@ -155,6 +164,10 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, 
             yield from _differences(old_item, new_item, f"{key}[{index}]")
     elif old != new:
         yield key, old, new
+
+
+def _is_fixed(key: str) -> bool:
+    return _is_under(key, _FIXED_KEYS) and not _is_under(key, _FREE_KEYS)
 
 
 def _is_under(key: str, prefixes: tuple[str, ...]) -> bool:

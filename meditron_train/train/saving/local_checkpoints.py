@@ -4,8 +4,9 @@
                                 step_00000120.json   written last: its size and hash, layout, counters
 
 Between two checkpoints that everyone can read, each rank keeps its own part to itself: no communication, no shared file
-system. A restart uses it only when every rank finds its part, intact, of the same step and layout; otherwise, and
-whenever the other checkpoints are newer, it is ignored. Failures here cost a warning and never the run.
+system. A restart uses it only when every rank finds its part, intact, of the same step and layout, and made with the
+same model, data and batches; otherwise, and whenever the other checkpoints are newer, it is ignored. Failures here cost
+a warning and never the run.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from meditron_train.log import get_logger
 from meditron_train.parallel import Mesh
 from meditron_train.train.engine import Engine
 from meditron_train.train.engine_state import load_local_state, local_state
+from meditron_train.train.life.run_dir import fixed_differences
 from meditron_train.train.progress import Progress
 from meditron_train.train.setup import Plan
 
@@ -40,7 +42,7 @@ _KEPT = 2  # the newest, and the one before in case a rank dies while it writes 
 
 
 class LocalCheckpoints:
-    """Those of one rank; without `checkpoint.local_dir` nothing is written or found.
+    """Those of one rank; without `checkpoint.local_dir` nothing is written or found. Making it is collective.
 
     Args:
         run_id: distinguishes this run from others that use the same local directory.
@@ -57,6 +59,9 @@ class LocalCheckpoints:
             "model": plan.model.model_dump(mode="json"),
             "lora": plan.config.lora and plan.config.lora.model_dump(mode="json"),
         }
+        if plan.config.lora is not None:
+            self._identity["base_sha256"] = mesh.from_first_rank(plan.base_sha256)
+        self._config = plan.config.model_dump(mode="json", by_alias=True)
         self._train_data = plan.train_data
         self._max_step = plan.config.train.steps
 
@@ -74,6 +79,7 @@ class LocalCheckpoints:
             facts = {
                 **self._identity_at(progress.samples),
                 **describe_file(tensors, sync=True),
+                "config": self._config,
                 "progress": asdict(progress),
             }
             replace_text(sidecar, json.dumps(facts) + "\n")
@@ -139,7 +145,11 @@ class LocalCheckpoints:
             if progress.step != step:
                 return False
             identity = self._identity_at(progress.samples)
-            same = all(facts.get(name) == value for name, value in identity.items())
+            facts.setdefault("base_sha256", identity.get("base_sha256"))  # earlier versions wrote neither it
+            same = all(facts.get(name) == value for name, value in identity.items())  # nor the configuration
+            if changed := fixed_differences(facts.get("config", {}), self._config):
+                _log.info("passing over %s, of another configuration: %s", tensors, "; ".join(changed))
+                return False
             return same and step <= self._max_step and describe_file(tensors)["sha256"] == facts["sha256"]
         except (OSError, ValueError, LookupError, TypeError, UserError):
             return False

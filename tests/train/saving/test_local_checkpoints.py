@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,6 +86,52 @@ def test_a_part_that_one_rank_lacks_makes_all_go_to_what_all_have(start, tmp_pat
     assert expected.get(damage, "rank_00000, after step 6") in log(tmp_path / "run")
 
 
+def other_base(hf_dir: Path, directory: Path) -> Path:
+    """A model of the same shape with other weights."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(hf_dir, directory, dirs_exist_ok=True)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("correction", ["train.seed=7", "train.global_batch_size=2", "model.from={other}"])
+def test_a_corrected_configuration_begins_anew(start, hf_dir, tmp_path, correction):
+    """Where no checkpoint that everyone can read says what the run was, nothing else refuses it."""
+    correction = correction.format(other=other_base(hf_dir, tmp_path / "other"))
+    config = start(interval=100)
+    with pytest.raises(AssertionError, match="an injected crash"):
+        run_with(config, "crash@4", world_size=1)
+    assert list((tmp_path / "local").rglob("step_00000002.pt"))
+    corrected = run(config, correction)
+    assert "of another configuration: " + correction.partition("=")[0] in log(tmp_path / "run")
+    assert losses(corrected) == losses(run(start(name="new", interval=100), correction))
+
+
+def test_adapters_begin_anew_on_other_weights_under_the_same_name(start, hf_dir, tmp_path):
+    base = shutil.copytree(hf_dir, tmp_path / "base")
+    config, adapters = start(interval=100), (f"model.from={base}", "lora.rank=2")
+    with pytest.raises(AssertionError, match="an injected crash"):
+        run_with(config, "crash@4", *adapters, world_size=2)
+    other_base(hf_dir, base)
+    run(config, *adapters, world_size=2)
+    assert "resuming from the local checkpoints" not in log(tmp_path / "run")
+
+
+def test_those_of_earlier_versions_are_read(start, tmp_path):
+    config = start(interval=100)
+    with pytest.raises(AssertionError, match="an injected crash"):
+        run_with(config, "crash@4", world_size=1)
+    (sidecar,) = (tmp_path / "local").rglob("step_00000002.json")
+    facts = json.loads(sidecar.read_text())
+    del facts["config"]
+    sidecar.write_text(json.dumps(facts))
+    run(config)
+    assert "after step 2" in log(tmp_path / "run")
+
+
 def test_another_layout_uses_the_checkpoints_that_everyone_can_read(start, tmp_path):
     config = start()
     with pytest.raises(AssertionError, match="an injected crash"):
@@ -112,6 +159,7 @@ def test_foreign_files_among_them_are_passed_over(tmp_path, text):
             train=SimpleNamespace(precision="fp32", steps=9),
             parallel=SimpleNamespace(distributed_optimizer=False),
             lora=None,
+            model_dump=lambda **_: {},
         ),
         layout=ParallelLayout(1),
         model=SimpleNamespace(model_dump=lambda mode: {}),

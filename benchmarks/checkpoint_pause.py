@@ -58,8 +58,9 @@ def make_plan(size: str, precision: str, directory: Path, world_size: int) -> An
         model=model_config_from_hf(shape),
         num_new_tokens=0,
         layout=config.parallel.layout(world_size),
-        train_data=SimpleNamespace(fingerprint="none"),  # type: ignore[arg-type]
+        train_data=SimpleNamespace(fingerprint_until=lambda num_samples: "none"),  # type: ignore[arg-type]
         validation_data={},
+        validation_tasks=(),
     )
 
 

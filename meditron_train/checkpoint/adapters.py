@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from meditron_train.checkpoint.files.pickled import spelled
 from meditron_train.checkpoint.files.stored import Range, Tensors
 from meditron_train.checkpoint.hf.directory import HF_SUBDIRECTORY
 from meditron_train.checkpoint.hf.read import open_safetensors
@@ -29,6 +30,7 @@ from meditron_train.files import describe_missing_directory, read_json_object
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 BASE_HASH_KEY = "base_weights_sha256"  # in the header of the safetensors file
 
+_MAX_ALPHA = 1e30
 _PEFT_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # Of LoraConfig: what changes the result and is not A and B alone, with the values that change nothing.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -168,28 +170,41 @@ def _open_checkpoint(directory: Path) -> AdapterWeights:
     found = set(tensors.names)
     if missing := [name for names in factors.values() for name in names if name not in found]:
         raise UserError(f"{directory} does not hold {missing[0]}")
+    _require_rank(directory / "meta.json", lora.rank, tensors, factors)
     return AdapterWeights(
         directory, lora.scale, tensors, factors, base, base_sha256, directory / HF_SUBDIRECTORY
     )
+
+
+def _require_rank(said_in: Path, rank: int, tensors: Tensors, factors: Mapping[str, tuple[str, str]]) -> None:
+    """The rank decides the scale, so that another one would merge other weights."""
+    for a, b in factors.values():
+        shape_a, shape_b = tensors.shape(a), tensors.shape(b)
+        if len(shape_a) != 2 or len(shape_b) != 2 or not rank == shape_a[0] == shape_b[1]:
+            raise UserError(
+                f"{said_in} says rank {rank}, but {a} is {list(shape_a)} and {b} is {list(shape_b)}"
+            )
 
 
 def _open_peft(directory: Path) -> AdapterWeights:
     config = read_json_object(directory / CONFIG_NAME)
     if config.get("peft_type") != "LORA":
         raise UserError(
-            f"{directory} holds an adapter of PEFT of the type {config.get('peft_type')!r}; LORA alone is read here. "
-            "Merge it into its base model with merge_and_unload of peft"
+            f"{directory} holds an adapter of PEFT of the type {spelled(config.get('peft_type'))}; LORA alone is read "
+            "here. Merge it into its base model with merge_and_unload of peft"
         )
     for key, plain in _PLAIN.items():
         if config.get(key) not in plain:
             raise UserError(
-                f"{directory / CONFIG_NAME}: {key} is {config[key]!r}, which is more than B·A. Merge it with "
+                f"{directory / CONFIG_NAME}: {key} is {spelled(config[key])}, which is more than B·A. Merge it with "
                 "merge_and_unload of peft"
             )
-    try:
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{directory / CONFIG_NAME} does not say r and lora_alpha as numbers") from None
+    rank, alpha = config.get("r", 0), config.get("lora_alpha", float("nan"))
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not abs(alpha) < _MAX_ALPHA:
+        raise UserError(
+            f"{directory / CONFIG_NAME} says r {spelled(rank)} and lora_alpha {spelled(alpha)}: a whole number from 1 "
+            "on and a finite number are wanted"
+        )
     if config.get("rank_pattern"):
         raise UserError(
             f"{directory / CONFIG_NAME}: ranks differ (rank_pattern). Merge it with merge_and_unload of peft"
@@ -206,6 +221,7 @@ def _open_peft(directory: Path) -> AdapterWeights:
     if alone := [matrix for matrix, found in halves.items() if len(found) < 2]:
         raise UserError(f"{directory}: {alone[0]} has only one of A and B")
     factors = {matrix: (found["A"], found["B"]) for matrix, found in halves.items()}
+    _require_rank(directory / CONFIG_NAME, rank, tensors, factors)
     return AdapterWeights(
         directory,
         alpha / rank**0.5 if config.get("use_rslora") else alpha / rank,

@@ -106,7 +106,7 @@ def merge_adapter(
     """Write W + scale·B·A for every adapted matrix, and all other tensors as they are, as a Hugging Face directory.
 
     The sum is computed in float64, rounded to fp32 and then to the dtype of the base, or `dtype`. Memory: blocks of a
-    few MiB. The tokenizer is the adapter's, where it has one.
+    few MiB. Tokenizer and generation settings are the adapter's, where it has them.
 
     Raises:
         UserError: the adapter is for another base, the output exists and is not empty, or weights are not finite.
@@ -147,6 +147,7 @@ def merge_adapter(
             "adapter": files_identity(adapter_directory),
         },
         manifest=describe_conversion(base_directory, base.model, target, format="merged", adapter=merged),
+        generation_from=base.hf_files,
         limits=limits,
         ranks=ranks,
         progress=progress,

@@ -211,6 +211,7 @@ def write_hf_tensors(
     progress: Progress | None,
     expected: Mapping[str, str] | None = None,
     special_tokens: Sequence[str] = (),
+    generation_from: Path | None = None,
 ) -> None:
     """Write planned tensors of `source`, config and tokenizer as a Hugging Face directory; collective.
 
@@ -218,6 +219,7 @@ def write_hf_tensors(
         identity: what decides the tensors' content, beside the plan.
         manifest: what it says of the source; the model is added with the dtype that the tensors have.
         special_tokens: to be added to the tokenizer.
+        generation_from: where generation_config.json lies, if it is not among the hf_files.
         inputs, hf_files, max_num_bytes, expected, limits, ranks, progress: as of `write_hf_model`.
     """
     files = plan_safetensors(tensors, max_num_bytes)
@@ -226,7 +228,7 @@ def write_hf_tensors(
     def complete(directory: Path) -> dict[str, Any]:
         if index := safetensors_index(files):
             (directory / INDEX_NAME).write_text(index, encoding="utf-8")
-        write_hf_files(directory, model, hf_files, special_tokens)
+        write_hf_files(directory, model, hf_files, special_tokens, generation_from=generation_from)
         return describe_hf_files(directory)
 
     convert_files(

@@ -24,6 +24,8 @@ def write_hf_files(
     source: Path | None = None,
     special_tokens: Sequence[str] = (),
     chat: ChatFormat | None = None,
+    *,
+    generation_from: Path | None = None,
 ) -> None:
     """Write all that a Hugging Face directory holds beside the weights into the existing `directory`.
 
@@ -34,17 +36,23 @@ def write_hf_files(
             (else a minimal generation_config.json is written).
         special_tokens: appended to the tokenizer.
         chat: the chat template that the tokenizer gets, and the token at which generation stops.
+        generation_from: directory whose generation_config.json is copied where `source` has none.
 
     Raises:
         UserError: a file of `source` is damaged, or a token of the tokenizer that is written has no row in the
             model's embedding.
     """
-    if source is not None:
-        read_generation_config(source)
+    with_generation = [
+        place
+        for place in (source, generation_from)
+        if place is not None and read_generation_config(place) is not None
+    ]
     config = json.dumps(model_config_to_hf(model), indent=2) + "\n"
     (directory / "config.json").write_text(config, encoding="utf-8")
     generation = directory / "generation_config.json"
-    if source is None or not copy_generation_config(source, directory):
+    if with_generation:
+        copy_generation_config(with_generation[0], directory)
+    else:
         generation.write_text(json.dumps(generation_config_of(model), indent=2) + "\n", encoding="utf-8")
     if source is not None:
         copy_tokenizer(source, directory, special_tokens, chat.template if chat else None)

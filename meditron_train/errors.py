@@ -86,6 +86,11 @@ class UserError(MeditronError):
     cause = Cause.USER_ERROR
 
 
+class PassingError(MeditronError):
+    """What another attempt may not meet, as it says nothing of the data: a disk that cannot be read at the moment, a
+    process that has gone. What was done so far is kept for that attempt."""
+
+
 class RequeueError(MeditronError):
     """The run cannot go on in these processes, but started again it can: exit code 85."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from meditron_train.errors import MeditronError, UserError
+from meditron_train.errors import MeditronError, PassingError, UserError
 from meditron_train.launcher.environment import LaunchEnvironment, master_address
 from meditron_train.launcher.waiting import holds_store, own_part
 
@@ -59,15 +59,13 @@ class Ranks:
         """Check on the other ranks.
 
         Raises:
-            MeditronError: one of them has failed.
+            UserError, PassingError, MeditronError: one of them has failed, with an error of this kind.
         """
-        try:
+        with _store_calls():
             failed = self._store.check([_FAILED])
             failure = json.loads(self._store.get(_FAILED)) if failed else None
-        except RuntimeError as error:
-            raise MeditronError(f"the store at rank 0 has gone: {error}") from None
         if failure is not None and failure["rank"] != self.rank:
-            kind = UserError if failure["user"] else MeditronError
+            kind = _KINDS[failure["kind"]]
             raise kind(f"rank {failure['rank']} failed: {failure['message']}")
 
     def beat(self) -> None:
@@ -77,7 +75,7 @@ class Ranks:
         """Tell the other ranks; the first failure is the one that they hear of."""
         failure = {
             "rank": self.rank,
-            "user": isinstance(error, UserError),
+            "kind": _kind_of(error),
             "message": str(error) or type(error).__name__,
         }
         with suppress(RuntimeError):
@@ -94,27 +92,53 @@ class Ranks:
 
     def _say(self, what: str, value: Any) -> None:
         if what == "gather" or self.rank == 0:
-            self._store.set(f"{self._number}/{what}/{self.rank}", json.dumps(value))
+            with _store_calls():
+                self._store.set(f"{self._number}/{what}/{self.rank}", json.dumps(value))
 
     def _wait_for(self, what: str, ranks: Any) -> list[Any]:
         values = []
         for rank in ranks:
             key = f"{self._number}/{what}/{rank}"
-            while not self._store.check([key]):
+            while not self._has(key):
                 self.check()
                 self._listen_to(rank)
                 time.sleep(_POLL_S)
-            values.append(json.loads(self._store.get(key)))
+            with _store_calls():
+                values.append(json.loads(self._store.get(key)))
         return values
+
+    def _has(self, key: str) -> bool:
+        with _store_calls():
+            return bool(self._store.check([key]))
 
     def _listen_to(self, rank: int) -> None:
         key, now = f"beat/{rank}", time.monotonic()
-        beat = self._store.get(key) if self._store.check([key]) else b""
+        with _store_calls():
+            beat = self._store.get(key) if self._store.check([key]) else b""
         last, since = self._beats.get(rank, (None, now))
         if beat != last:
             self._beats[rank] = (beat, now)
         elif now - since > self._silence_s:
-            raise MeditronError(f"rank {rank} has given no sign of life for {self._silence_s:.0f} s")
+            raise PassingError(f"rank {rank} has given no sign of life for {self._silence_s:.0f} s")
+
+
+_KINDS: dict[str, type[MeditronError]] = {"user": UserError, "passing": PassingError, "other": MeditronError}
+
+
+def _kind_of(error: BaseException) -> str:
+    """Of which kind an error is for the other ranks; an interruption passes."""
+    if isinstance(error, UserError):
+        return "user"
+    return "passing" if isinstance(error, PassingError) or not isinstance(error, Exception) else "other"
+
+
+@contextmanager
+def _store_calls() -> Iterator[None]:
+    """The store lies in a process of this launch: without it the launch has ended, and nothing else is wrong."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PassingError(f"the store at rank 0 has gone: {error}") from None
 
 
 @contextmanager
@@ -136,7 +160,8 @@ def meet(place: LaunchEnvironment, timeout_s: float = 600.0) -> Iterator[Ranks |
                 ranks.beat()
 
     thread = threading.Thread(target=beat, name="beat", daemon=True)
-    ranks.beat()
+    with _store_calls():
+        ranks.beat()
     thread.start()
     try:
         yield ranks

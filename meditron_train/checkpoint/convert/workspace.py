@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
 from meditron_train.checkpoint.convert.stream import WrittenFile
-from meditron_train.checkpoint.files.stored import ReadError
 from meditron_train.checkpoint.manifest import (
     CONVERSION_NAME,
     describe_file,
     write_manifest,
 )
 from meditron_train.checkpoint.planned import PlannedFile
-from meditron_train.errors import WRONG_PATH, MeditronError, UserError
+from meditron_train.errors import WRONG_PATH, MeditronError, PassingError, UserError
 from meditron_train.files import is_disk_full, overlap, read_json_object, replace_text, sync_directory
 from meditron_train.log import get_logger
 from meditron_train.units import format_num_bytes
@@ -114,8 +113,8 @@ def workspace(
 ) -> Iterator[Workspace]:
     """The workspace of a conversion; `publish` ends it. Collective.
 
-    An error removes the workspace, so that a full disk does not stay full. An interruption, or a source that
-    cannot be read at the moment, leaves it for the next attempt.
+    An error removes the workspace, so that a full disk does not stay full. An interruption, a source that cannot
+    be read at the moment, or a rank that has gone, leaves it for the next attempt.
 
     Args:
         target: the directory to become.
@@ -138,7 +137,7 @@ def workspace(
             yield Workspace(temporary, ranks.rank)
         except OSError as error:
             raise _explained(error, target) from error
-    except ReadError:
+    except PassingError:
         raise
     except Exception:
         if lock:  # only rank 0 removes, and only what it holds

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from meditron_train.errors import MeditronError, UserError
+from meditron_train.errors import PassingError, UserError
 
 Shape = tuple[int, ...]
 Range = tuple[int, int]
@@ -19,7 +19,7 @@ Range = tuple[int, int]
 _BLOCK_BYTES = 16 << 20  # column slices are cut out of row blocks of this size
 
 
-class ReadError(MeditronError):
+class ReadError(PassingError):
     """The system could not read a file: of the data itself it says nothing, and another attempt may succeed."""
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from meditron_train.checkpoint.convert import engine
 from meditron_train.checkpoint.convert.from_hf import hf_to_sharded
 from meditron_train.checkpoint.convert.to_hf import export_hf
 from meditron_train.checkpoint.convert.workspace import Workspace
+from meditron_train.checkpoint.files.stored import ReadError
 from meditron_train.checkpoint.manifest import verify_manifest
 from meditron_train.checkpoint.sharded import plan as sharded_plan
-from meditron_train.errors import MeditronError, UserError
+from meditron_train.errors import MeditronError, PassingError, UserError
 from meditron_train.launcher.environment import detect_launcher
-from meditron_train.launcher.rendezvous import meet
+from meditron_train.launcher.rendezvous import Ranks, meet
 from meditron_train.verify.verify import verify
 from tests.checkpoint.tiny_llama import read_tensors, rewrite_tensors, write_tiny_llama
 from tests.distributed import run_ranks
+from tests.refusal import refused
 
 
 def _convert(rank: int, world_size: int, direction: str, source: str, target: str) -> list[str]:
@@ -81,6 +85,86 @@ def test_what_one_rank_finds_wrong_ends_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def _convert_with_a_bad_disk(rank: int, world_size: int, source: str, target: str, bad: bool) -> list[str]:
+    """The files that this rank wrote, then what went wrong: rank 1 reads one file, then nothing more."""
+    names: list[str] = []
+    write_file = engine.write_file
+
+    def write(path: Path, *args: Any, **options: Any) -> Any:
+        if bad and rank == 1 and names:
+            raise ReadError("the disk of this node cannot be read")
+        written = write_file(path, *args, **options)
+        names.append(path.name)
+        return written
+
+    sharded_plan._MAX_FILE_BYTES, engine._MAX_WORKERS = 30_000, 1
+    engine.write_file = write
+    try:
+        with meet(detect_launcher()) as ranks:
+            hf_to_sharded(source, target, ranks=ranks)
+    except MeditronError as error:
+        return [*names, type(error).__name__, str(error)]
+    finally:
+        engine.write_file = write_file
+    return names
+
+
+def test_what_all_have_written_is_kept_when_one_cannot_read(tmp_path: Path) -> None:
+    source, target = write_tiny_llama(tmp_path / "hf"), tmp_path / "target"
+    (*first, kind, said), (*second, own_kind, _) = run_ranks(
+        _convert_with_a_bad_disk, 2, str(source), str(target), True
+    )
+    assert (kind, own_kind) == ("PassingError", "ReadError")
+    assert said == "rank 1 failed: the disk of this node cannot be read"
+    assert first and second and not target.exists()
+    again = run_ranks(_convert_with_a_bad_disk, 2, str(source), str(target), False)
+    assert not {*first, *second} & {name for share in again for name in share}
+    assert verify(source, target).differences == ()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "target"]
+
+
+FAILURES: dict[str, tuple[BaseException, type[MeditronError]]] = {
+    "user": (UserError("no"), UserError),
+    "read": (ReadError("no"), PassingError),
+    "interrupted": (KeyboardInterrupt("no"), PassingError),
+    "full": (MeditronError("no"), MeditronError),
+    "crash": (TypeError("no"), MeditronError),
+}
+
+
+def _fail_in_every_way(rank: int, world_size: int, name: str) -> str:
+    error, _ = FAILURES[name]
+    try:
+        with meet(detect_launcher()) as ranks:
+            assert ranks is not None
+            if rank == 1:
+                raise error
+            ranks.gather(rank)
+    except BaseException as heard:
+        return type(heard).__name__
+    return "nothing"
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_the_kind_of_a_failure_is_heard(name: str) -> None:
+    error, kind = FAILURES[name]
+    assert run_ranks(_fail_in_every_way, 2, name) == [kind.__name__, type(error).__name__]
+
+
+def test_a_store_that_has_gone_says_nothing_of_the_data() -> None:
+    class Gone:
+        def __getattr__(self, name: str) -> Any:
+            def fail(*_: Any) -> None:
+                raise RuntimeError("Connection reset by peer")
+
+            return fail
+
+    ranks = Ranks(Gone(), 0, 2)  # type: ignore[arg-type]
+    for call in (ranks.check, lambda: ranks.gather(1), lambda: ranks.on_first(lambda: None)):
+        with refused("the store at rank 0 has gone", kind=PassingError):
+            call()
+
+
 def _fail_alone(rank: int, world_size: int) -> str:
     """Rank 1 fails before it meets the others in anything."""
     try:
@@ -109,7 +193,7 @@ def _be_silent(rank: int, world_size: int) -> str:
         ranks._silence_s = 0.5
         try:
             ranks.gather(0)
-        except MeditronError as error:
+        except PassingError as error:
             ranks.gather = lambda value: []  # type: ignore[method-assign]
             return str(error)
     return "nothing"

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from meditron_train.checkpoint.files.stored import Range, Shape
+from meditron_train.checkpoint.hf.config import model_config_to_hf
 from meditron_train.checkpoint.tensor_map import hf_shapes
 from meditron_train.errors import UserError
 from meditron_train.tokenizer.files import has_tokenizer
+from meditron_train.tokenizer.reading import encode
 from meditron_train.verify.forward import our_logits
 from meditron_train.verify.side import FullSide
 
@@ -77,6 +80,7 @@ def compare_logits(side_a: FullSide, side_b: FullSide, cast: torch.dtype | None 
     for side in (side_a, side_b):
         _check_shapes(side)
     ids = probe_ids(side_a)
+    _require_rows(side_b, ids)
     if cast is not None:
         side_a, side_b = _Cast(side_a, cast), _Cast(side_b, cast)
     a, b = transformers_logits(side_a, ids), transformers_logits(side_b, ids)
@@ -89,6 +93,7 @@ class _Cast(FullSide):
 
     def __init__(self, side: FullSide, dtype: torch.dtype) -> None:
         super().__init__(side.directory, side.hf_files, side.model, side.names)
+        self.format = side.format
         self._side, self._dtype = side, dtype
 
     def shape(self, name: str) -> Shape:
@@ -118,11 +123,14 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
 
 def transformers_logits(side: FullSide, ids_BS: torch.Tensor) -> torch.Tensor:
     """fp32 logits [B, S, V] of token ids [B, S] by transformers; each module's weights are there while it runs."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(side.hf_files, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    try:
+        config = _config(side)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    except Exception as error:  # transformers' own checks of a configuration raise nearly anything
+        raise UserError(f"{side.directory}: transformers cannot build the model: {error}") from None
     # Its frequencies are not weights: they are computed on construction, which must not happen on "meta".
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     units = {f"model.layers.{number}": layer for number, layer in enumerate(model.model.layers)}
@@ -131,6 +139,16 @@ def transformers_logits(side: FullSide, ids_BS: torch.Tensor) -> torch.Tensor:
         _read_when_needed(side, prefix, module)
     with torch.inference_mode():
         return model(ids_BS, use_cache=False).logits.float()
+
+
+def _config(side: FullSide) -> Any:
+    """As transformers reads config.json. Another program's checkpoint has none: it is what its arguments say."""
+    from transformers import AutoConfig
+
+    if side.format != "megatron" and (side.hf_files / "config.json").is_file():
+        return AutoConfig.from_pretrained(side.hf_files, local_files_only=True, trust_remote_code=False)
+    keys = model_config_to_hf(side.model)
+    return type(AutoConfig.for_model(keys["model_type"])).from_dict(keys)
 
 
 def _read_when_needed(side: FullSide, prefix: str, module: torch.nn.Module) -> None:
@@ -152,16 +170,28 @@ def _read_when_needed(side: FullSide, prefix: str, module: torch.nn.Module) -> N
 
 
 def probe_ids(side: FullSide) -> torch.Tensor:
-    """One medical text as [1, num_tokens] int64; without a tokenizer, spread-out ids."""
+    """One medical text as [1, num_tokens] int64; without a tokenizer, spread-out ids.
+
+    Raises:
+        UserError: the tokenizer cannot be read, or gives ids without a row in the embedding.
+    """
     length = min(_MAX_TOKENS, side.model.max_position_embeddings)
     if has_tokenizer(side.hf_files):
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                side.hf_files, local_files_only=True, trust_remote_code=False
-            )
-            return torch.tensor([tokenizer.encode(_TEXT)[:length]])
-        except Exception as error:  # a damaged tokenizer raises nearly anything
-            raise UserError(f"{side.hf_files}: the tokenizer cannot be loaded: {error}") from None
+        ids = torch.tensor([encode(side.hf_files, _TEXT)[:length]], dtype=torch.int64)
+        _require_rows(side, ids)
+        return ids
     return (torch.arange(length) * 7919 % side.model.vocab_size).unsqueeze(0)
+
+
+def _require_rows(side: FullSide, ids_BS: torch.Tensor) -> None:
+    """Check that the embedding of the side has a row for each of the ids, of which there are some.
+
+    Raises:
+        UserError: it has not.
+    """
+    if not ids_BS.numel() or int(ids_BS.max()) >= side.model.vocab_size:
+        found = f"the id {int(ids_BS.max())}" if ids_BS.numel() else "no ids"
+        raise UserError(
+            f"{side.directory}: the tokenizer makes {found} of a text, but the model's vocabulary has "
+            f"{side.model.vocab_size} tokens"
+        )

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from meditron_train.checkpoint.convert.from_hf import hf_to_sharded
+from meditron_train.checkpoint.convert.from_hf import hf_to_megatron_lm, hf_to_sharded
 from meditron_train.checkpoint.convert.to_hf import export_hf
 from meditron_train.verify.verify import verify
+from tests.checkpoint.convert.test_for_megatron_lm import write_source
 from tests.checkpoint.tiny_llama import change_json, write_tiny_llama
+from tests.checkpoint.tiny_tokenizer import write_tokenizer_model
 from tests.verify.test_verify import UP, named, spoil
 
 
@@ -125,3 +127,27 @@ def test_the_side_that_cannot_be_read_is_named(models: Path, tmp_path: Path, mon
         messages = [d.message for d in verify(a, b).differences if d.kind == "tensor"]
         assert len(messages) == 21
         assert all(message.startswith(f"{label}: ") for message in messages)
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_logits_of_another_megatron(tmp_path: Path, with_tokenizer: bool) -> None:
+    source, run = write_source(tmp_path / "source"), tmp_path / "run"
+    hf_to_megatron_lm(source, run)
+    if not with_tokenizer:
+        for path in (run / "manifest.json", *run.glob("*token*"), *source.glob("*token*")):
+            path.unlink(missing_ok=True)
+    for a, b in ((source, run), (run, source), (run, run)):
+        result = verify(a, b, logits=True)
+        assert result.differences == () and result.logits is not None
+        assert result.logits.max_difference == 0.0
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(tmp_path: Path) -> None:
+    source = write_tokenizer_model(write_tiny_llama(tmp_path / "source", vocab_size=131))
+    found = named(verify(source, source, logits=True))
+    assert "the model's vocabulary has 131 tokens" in found["fp32"]
+
+
+def test_a_configuration_of_which_transformers_makes_no_model(models: Path, back: Path) -> None:
+    change_json(back / "config.json", pad_token_id=100_000)
+    assert "transformers cannot build the model" in named(verify(back, back, logits=True))["fp32"]

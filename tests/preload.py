@@ -11,30 +11,32 @@ real.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import meditron_train.cli.main
 import meditron_train.train.engine
 import meditron_train.train.start  # noqa: F401
 from meditron_train.files import replace_text
-from meditron_train.tokenizer import reading
+from meditron_train.tokenizer import bounded
 from meditron_train.tokenizer.files import content_digest
 
-_readings = Path(os.environ["MEDITRON_TEST_READINGS"])
-_read_for_real = reading._read_in_child
+_answers = Path(os.environ["MEDITRON_TEST_READINGS"])
+_ask_for_real = bounded._in_child
 
 
-def _read_once(directory: Path, named: Path) -> reading.Reading:
-    remembered = _readings / f"{content_digest(directory)}.json"
+def _ask_once(task: str, directory: Path, named: Path, arguments: dict[str, str]) -> Any:
+    question = f"{task} {content_digest(directory)} {json.dumps(arguments)}"
+    remembered = _answers / f"{hashlib.sha256(question.encode()).hexdigest()}.json"
     if not remembered.exists():
-        read = _read_for_real(directory, named)
-        replace_text(remembered, json.dumps(asdict(read)), durable=False)
-    return reading.Reading(**json.loads(remembered.read_text(encoding="utf-8")))
+        answer = _ask_for_real(task, directory, named, arguments)
+        replace_text(remembered, json.dumps(answer), durable=False)
+    return json.loads(remembered.read_text(encoding="utf-8"))
 
 
-reading._read_in_child = _read_once
+bounded._in_child = _ask_once
 gc.collect()
 gc.freeze()

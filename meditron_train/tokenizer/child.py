@@ -1,4 +1,4 @@
-"""What runs in the child process of `reading`: transformers reads directories' tokenizers, each under limits.
+"""What runs in the child process of `bounded`: tokenizers are read, completed and compared, each under limits.
 
 A tokenizer's files decide how much memory and time it takes, and may make the Rust library panic; so each is met in a
 process of its own, forked from one that has imported what it needs. torch is kept out of it: nothing here needs it, and
@@ -12,23 +12,21 @@ import os
 import resource
 import select
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from meditron_train.errors import UserError
+from meditron_train.tokenizer.beside import agreement, files_beside_sentencepiece
+from meditron_train.tokenizer.compare import encoding_digest
+from meditron_train.tokenizer.files import JSON, read_json_object
+from meditron_train.tokenizer.probes import PROBE_TEXTS
 
 MAX_ID = 1 << 31
 _IDLE_S = 30.0  # a run that trains for weeks need not keep the process
 _MAX_ERROR_CHARACTERS = 2000
 _MAX_TOKENS_PER_BYTE = 64  # the worst Unicode decomposition makes 33 bytes of 3
 
-PROBE_TEXTS = (
-    "The dose is 5 mg/kg twice daily.", " leading space", "  two leading", "trailing  ", "a  b   c", "", " ", "   ",
-    "line one\nline two\n\n\tindented", "\n", "naïve café – “quoted” … ½ µg α-blocker β₂ ≥ 40 °C", "漢字かな عربي",
-    "emoji 🧬🩺 and \U0001f9ec", "x=1;y=[2,3]{z}", "CamelCase_snake-case/path\\back", "http://example.org/?q=a&b=c#d",
-    "1234567890 3.14159 1,000,000", "\u00a0non-breaking\u200bzero width", "ﬁ ligature ① ⅷ Å", "▁ literal lower block",
-    "I'm you've WE'LL don't", "\r\n\r\n  a\n \n", "e\u0301 decomposed",
-    "a" * 64 + "!", "1" * 64 + "!", " " * 64 + "!", "\n" * 64 + "!", "aB1 " * 16 + "!",
-)  # fmt: skip
 _CHATS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "What is a fever?"}],
     [
@@ -43,9 +41,9 @@ _CHATS: tuple[list[dict[str, str]], ...] = (
 def serve() -> None:
     """Answer requests, one JSON object a line on stdin and stdout, until stdin closes or none comes for a while.
 
-    A request has directory, max_bytes, max_cpu_s. Each is met by a fork of this process, which has transformers
-    imported already; the answer has the fork's exit_code, what it wrote (output: a reading, or {"error": why there is
-    none}) and the end of its stderr.
+    A request has task, directory, arguments, max_bytes, max_cpu_s. Each is met by a fork of this process, which has
+    transformers imported already; the answer has the fork's exit_code, what it wrote (output: {"value": what the task
+    gives}, {"refused": the message of a UserError} or {"error": what else was wrong}) and the end of its stderr.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # whatever else prints
@@ -53,6 +51,7 @@ def serve() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    from sentencepiece import sentencepiece_model_pb2  # noqa: F401
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
     while select.select([sys.stdin], [], [], _IDLE_S)[0] and (line := sys.stdin.readline()):
@@ -79,9 +78,11 @@ def _meet(request: dict[str, Any], output: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (request["max_bytes"],) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        answer = _read(Path(request["directory"]))
+        answer = {"value": _TASKS[request["task"]](Path(request["directory"]), **request["arguments"])}
+    except UserError as error:
+        answer = {"refused": str(error)[:_MAX_ERROR_CHARACTERS]}
     except BaseException as error:  # the Rust library's panic is not an Exception
-        answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        answer = {"error": f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARACTERS]}
     with os.fdopen(output, "w", encoding="utf-8", errors="surrogatepass") as file:
         json.dump(answer, file)
 
@@ -106,12 +107,10 @@ def _read(directory: Path) -> dict[str, Any]:
     tokenizer = _load(directory)
     vocabulary = {str(token): number for token, number in tokenizer.get_vocab().items()}
     wrong = [token for token, number in vocabulary.items() if not 0 <= number < MAX_ID]
-    if wrong or not vocabulary or not tokenizer.vocab_size:
-        return {
-            "error": f"the token {wrong[0]!r} has the id {vocabulary[wrong[0]]}"
-            if wrong
-            else "empty vocabulary"
-        }
+    if wrong:
+        raise ValueError(f"the token {wrong[0]!r} has the id {vocabulary[wrong[0]]}")
+    if not vocabulary or not tokenizer.vocab_size:
+        raise ValueError("empty vocabulary")
     added = {
         token.content: [
             number,
@@ -200,3 +199,26 @@ def _render(tokenizer: Any, source: str, chat: list[dict[str, str]]) -> str:
         raise
     except Exception as error:  # a template may refuse a chat; by which kind of error is what counts
         return f"error: {type(error).__name__}"
+
+
+def _differs(directory: Path, backend: str, texts: str) -> bool:
+    """Whether tokenizer.json as it stands gives other ids of the texts, a list in JSON, than `backend`."""
+    from tokenizers import Tokenizer
+
+    content = json.dumps(read_json_object(directory / JSON))
+    if encoding_digest(content) == encoding_digest(backend):
+        return False
+    plain, used = Tokenizer.from_str(content), Tokenizer.from_str(backend)
+    return any(
+        plain.encode(text, add_special_tokens=False).ids != used.encode(text, add_special_tokens=False).ids
+        for text in json.loads(texts)
+    )
+
+
+_TASKS: dict[str, Callable[..., Any]] = {
+    "read": _read,
+    "complete": files_beside_sentencepiece,
+    "agreement": agreement,
+    "differs": _differs,
+    "encode": lambda directory, text: _encode(_load(directory), text),
+}

@@ -113,6 +113,12 @@ def stated_tokens(directory: str | Path) -> dict[str, str | None]:
     return found
 
 
+def added_token(content: str, number: int, **flags: bool) -> dict[str, Any]:
+    """An entry of tokenizer.json's added_tokens; a special token unless flags say otherwise."""
+    usual = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": number, "content": content, **usual, **flags}
+
+
 def stated_added_tokens(directory: str | Path) -> dict[str, tuple[int, dict[str, Any]]]:
     """Token -> (id, flags) that added_tokens.json and tokenizer_config.json put beside the vocabulary.
 

@@ -17,6 +17,9 @@ SPACE = "▁"  # what sentencepiece writes for a space
 # sentencepiece's ModelProto.SentencePiece.Type and TrainerSpec.ModelType
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _BPE = 2
+_MAX_PIECE_CHARACTERS = (
+    1000  # every way to split one in two is tried; sentencepiece itself makes none beyond 512
+)
 
 
 def convert_sentencepiece(path: Path) -> dict[str, Any]:
@@ -33,6 +36,11 @@ def convert_sentencepiece(path: Path) -> dict[str, Any]:
     pieces = list(proto.pieces)
     if not pieces or proto.trainer_spec.bos_id >= len(pieces):
         raise UserError(f"{path} is not a sentencepiece model: its vocabulary is empty, or lacks its own BOS")
+    longest = max(len(piece.piece) for piece in pieces)
+    if longest > _MAX_PIECE_CHARACTERS:
+        raise UserError(
+            f"{path} has a piece of {longest} characters: at most {_MAX_PIECE_CHARACTERS} are read"
+        )
     vocabulary = {piece.piece: number for number, piece in enumerate(pieces)}
     unknown = next((piece.piece for piece in pieces if piece.type == _UNKNOWN), None)
     added = [

@@ -17,8 +17,15 @@ from meditron_train.errors import UserError
 from meditron_train.log import get_logger
 from meditron_train.tokenizer.compare import compare_fingerprints as compare_known_fingerprints
 from meditron_train.tokenizer.compare import compare_readings, reading_fingerprint
-from meditron_train.tokenizer.complete import added_token, missing_files
-from meditron_train.tokenizer.files import CONFIG, JSON, has_tokenizer, read_json_object, tokenizer_files
+from meditron_train.tokenizer.complete import missing_files
+from meditron_train.tokenizer.files import (
+    CONFIG,
+    JSON,
+    added_token,
+    has_tokenizer,
+    read_json_object,
+    tokenizer_files,
+)
 from meditron_train.tokenizer.reading import Reading, read_tokenizer
 from meditron_train.tokenizer.versions import version_notes
 

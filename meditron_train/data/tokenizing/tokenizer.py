@@ -22,11 +22,12 @@ import numpy as np
 from meditron_train.errors import UserError
 from meditron_train.files import describe_missing_directory
 from meditron_train.tokenizer.compare import encoding_digest
-from meditron_train.tokenizer.complete import added_token, sentencepiece_backend
+from meditron_train.tokenizer.complete import sentencepiece_agreement, sentencepiece_backend
 from meditron_train.tokenizer.files import (
     CONFIG,
     JSON,
     MODEL,
+    added_token,
     content_digest,
     has_tokenizer,
     is_sentencepiece_alone,
@@ -35,14 +36,7 @@ from meditron_train.tokenizer.files import (
     tokenizer_config,
 )
 from meditron_train.tokenizer.reading import read_tokenizer
-from meditron_train.tokenizer.sentencepiece import (
-    convert_sentencepiece,
-    is_sentencepiece_bpe,
-    load_sentencepiece,
-    sentencepiece_named_tokens,
-)
-
-_FIRST = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+from meditron_train.tokenizer.sentencepiece import load_sentencepiece, sentencepiece_named_tokens
 
 
 @dataclass(frozen=True)
@@ -139,7 +133,7 @@ def _define(directory: Path, special_tokens: tuple[str, ...]) -> Definition:
         adds_bos = None
     if config.get("add_bos_token") is False:
         adds_bos = False
-    exact = "always" if alone else _agreement(directory, content)
+    exact = "always" if alone else sentencepiece_agreement(directory, json.dumps(content))
     if any(not token.get("special") for token in content["added_tokens"]):
         exact = "never"  # the pieces around such a token are not sentencepiece's
     if exact == "no leading space" and special_tokens:
@@ -177,24 +171,6 @@ def _config_id(directory: Path, name: str) -> int | None:
     number = read_json_object(path).get(f"{name}_id") if path.is_file() else None
     number = number[0] if isinstance(number, list) and number else number
     return number if type(number) is int else None
-
-
-def _agreement(directory: Path, content: dict[str, Any]) -> Literal["never", "always", "no leading space"]:
-    """Where a tokenizer.json that stands beside tokenizer.model encodes by the same pieces, merges and normalizer."""
-    model = directory / MODEL
-    if not model.is_file() or not is_sentencepiece_bpe(model):
-        return "never"
-    own = {**convert_sentencepiece(model), "added_tokens": content["added_tokens"]}
-    ours = encoding_digest(json.dumps(content))
-    if encoding_digest(json.dumps(own)) == ours:
-        return "always"
-    only_spaces = [step["type"] for step in own["normalizer"]["normalizers"]] == ["Prepend", "Replace"]
-    if (
-        only_spaces
-        and encoding_digest(json.dumps({**own, "normalizer": None, "pre_tokenizer": _FIRST})) == ours
-    ):
-        return "no leading space"
-    return "never"
 
 
 def _with_special_tokens(

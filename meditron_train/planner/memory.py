@@ -1,7 +1,6 @@
 """Bytes of memory a training step needs on the fullest GPU, known before a node is taken.
 
-With adapters (`lora`), gradients and optimizer state are those of the adapters alone; activations are counted as
-without them.
+With adapters (`lora`), gradients and optimizer state are those of the adapters alone.
 
 What is counted, for one pipeline stage and one tensor-parallel rank (t: tensor, d: data x context, e: bytes of the
 training precision, h: hidden, f: intermediate, N and K: heads and key/value heads, D: head size, V: padded
@@ -23,21 +22,34 @@ Activations of a layer per token of the rank's micro-batch, after Korthikanti et
 attention, and, as attention is fused and stays inside packed documents, nothing that grows with S². s is 1/t under
 sequence parallelism, else 1:
 
-    norms      2 · (e·h·s + 4)                  their inputs and statistics
+    norms      2 · (e·h + 4)·s                  their inputs and statistics
     linear in  2 · e·h·s                        inputs of QKV and of gate and up, as sequence parallelism shards them
     attention  e·(N+2K)·D/t + e·(N+K)·D/t       QKV as projected (v is a view of it); q and k once rotated
                + e·N·D/t + 4·N/t                output, softmax statistics
     MLP        4·e·f/t                          gate and up, silu(gate), their product
 
 Our own attention (`native`, and always on a CPU) rotates q and k itself: e·(3N+2K)·D/t + 4·N/t, of which N is
-megatron-core's copy of q out of QKV (none for K = t: then it is a view). On a CPU SwiGLU keeps only its input, 3·e·f/t.
+megatron-core's copy of q out of QKV (none for K = t and for K = N: then it is a view). On a CPU SwiGLU keeps only its
+input, 3·e·f/t.
 
 Recomputing attention (`selective`) drops rotated q and k and the statistics, and keeps q as it was before its rotation,
-a copy but for K = t; `full` keeps e·h·s per layer, and everything above for the one layer that is being recomputed.
-Context parallelism keeps the keys and values of all ranks unless attention is recomputed. Micro-batches alive on stage
-p of P with m micro-batches: min(m, P-p); with v chunks per stage min(m·v, 2(P-p-1) + (v-1)·P + 1) chunks (Narayanan et
-al. 2021, arXiv 2104.04473). Each also keeps two fp32 rotation tables of D/2 per token. Sequence parallelism gathers its
-inputs in one buffer of e·h per token.
+a copy or a view as above; `full` keeps e·h·s per layer, and everything above for the one layer that is being
+recomputed.
+
+Context parallelism (c ranks) keeps, unless attention is recomputed, the keys and values of all ranks, the outputs of
+two spans beside what they are joined to, and instead of QKV as projected: q and k once rotated, k for each span, and
+the rows of the rotation tables that turned q: e·(3N + (3c+½)·K)·D/t + 4·D + 4·N/t. Our own attention keeps q before its
+rotation, e·(3N+2c·K)·D/t + 4·N/t where it is a copy, and 2K more where it is a view. For several documents in a
+sequence this is an upper bound.
+
+Adapters: a frozen matrix keeps no input; the A of an adapter keeps it instead, and what lies between A and B is e·r per
+token for each, r the rank. Dropout keeps a mask of a byte for each input of the adapted matrices (h for QKV, N·D, h for
+gate and up, f), whole on every tensor-parallel rank, and o_proj's input once more with its zeros. On the first layer,
+where nothing before the adapters learns, a little less is kept than is counted.
+
+Micro-batches alive on stage p of P with m micro-batches: min(m, P-p); with v chunks per stage min(m·v, 2(P-p-1) +
+(v-1)·P + 1) chunks (Narayanan et al. 2021, arXiv 2104.04473). Each also keeps two fp32 rotation tables of D/2 for each
+token of all context-parallel ranks. Sequence parallelism gathers its inputs in one buffer of e·h per token.
 
 tests/planner/test_memory.py compares these with the bytes that real steps of a tiny model keep, on CPUs;
 tests/flows/trace/test_presets.py with the traced step on a pretended GPU. The allowance has not been measured.
@@ -46,8 +58,9 @@ tests/flows/trace/test_presets.py with the traced step on a pretended GPU. The a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from meditron_train.config.finetuning import num_adapter_parameters
+from meditron_train.config.finetuning import LoraSection, num_adapter_parameters
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.config.schema import Config
 from meditron_train.errors import UserError
@@ -194,6 +207,7 @@ def layer_activation_bytes_per_token(
     recompute: str,
     on_gpu: bool,
     attends_unrotated: bool = False,
+    lora: LoraSection | None = None,
 ) -> float:
     """What one layer keeps of one token for the backward pass (the table on top of this file).
 
@@ -204,20 +218,81 @@ def layer_activation_bytes_per_token(
     width = model.hidden_size * _shard(layout)
     if recompute == "full":
         return element * width
+    keeps = _KeptInputs.of(lora)
+    heads = model.num_heads * model.head_dim / tensor
+    is_rotated_before = on_gpu and not attends_unrotated
+    elements = width * (2 + keeps.qkv + keeps.gate_up)  # the norms' inputs and their own
+    elements += _attention_elements(model, layout, recompute=recompute, is_rotated_before=is_rotated_before)
+    # The attention's output is kept by the attention itself, but where it is computed again or joined of two.
+    elements += heads * (keeps.output or (recompute == "none" and layout.context == 1))
+    elements += model.intermediate_size / tensor * ((3 if on_gpu else 2) + keeps.down)
+    statistics = 2 * 4 * _shard(layout)
+    if recompute == "none":
+        statistics += 4 * model.num_heads / tensor
+        if layout.context > 1 and is_rotated_before:
+            statistics += 4 * model.head_dim  # the tables' rows of the queries, copied
+    adapters = 0.0
+    if lora is not None:
+        adapters = _adapter_bytes(model, layout, lora, element)
+        if lora.dropout and keeps.output and recompute == "none" and layout.context == 1:
+            adapters += element * heads  # with zeros, beside the attention's own
+    return element * elements + statistics + adapters
+
+
+class _KeptInputs(NamedTuple):
+    """Which matrices of a layer keep their inputs: those that learn. Of joined ones it is enough that one does."""
+
+    qkv: bool = True
+    output: bool = True
+    gate_up: bool = True
+    down: bool = True
+
+    @classmethod
+    def of(cls, lora: LoraSection | None) -> _KeptInputs:
+        if lora is None:
+            return cls()
+        names = set(lora.targets)
+        return cls(
+            bool(names & {"q_proj", "k_proj", "v_proj"}),
+            "o_proj" in names,
+            bool(names & {"gate_proj", "up_proj"}),
+            "down_proj" in names,
+        )
+
+
+def _adapter_bytes(model: ModelConfig, layout: ParallelLayout, lora: LoraSection, element: int) -> float:
+    """What the adapters of one layer keep of one token beside the inputs of their A."""
+    names = set(lora.targets)
+    num_rows = len(names & {"o_proj", "down_proj"})
+    between = element * lora.rank * (len(names) - num_rows + num_rows * _shard(layout))
+    if not lora.dropout:
+        return between
+    # A byte for each input, whole on every tensor-parallel rank.
+    keeps = _KeptInputs.of(lora)
+    masks = model.hidden_size * (keeps.qkv + keeps.gate_up)
+    masks += model.num_heads * model.head_dim * keeps.output + model.intermediate_size * keeps.down
+    return between + masks
+
+
+def _attention_elements(
+    model: ModelConfig, layout: ParallelLayout, *, recompute: str, is_rotated_before: bool
+) -> float:
+    """Numbers that the attention of one layer keeps of one token, but for what it gives to the next matrix."""
+    tensor, context = layout.tensor, layout.context
     heads, kv_heads = model.num_heads * model.head_dim / tensor, model.num_kv_heads * model.head_dim / tensor
-    norms = (element * width + 4) * 2
-    linear_inputs = 2 * element * width
-    copied = heads if model.num_kv_heads > tensor else 0  # of one group of heads, q is a view
-    if layout.context > 1 and recompute == "none":
-        kv_heads *= layout.context  # gathered
-    if recompute == "selective":
-        attention = element * (heads + 2 * kv_heads) + element * copied + element * heads
-    elif attends_unrotated or not on_gpu:
-        attention = element * (2 * heads + 2 * kv_heads + copied) + 4 * model.num_heads / tensor
-    else:
-        attention = element * (3 * heads + 3 * kv_heads) + 4 * model.num_heads / tensor
-    swiglu = (4 if on_gpu else 3) * element * model.intermediate_size / tensor
-    return norms + linear_inputs + attention + swiglu
+    projected = heads + 2 * kv_heads
+    # Of one group of heads, and where each query head has a group of its own, q is a view of what was projected.
+    is_copied = tensor < model.num_kv_heads < model.num_heads
+    copied = heads if is_copied else 0
+    if recompute == "selective":  # what is computed again begins here
+        return projected + copied
+    if context == 1:
+        return projected + (heads + kv_heads if is_rotated_before else copied)
+    # Keys and values of all ranks; the outputs of the two spans, which are then joined.
+    gathered = 2 * context * kv_heads + heads
+    if is_rotated_before:  # the keys of each span apart: together half a rank's more than those of all ranks
+        return gathered + heads + (context + 1 / 2) * kv_heads
+    return gathered + (copied or projected)
 
 
 def _shard(layout: ParallelLayout) -> float:
@@ -249,15 +324,20 @@ def _activations(config: Config, model: ModelConfig, layout: ParallelLayout, sta
             recompute=recompute,
             on_gpu=on_gpu,
             attends_unrotated=train.attention == "native",
+            lora=config.lora,
         )
         for recompute in (train.recompute, "none")
     }
-    per_token = layers_per_chunk * kept[train.recompute] + 4 * model.head_dim
+    tables = 4 * model.head_dim * layout.context + 8 * (layout.context > 1)  # and the places of the queries
+    per_token = layers_per_chunk * kept[train.recompute] + tables
     total = alive * per_token * tokens
     if train.recompute == "full":
         total += kept["none"] * tokens
     if layout.sequence and layout.tensor > 1:  # the buffer in which inputs are gathered
         total += element * model.hidden_size * tokens
-    if stage == layout.pipeline - 1:  # the final norm and the input of the output layer, of one micro-batch
-        total += (2 * element * width + 4) * tokens
+    if config.lora is not None and train.recompute != "full":  # the A of joined matrices, joined
+        num_joined = sum(name not in ("o_proj", "down_proj") for name in config.lora.targets)
+        total += alive * layers_per_chunk * element * num_joined * config.lora.rank * model.hidden_size
+    if stage == layout.pipeline - 1:  # the final norm and, where it learns, the input of the output layer
+        total += ((1 + (config.lora is None)) * element * width + 4 * _shard(layout)) * tokens
     return round(total)

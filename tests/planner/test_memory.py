@@ -121,7 +121,9 @@ def count_bytes(rank: int, world_size: int, config: Config) -> dict[str, int]:
         "num_parameters": sum(parameter.numel() for parameter in parameters),
         "weights": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         "gradients": sum(
-            parameter.main_grad.numel() * parameter.main_grad.element_size() for parameter in parameters
+            parameter.main_grad.numel() * parameter.main_grad.element_size()
+            for parameter in parameters
+            if parameter.requires_grad
         ),
         "optimizer": sum(num_bytes for address, num_bytes in storages.items() if address not in own),
         "saved": meter.peak,
@@ -136,6 +138,8 @@ LAYOUTS = {
     "interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "data": (2, {}),
     "data, plain optimizer": (2, {"distributed_optimizer": False}),
+    "context": (2, {"context": 2}),
+    "context, tensor, sequence": (4, {"context": 2, "tensor": 2, "sequence": True}),
 }
 
 
@@ -145,6 +149,43 @@ def test_a_step_holds_what_is_estimated(layout, precision):
     world_size, parallel = LAYOUTS[layout]
     config = make_config(parallel=parallel, train={"precision": precision})
     check(config, world_size)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize(
+    ("layout", "num_kv_heads"), [("alone", 8), ("alone", 1), ("tensor", 8), ("context", 8), ("context", 1)]
+)
+def test_groups_of_heads_hold_what_is_estimated(layout, num_kv_heads, recompute):
+    """Of eight heads: whether a query is copied out of its projection depends on how many share a key."""
+    world_size, parallel = LAYOUTS[layout]
+    hf_config = {**SHAPE, "num_attention_heads": 8, "num_key_value_heads": num_kv_heads, "head_dim": 16}
+    check(make_config(hf_config, parallel=parallel, train={"recompute": recompute}), world_size)
+
+
+ADAPTERS = {
+    "all": LoraSection(rank=4),
+    "all, dropout": LoraSection(rank=4, dropout=0.1),
+    "some, dropout": LoraSection(rank=4, dropout=0.1, targets=("q_proj", "v_proj", "down_proj")),
+}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "lora", "recompute"),
+    [
+        ({}, "all", "none"),
+        ({}, "all, dropout", "none"),
+        ({}, "some, dropout", "selective"),
+        ({"tensor": 2, "sequence": True}, "all, dropout", "none"),
+        ({"tensor": 2, "sequence": True}, "all, dropout", "selective"),
+        ({"context": 2}, "all, dropout", "none"),
+        ({"context": 2}, "some, dropout", "none"),
+    ],
+)
+def test_adapters_hold_what_is_estimated(parallel, lora, recompute):
+    """On the second stage; in front of the first layer's adapters nothing is kept."""
+    config = make_config(parallel={"pipeline": 2, **parallel}, train={"recompute": recompute})
+    config = config.model_copy(update={"lora": ADAPTERS[lora]})
+    check(config, 2 * parallel.get("tensor", 1) * parallel.get("context", 1), stages=(1,))
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -165,16 +206,27 @@ def check(config: Config, world_size: int, stages: tuple[int, ...] = (0, 1)) -> 
         # The distributed optimizer divides buffers that are padded, at any element.
         assert counted["optimizer"] == pytest.approx(estimate.optimizer, rel=0.02)
         expected = estimate.activations + estimate.logits
+        # A few numbers of each token, which would be nothing beside a model of real size.
+        tokens = config.train.seq_len // layout.context
+        expected += 8 * tokens * (estimate.stage == 0)  # looked up in the embedding
+        expected += (
+            (8 + 3 * 4 + 4) * tokens * (estimate.stage == layout.pipeline - 1)
+        )  # label, statistics, weight
+        expected += (
+            2 * 4 * tokens * (estimate.stage == layout.pipeline - 1 and layout.tensor > 1)
+        )  # those of all
+        expected += 8 * config.train.seq_len * (layout.context > 1)  # the order of gathered keys
         if (
             config.train.recompute != "none"
         ):  # the rotation tables are then kept by the micro-batch, not by autograd
             alive = microbatches_alive(layout, estimate.stage, NUM_MICROBATCHES // layout.data)
             expected -= alive * config.train.seq_len * 4 * model.head_dim
+            expected -= alive * config.train.seq_len // layout.context * 8 * (layout.context > 1)
         if layout.sequence and layout.tensor > 1:  # autograd does not keep the buffer of gathered inputs
             element = 2 if config.train.precision == "bf16" else 4
-            expected -= element * model.hidden_size * config.train.seq_len
+            expected -= element * model.hidden_size * config.train.seq_len // layout.context
         if counted["stage"] in stages:
-            tolerance = 0.05 if config.train.recompute == "full" else 0.01
+            tolerance = 0.05 if config.train.recompute == "full" else 0.003
             assert counted["saved"] == pytest.approx(expected, rel=tolerance)
 
 
@@ -195,13 +247,13 @@ def test_activations_by_hand():
     assert num_bytes == pytest.approx(in_h * 4096 + 2 * 4 + 4 * 32)
 
 
-def test_tensor_and_sequence_parallelism_divide_everything_but_the_statistics():
+def test_tensor_and_sequence_parallelism_divide_everything():
     alone, eight = (
         make_config(parallel=p).parallel.layout(n) for p, n in (({}, 1), ({"tensor": 8, "sequence": True}, 8))
     )
     options = {"precision": "bf16", "recompute": "none", "on_gpu": True}
     one = layer_activation_bytes_per_token(LLAMA2_70B, alone, **options)
-    assert layer_activation_bytes_per_token(LLAMA2_70B, eight, **options) == pytest.approx(one / 8, rel=1e-3)
+    assert layer_activation_bytes_per_token(LLAMA2_70B, eight, **options) == pytest.approx(one / 8)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,9 @@ def trace_lines(trace: Trace) -> list[str]:
 
 def _coverage_lines(coverage: Coverage) -> Iterator[str]:
     asked = f"{coverage.num_ranks} ranks, {coverage.num_layers} layers"
+    if coverage.failure is not None:
+        yield "coverage  not known"
+        return
     if coverage.wrong:
         yield f"coverage  {len(coverage.wrong)} tensors are not owned exactly once ({asked})"
     else:

@@ -13,7 +13,7 @@ from meditron_train.config.model_config import ModelConfig
 from meditron_train.config.schema import Config
 from meditron_train.flows.trace.device import answer_for_cuda, make_device
 from meditron_train.flows.trace.ownership import Box, problem_of
-from meditron_train.flows.trace.recorder import Recorder
+from meditron_train.flows.trace.recorder import Recorder, place_of
 from meditron_train.flows.trace.results import Coverage
 from meditron_train.layout import ParallelLayout
 from meditron_train.mcore import ShardedTensor
@@ -26,28 +26,38 @@ _FILES_PER_RANK = 2  # megatron-core writes with two threads, each into its own
 
 
 def audit_ownership(config: Config, model: ModelConfig, layout: ParallelLayout) -> Coverage:
-    """Ask all ranks of `layout`. For a process that does nothing else."""
+    """Ask all ranks of `layout`. For a process that does nothing else.
+
+    An engine that cannot be built is a finding, not an exception.
+    """
     device = make_device()
     small = model.model_copy(update={"num_layers": layout.pipeline * layout.virtual_pipeline})
     claims: dict[str, list[Box]] = defaultdict(list)
     shapes: dict[str, tuple[int, ...]] = {}
     recorder = Recorder({}, None)
     answer_for_cuda(recorder)
-    for rank in range(layout.world_size):
-        mesh = pretend(layout, rank, device)
-        with recorder:
-            engine = Engine(config, small, mesh, None)
-            _claim_weights(engine, claims, shapes)
-            _claim_state(engine, claims, shapes)
-        del engine
-        destroy()
-    wrong = [problem for name in sorted(shapes) if (problem := problem_of(name, shapes[name], claims[name]))]
+    wrong: list[str] = []
+    failure, rank = None, 0
+    try:
+        for rank in range(layout.world_size):
+            mesh = pretend(layout, rank, device)
+            with recorder:
+                engine = Engine(config, small, mesh, None)
+                _claim_weights(engine, claims, shapes)
+                _claim_state(engine, claims, shapes)
+            del engine
+            destroy()
+        found = (problem_of(name, shapes[name], claims[name]) for name in sorted(shapes))
+        wrong = [problem for problem in found if problem]
+    except Exception as error:
+        failure = f"rank {rank}: {type(error).__name__}: {error} at {place_of(error)}"
     return Coverage(
         num_layers=small.num_layers,
         num_ranks=layout.world_size,
         wrong=tuple(wrong),
         checkpoint_bytes=checkpoint_bytes(config, model),
         num_checkpoint_files=_FILES_PER_RANK * layout.world_size,
+        failure=failure,
     )
 
 

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 from torch.utils.flop_counter import register_flop_formula
 
-from meditron_train.flows.trace.recorder import Recorder, values_of
+from meditron_train.flows.trace.recorder import Recorder, host_values, values_of
 from meditron_train.native.devices import PRETENDED_GPU
 from meditron_train.native.operators import LOAD_ERROR
 
@@ -160,72 +160,97 @@ def _register_fused_attention() -> None:
 
     class FusedAttention(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, q: Any, k: Any, v: Any, longest: int) -> torch.Tensor:
-            out, lse = torch.ops.pretended.varlen_attention(q, k, v, longest)
+        def forward(ctx: Any, q: Any, k: Any, v: Any, num_pairs: int) -> torch.Tensor:
+            out, lse = torch.ops.pretended.varlen_attention(q, k, v, num_pairs)
             ctx.save_for_backward(q, k, v, out, lse)
-            ctx.longest = longest
+            ctx.num_pairs = num_pairs
             return out
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             return (
-                *torch.ops.pretended.varlen_attention_backward(*grads, *ctx.saved_tensors, ctx.longest),
+                *torch.ops.pretended.varlen_attention_backward(*grads, *ctx.saved_tensors, ctx.num_pairs),
                 None,
             )
 
     _define(
-        "varlen_attention(Tensor q, Tensor k, Tensor v, int longest) -> (Tensor, Tensor)",
-        lambda q, k, v, longest: (
+        "varlen_attention(Tensor q, Tensor k, Tensor v, int num_pairs) -> (Tensor, Tensor)",
+        lambda q, k, v, num_pairs: (
             q.new_empty(q.shape),
             q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32),
         ),
     )
     _define(
-        "varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int longest)"
+        "varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int num_pairs)"
         " -> (Tensor, Tensor, Tensor)",
         lambda grad, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
     )
-
-    def flops(num_products: int, q: torch.Tensor, longest: int) -> int:
-        """Of documents as long as the longest one."""
-        return num_products * 2 * q.numel() * (longest + 1) // 2
-
     register_flop_formula(torch.ops.pretended.varlen_attention, get_raw=True)(
-        lambda q, k, v, longest, out_val=None: flops(2, q, longest)
+        lambda q, k, v, num_pairs, out_val=None: _attention_flops(2, q, num_pairs)
     )
     register_flop_formula(torch.ops.pretended.varlen_attention_backward, get_raw=True)(
-        lambda grad, q, k, v, out, lse, longest, out_val=None: flops(5, q, longest)
+        lambda grad, q, k, v, out, lse, num_pairs, out_val=None: _attention_flops(5, q, num_pairs)
     )
 
-    def varlen(q: Any, k: Any, v: Any, *args: Any, max_seqlen_q: int, **kwargs: Any) -> torch.Tensor:
-        return FusedAttention.apply(q, k, v, max_seqlen_q)
+    def attend(q: Any, k: Any, v: Any, cu_q: Any, cu_kv: Any, window_size: tuple[int, int]) -> torch.Tensor:
+        return FusedAttention.apply(
+            q, k, v, visible_pairs(host_values(cu_q), host_values(cu_kv), window_size[0] + 1)
+        )
+
+    def varlen(
+        q: Any, k: Any, v: Any, *, cu_seqlens_q: Any, cu_seqlens_k: Any, window_size: Any, **_: Any
+    ) -> torch.Tensor:
+        return attend(q, k, v, cu_seqlens_q, cu_seqlens_k, window_size)
 
     class DotProductAttention(torch.nn.Module):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__()
 
-        def forward(self, q: Any, k: Any, v: Any, *, max_seqlen_q: int, **kwargs: Any) -> torch.Tensor:
-            return FusedAttention.apply(q, k, v, max_seqlen_q).flatten(1)
+        def forward(
+            self, q: Any, k: Any, v: Any, *, cu_seqlens_q: Any, cu_seqlens_kv: Any, window_size: Any, **_: Any
+        ) -> torch.Tensor:
+            return attend(q, k, v, cu_seqlens_q, cu_seqlens_kv, window_size).flatten(1)
 
     _pretend_module("flash_attn", flash_attn_varlen_func=varlen)
     _pretend_module("transformer_engine")
     _pretend_module("transformer_engine.pytorch", DotProductAttention=DotProductAttention)
 
 
+def visible_pairs(cu_q: torch.Tensor, cu_kv: torch.Tensor, window: int = 0) -> int:
+    """Pairs of a query and a key that it sees. Of a document of n queries and m keys query j sees the first m-n+j+1
+    keys, with a window the last `window` of them.
+
+    Args:
+        cu_q, cu_kv: boundaries of the documents, on the host.
+        window: 0 for none.
+    """
+    queries, most = cu_q.diff().long(), cu_kv.diff().long()
+    least = most - queries + 1
+    if window == 0:
+        return int((queries * (least + most) // 2).sum())
+    # Those that see fewer keys than the window has: a sum from `least`; and the others.
+    below = (window - least).clamp(min=0).minimum(queries)
+    return int((below * (2 * least + below - 1) // 2 + (queries - below) * window).sum())
+
+
+def _attention_flops(num_products: int, q: torch.Tensor, num_pairs: int) -> int:
+    """Of so many products, q·k and p·v in the forward, between the heads of these pairs."""
+    return num_products * 2 * num_pairs * q.shape[1] * q.shape[2]
+
+
 def _count_native_attention() -> None:
     """FLOPs of our own operators, which read the boundaries of documents on the host."""
 
-    def flops(num_products: int, q: torch.Tensor, cu_q: torch.Tensor, cu_kv: torch.Tensor) -> int:
-        queries, keys = cu_q.diff().long(), cu_kv.diff().long()
-        pairs = int((queries * keys - queries * (queries - 1) // 2).sum())
-        return num_products * 2 * pairs * q.shape[1] * q.shape[2]
+    def flops(num_products: int, q: torch.Tensor, cu_q: torch.Tensor, cu_kv: torch.Tensor, rest: Any) -> int:
+        *_rotation, _scale, window, _instruction_set = rest
+        return _attention_flops(num_products, q, visible_pairs(cu_q, cu_kv, window))
 
     if LOAD_ERROR is None:
         register_flop_formula(torch.ops.meditron.packed_attention, get_raw=True)(
-            lambda q, k, v, cu_q, cu_kv, *_, out_val=None: flops(2, q, cu_q, cu_kv)
+            lambda q, k, v, cu_q, cu_kv, *rest, out_val=None: flops(2, q, cu_q, cu_kv, rest)
         )
         register_flop_formula(torch.ops.meditron.packed_attention_backward, get_raw=True)(
-            lambda grad, out, lse, q, k, v, cu_q, cu_kv, *_, out_val=None: flops(5, q, cu_q, cu_kv)
+            lambda grad, out, lse, q, k, v, cu_q, cu_kv, *rest, out_val=None: flops(5, q, cu_q, cu_kv, rest)
         )
 
 

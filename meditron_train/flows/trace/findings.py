@@ -34,6 +34,7 @@ def problems_of(
         problems += [f"stage {rank.stage}: {problem}" for problem in found]
     if coverage is not None:
         problems += coverage.wrong
+        problems += [] if coverage.failure is None else [f"who owns what is not known: {coverage.failure}"]
     return problems
 
 

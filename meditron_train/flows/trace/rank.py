@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import time
-import traceback
 import warnings
 from typing import Any
 
@@ -14,7 +13,7 @@ from meditron_train.config.model_config import ModelConfig
 from meditron_train.config.schema import Config
 from meditron_train.data.packed import PackedBatch
 from meditron_train.flows.trace.device import answer_for_cuda, make_device
-from meditron_train.flows.trace.recorder import Recorder, is_own, place
+from meditron_train.flows.trace.recorder import Recorder, place_of
 from meditron_train.flows.trace.results import RankTrace
 from meditron_train.layout import ParallelLayout
 from meditron_train.native.backends import choose_backend
@@ -56,7 +55,7 @@ def trace_rank(config: Config, model: ModelConfig, layout: ParallelLayout, rank:
             num_parameters = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
             _take_step(engine, [batch] * traced, recorder)
     except Exception as error:
-        failure = f"{type(error).__name__}: {error} at {_place_of(error)}"
+        failure = f"{type(error).__name__}: {error} at {place_of(error)}"
     at = mesh.at
     return RankTrace(
         rank=rank,
@@ -138,9 +137,3 @@ def _group_names(mesh: Mesh) -> dict[str, str]:
             names.setdefault(group.group_name, label)
     names.setdefault(torch.distributed.group.WORLD.group_name, "world")  # type: ignore[union-attr]
     return names
-
-
-def _place_of(error: BaseException) -> str:
-    """The innermost line of ours or megatron-core's that an error passed."""
-    places = [place(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if is_own(frame)]
-    return places[-1] if places else "elsewhere"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import traceback
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -51,6 +52,7 @@ _MIXES_DEVICES = {"_to_copy", "copy_", "_copy_from", "packed_attention", "packed
 ANY_NUMBER = 4096.0
 """What is read from the device, where nothing has a value: labels are counted, and the gradient is clipped."""
 
+_ON_HOST = "meditron_on_host"  # of a copy of whole numbers: where their values still are
 _KERNEL_NAMESPACES = ("aten", "meditron", "pretended")
 _TRANSPARENT = ("meditron_train.flows.trace", "meditron_train.mcore.cpu_redirects")
 _OWN = ("meditron_train", "megatron", "tests")
@@ -145,7 +147,11 @@ class Recorder(TorchDispatchMode):
             return args[0].fill_(1)
         if name in ("copy_", "_to_copy"):
             self._note_copy(name, args, kwargs)
-        elif name not in _MIXES_DEVICES and on_gpu:
+            out = self._compute(func, name, args, kwargs)
+            if name == "_to_copy" and not isinstance(args[0], FakeTensor) and not args[0].is_floating_point():
+                setattr(out, _ON_HOST, args[0])
+            return out
+        if name not in _MIXES_DEVICES and on_gpu:
             args, kwargs = self._bring_together(name, tensors, args, kwargs)
         return self._compute(func, name, args, kwargs)
 
@@ -283,6 +289,12 @@ def values_of(fake: torch.Tensor) -> torch.Tensor:
     return torch.full(fake.shape, value_of(fake.dtype), dtype=fake.dtype)
 
 
+def host_values(copied: torch.Tensor) -> torch.Tensor:
+    """The tensor of the host that a tensor of the device was copied from, and no operator has made anew."""
+    values: torch.Tensor = getattr(copied, _ON_HOST)
+    return values
+
+
 def _frames() -> Iterator[FrameType]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -314,3 +326,9 @@ def place(frame: FrameType, line: int) -> str:
     file = Path(frame.f_code.co_filename)
     depth = len(frame.f_globals["__name__"].split(".")) + (file.name == "__init__.py")
     return f"{Path(*file.parts[-depth:])}:{line} ({frame.f_code.co_name})"
+
+
+def place_of(error: BaseException) -> str:
+    """The innermost line of ours or megatron-core's that an error passed."""
+    places = [place(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if is_own(frame)]
+    return places[-1] if places else "elsewhere"

@@ -138,6 +138,7 @@ class Coverage:
         wrong: tensors whose elements are not owned exactly once, in words.
         checkpoint_bytes: of the tensors of a checkpoint of the real model.
         num_checkpoint_files: at most; a rank that has nothing to write makes none.
+        failure: why not all ranks could be asked; None where they were.
     """
 
     num_layers: int
@@ -145,6 +146,7 @@ class Coverage:
     wrong: tuple[str, ...]
     checkpoint_bytes: int
     num_checkpoint_files: int
+    failure: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

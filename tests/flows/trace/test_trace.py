@@ -9,11 +9,15 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 
+from meditron_train.cli.trace import trace_lines
+from meditron_train.flows.trace.device import visible_pairs
 from meditron_train.flows.trace.expected import expected_collectives
 from meditron_train.flows.trace.findings import problems_of
 from meditron_train.flows.trace.ownership import problem_of
 from meditron_train.flows.trace.results import RankTrace
+from meditron_train.flows.trace.trace import Trace
 from tests.flows.trace.traced import SHAPE, audit, make_config, trace_stage
 
 WORLD_SIZE = 8
@@ -62,6 +66,38 @@ def test_flops_are_those_of_the_matrices(last):
     pairs = 2 * 64 * 65 // 2
     attention = (4 + 4 + 10) * pairs * 2 * 16 * layers
     assert last.flops() == pytest.approx(4 * (6 * matrices * tokens + attention), rel=1e-6)
+
+
+def attention_flops(traced: RankTrace) -> int:
+    """Of the forward and the backward of the traced micro-batches."""
+    return sum(kernel.flops for kernel in traced.kernels if "attention" in kernel.operator)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("backend", ["flash_attn", "transformer_engine", "native"])
+def test_flops_of_attention_are_those_of_what_each_query_sees(backend, window):
+    """The first of two context-parallel ranks has chunks 0 and 3 of four: tokens 0 to 31 of the first of two samples,
+    32 to 63 of the last, pair by pair; and 2 products forward, 5 backward."""
+    train = {"recompute": "none", "attention": backend, "precision": "bf16"}
+    config = make_config(2, 2, parallel={"context": 2}, train=train)
+    model = SHAPE.model_copy(update={"sliding_window": window, "head_dim": 64})  # that all backends take
+    traced = trace_stage(config, 2, model=model)
+    assert traced.failure is None
+    places = [*range(32), *range(32, 64)]
+    pairs = sum(min(place + 1, window or place + 1) for place in places)
+    assert attention_flops(traced) == 2 * 4 * (2 + 5) * 2 * pairs * 4 * 64  # micro-batches, layers, heads
+
+
+def test_pairs_are_counted_one_by_one():
+    cu_q, cu_kv = torch.tensor([0, 3, 3, 8, 15]), torch.tensor([0, 9, 12, 17, 24])
+    documents = [(3, 9), (0, 3), (5, 5), (7, 7)]
+    for window in (0, 1, 4, 6, 100):
+        seen = [
+            min(keys - queries + query + 1, window or keys)
+            for queries, keys in documents
+            for query in range(queries)
+        ]
+        assert visible_pairs(cu_q, cu_kv, window) == sum(seen)
 
 
 # Where the host waits for the GPU in a step, and how often. None lies in the loop over micro-batches.
@@ -220,6 +256,28 @@ def claim_the_first_part_twice() -> None:
 def test_an_element_with_two_owners_is_found():
     coverage = audit(make_config(2, parallel={"tensor": 2}), 2, plant=claim_the_first_part_twice)
     assert any("have two owners" in problem for problem in coverage.wrong)
+
+
+def build_no_engine() -> None:
+    from meditron_train.train.engine import Engine
+
+    def build(self, chunk_number):
+        raise RuntimeError(f"no chunk {chunk_number}")
+
+    Engine._build_chunk = build
+
+
+def test_a_step_that_fails_is_said_although_no_rank_can_be_asked(config):
+    """What hinders the engine hinders the coverage, too: neither hides the other."""
+    layout = config.parallel.layout(WORLD_SIZE)
+    rank = trace_stage(config, WORLD_SIZE, 0, plant=build_no_engine)
+    coverage = audit(config, WORLD_SIZE, plant=build_no_engine)
+    problems = problems_of([rank], coverage, config, SHAPE, layout)
+    assert any("stage 0: the step fails: RuntimeError: no chunk 0 at" in problem for problem in problems)
+    assert any(
+        "who owns what is not known: rank 0: RuntimeError: no chunk 0" in problem for problem in problems
+    )
+    assert "coverage  not known" in trace_lines(Trace([rank], coverage, problems))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ def plan(
         int | None, typer.Option("--gpus", min=1, help="GPUs; absent: as few as this layout fits on.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", help="a100-80gb, h100-80gb, h200-141gb, cpu, or one of --hardware.")
+        str | None,
+        typer.Option("--gpu", help="a100-40gb, a100-80gb, h100-80gb, h200-141gb, cpu, or one of --hardware."),
     ] = None,
     hardware: Annotated[
         Path | None, typer.Option("--hardware", metavar="FILE.yaml", help="Further accelerators and nodes.")

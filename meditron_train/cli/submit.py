@@ -28,7 +28,8 @@ def submit(
     gpu: Annotated[
         str | None,
         typer.Option(
-            "--gpu", help="a100-80gb, h100-80gb or h200-141gb: refuse what does not fit into its memory."
+            "--gpu",
+            help="a100-40gb, a100-80gb, h100-80gb or h200-141gb: refuse what does not fit into its memory.",
         ),
     ] = None,
     time_limit: Annotated[str, typer.Option("--time", help="Time limit of one job.")] = "24:00:00",

@@ -10,7 +10,7 @@ from meditron_train.config.profiling import ProfileSection
 from meditron_train.config.section import NUMBER, Beta, Count, Int, Section
 from meditron_train.layout import ParallelLayout
 
-GpuName = Literal["a100-80gb", "h100-80gb", "h200-141gb", "cpu"]
+GpuName = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb", "cpu"]
 
 
 class ParallelSection(Section):

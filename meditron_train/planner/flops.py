@@ -25,6 +25,7 @@ Sources: Chowdhery et al. 2022 (arXiv 2204.02311), appendix B; Kaplan et al. 202
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from meditron_train.config.finetuning import LoraSection, num_adapter_parameters
@@ -96,12 +97,17 @@ def mfu(
 def gpu_type(device_name: str) -> str | None:
     """Key of HARDWARE for torch.cuda.get_device_name(); None for hardware that is not in the table.
 
-    The slower PCIe and NVL cards are not in the table either: a wrong peak would give a wrong MFU.
+    The slower PCIe and NVL cards, parts of a card (MIG) and cards of another memory are not in the table either: a
+    wrong peak would give a wrong MFU.
     """
     words = device_name.upper().replace("-", " ").split()
-    if "PCIE" in words or "NVL" in words:
+    if words == ["CPU"]:
+        return "cpu"
+    if {"PCIE", "NVL", "MIG"} & set(words):
         return None
-    for chip, name in (("H200", "h200-141gb"), ("H100", "h100-80gb"), ("A100", "a100-80gb")):
+    stated = [word for word in words if re.fullmatch(r"\d+GB", word)]
+    for chip, usual in (("H200", "141GB"), ("H100", "80GB"), ("A100", "80GB")):
         if chip in words:
-            return name
-    return "cpu" if words == ["CPU"] else None
+            name = f"{chip}-{stated[0] if stated else usual}".lower()
+            return name if name in HARDWARE else None
+    return None

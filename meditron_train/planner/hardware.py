@@ -1,8 +1,8 @@
 """What accelerators and nodes can do: the table that plans are made from, and how a user extends it.
 
-Sources: NVIDIA's data sheets of the A100 80GB SXM (DA-10031), H100 SXM (2023) and H200 SXM (2024): dense peaks, HBM
-bandwidth, NVLink per direction, board power. A node has eight GPUs and, unless a file says otherwise, one network
-adapter for each GPU (DGX A100: 200 Gb/s, DGX H100: 400 Gb/s).
+Sources: NVIDIA's data sheets of the A100 40GB and 80GB SXM (DA-10031), H100 SXM (2023) and H200 SXM (2024): dense
+peaks, HBM bandwidth, NVLink per direction, board power. A node has eight GPUs and, unless a file says otherwise, one
+network adapter for each GPU (DGX A100: 200 Gb/s, DGX H100: 400 Gb/s).
 
 The efficiencies are shares of the peaks that large operations reach; they are not data-sheet values. They were chosen
 once so that the published runs of docs/guides/planning.md are met (`tests/benchmarks/test_planning.py`), close to what
@@ -58,6 +58,7 @@ class Hardware:
 HARDWARE: dict[str, Hardware] = {
     hardware.name: hardware
     for hardware in (
+        Hardware("a100-40gb", round(39.4 * _GIB), 312e12, 19.5e12, 1.555e12, 300e9, 8 * 25e9, 400),
         Hardware("a100-80gb", round(79.1 * _GIB), 312e12, 19.5e12, 2.04e12, 300e9, 8 * 25e9, 400),
         Hardware("h100-80gb", round(79.1 * _GIB), 989e12, 67e12, 3.35e12, 450e9, 8 * 50e9, 700),
         Hardware("h200-141gb", round(139.8 * _GIB), 989e12, 67e12, 4.8e12, 450e9, 8 * 50e9, 700),

@@ -171,7 +171,7 @@ def test_unknown_sections_name_the_nearest(write):
         ("train.steps=0", "train.steps (from the command line) = 0: expected greater than or equal to 1"),
         ("train.steps=true", "a number is wanted here"),
         ("train.steps=many", "expected a valid integer"),
-        ("train.gpu=v100", "expected 'a100-80gb', 'h100-80gb', 'h200-141gb' or 'cpu'"),
+        ("train.gpu=v100", "expected 'a100-40gb', 'a100-80gb', 'h100-80gb', 'h200-141gb' or 'cpu'"),
         ("train.precision=fp16", "expected 'bf16' or 'fp32'"),
         ("optimizer.lr=.nan", "expected a finite number"),
         ("optimizer.betas=[0.9]", "optimizer.betas.1"),

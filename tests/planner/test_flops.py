@@ -101,6 +101,10 @@ def test_adapters_spare_the_gradients_of_the_frozen_weights():
     ("device_name", "expected"),
     [
         ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA A100-SXM-64GB", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
         ("NVIDIA A100 80GB PCIe", None),
         ("NVIDIA H100 80GB HBM3", "h100-80gb"),
         ("NVIDIA H100 NVL", None),

@@ -13,8 +13,8 @@
 
 namespace meditron {
 
-// Compiled in sm80_backward_*.cu, for all GPUs: what includes this may be compiled for sm_90a alone, and the linker keeps
-// one of two.
+// Compiled in sm80_backward_*.cu, for all GPUs: what includes this may be compiled for sm_90a alone, and the linker
+// keeps one of two.
 extern template const char* launch_delta<BFloat16, 64>(const AttentionBackward&, float*, void*);
 extern template const char* launch_delta<Float16, 64>(const AttentionBackward&, float*, void*);
 extern template const char* launch_delta<BFloat16, 128>(const AttentionBackward&, float*, void*);

@@ -29,7 +29,7 @@ from meditron_train.units import format_num_bytes
 
 _EXPORT = re.compile(r"(hf|adapter)(_step_\d{8,}(_\d+)?)?")
 # What an export is called until it has its name, hidden or not.
-_UNFINISHED_EXPORT = re.compile(rf"\.?{_EXPORT.pattern}(\.(tmp|new|old))+")
+_UNFINISHED_EXPORT = re.compile(rf"\.?{_EXPORT.pattern}(\.(new|replaced))?(\.tmp)+")
 
 
 def checkpoints(run: RunRecord, *, check_hashes: bool) -> Section:

@@ -42,7 +42,7 @@ def export_run(checkpoint: Path, directory: Path, limits: Limits = NO_LIMITS) ->
             return place
         if _is_free(place):
             _export(checkpoint, place, limits)
-        elif _is_unchanged_export(place) and _is_free_or_ours(_beside(place, ".new")):
+        elif _is_unchanged_export(place):
             _swap_in(checkpoint, place, limits)
         else:
             continue
@@ -76,15 +76,11 @@ def _is_unchanged_export(directory: Path) -> bool:
     return is_export and not verify_manifest(directory)
 
 
-def _is_free_or_ours(directory: Path) -> bool:
-    return _is_free(directory) or _is_unchanged_export(directory)
-
-
 def _swap_in(checkpoint: Path, directory: Path, limits: Limits) -> None:
     """Write the new export beside the old one, then exchange the names: readers of open files keep them, and a kill at
     any moment leaves one export whole."""
-    new, old = _beside(directory, ".new"), _beside(directory, ".old")
-    if not _is_free(new):  # complete, left by a kill before the names were exchanged
+    new, old = _beside(directory, "new"), _beside(directory, "replaced")
+    if new.is_dir():  # complete, left by a kill before the names were exchanged
         shutil.rmtree(new)
     _export(checkpoint, new, limits)
     directory.rename(old)
@@ -93,14 +89,15 @@ def _swap_in(checkpoint: Path, directory: Path, limits: Limits) -> None:
 
 
 def _finish_swap(directory: Path) -> None:
-    """After a kill within `_swap_in`: the old export gets its name back, or goes."""
-    old = _beside(directory, ".old")
-    if _is_unchanged_export(old):
-        if os.path.lexists(directory):
+    """After a kill within `_swap_in`: the old export gets its name back, or what is left of it goes."""
+    old = _beside(directory, "replaced")
+    if os.path.lexists(directory):
+        if old.is_dir():
             shutil.rmtree(old)
-        else:
-            old.rename(directory)
+    elif _is_unchanged_export(old):
+        old.rename(directory)
 
 
-def _beside(directory: Path, suffix: str) -> Path:
-    return directory.with_name(directory.name + suffix)
+def _beside(directory: Path, what: str) -> Path:
+    """A name that nobody chooses: what is there is ours."""
+    return directory.with_name(f".{directory.name}.{what}.tmp")

@@ -299,7 +299,8 @@ def test_exports_and_what_others_add_to_them(tmp_path):
     (run / "hf_step_00000020/README.md").write_text("a card")
     (run / "hf_step_00000020/model.safetensors").write_bytes(b"w")
     (run / "adapter_step_00000030/manifest.json").unlink()
-    for name in ("hf.tmp", "hf.new", ".hf.new.tmp", ".adapter_step_00000010.tmp", "hf_of_someone", ".cache"):
+    left = ("hf.tmp", ".hf.new.tmp", ".hf.replaced.tmp", ".adapter_step_00000010.tmp")
+    for name in (*left, "hf.old", "hf_of_someone", ".cache"):
         (run / name).mkdir()
     found = next(section for section in make_page([run]).sections if section.name == "checkpoints")
     (table,) = (block for block in found.blocks if isinstance(block, Table))
@@ -314,8 +315,8 @@ def test_exports_and_what_others_add_to_them(tmp_path):
         "hf_step_00000020": ("damaged: README.md is not in the manifest and 1 more", "bad"),
         "adapter_step_00000030": ("damaged: manifest.json is missing", "bad"),
         "hf.tmp": unfinished,
-        "hf.new": unfinished,
         ".hf.new.tmp": unfinished,
+        ".hf.replaced.tmp": unfinished,
         ".adapter_step_00000010.tmp": unfinished,
     }
 

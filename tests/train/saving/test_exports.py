@@ -123,6 +123,21 @@ def test_a_link_to_an_empty_directory_is_where_the_export_goes(
     assert export_run(checkpoints[0], hf) == hf.with_name("hf_step_00000001")
 
 
+@pytest.mark.parametrize("with_card", [False, True])
+def test_an_export_that_someone_keeps_as_hf_old_stays(
+    checkpoints: list[Path], hf: Path, with_card: bool
+) -> None:
+    export_run(checkpoints[0], hf)
+    old = shutil.copytree(hf, hf.with_name("hf.old"))
+    shutil.copytree(hf, hf.with_name("hf.new"))
+    if with_card:
+        (old / "README.md").write_text("the one we showed")
+    before = snapshot(old) | snapshot(hf.with_name("hf.new"))
+    assert export_run(checkpoints[1], hf) == hf and origin(hf) == "step_00000002"
+    assert snapshot(old) | snapshot(hf.with_name("hf.new")) == before
+    assert names(hf.parent) == ["checkpoints", "hf", "hf.new", "hf.old"]
+
+
 class Killed(BaseException):
     pass
 
@@ -135,7 +150,7 @@ def test_a_kill_between_the_names_loses_no_export(
     calls = []
 
     def renaming(self: Path, target: Path) -> Path:
-        if self.suffix != ".tmp":
+        if self.name in ("hf", ".hf.new.tmp"):
             calls.append(self)
             if len(calls) == rename:
                 raise Killed
@@ -149,10 +164,15 @@ def test_a_kill_between_the_names_loses_no_export(
     assert origin(hf) == "step_00000002" and names(hf.parent) == ["checkpoints", "hf"]
 
 
-def test_a_kill_before_the_old_export_goes(checkpoints: list[Path], hf: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("num_files_gone", [0, 1])
+def test_a_kill_before_the_old_export_is_gone(
+    checkpoints: list[Path], hf: Path, monkeypatch: pytest.MonkeyPatch, num_files_gone: int
+) -> None:
     export_run(checkpoints[0], hf)
 
     def killed(path: Path) -> None:
+        for file in sorted(path.iterdir())[:num_files_gone]:
+            file.unlink()
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):

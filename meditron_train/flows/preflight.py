@@ -22,6 +22,7 @@ from meditron_train.errors import UserError
 from meditron_train.launcher.environment import LaunchEnvironment, detect_launcher
 from meditron_train.launcher.node_check import NodeFacts, ProblemKind, examine_node, gpu_health
 from meditron_train.launcher.verdict import bad_nodes, problems_of_the_run
+from meditron_train.train.base_model import with_a_base
 from meditron_train.train.length import resolve_steps, with_steps
 from meditron_train.train.life.stop_signals import forget_stop_of_job
 from meditron_train.train.saving.finished import is_done
@@ -187,7 +188,7 @@ class Clock:
 
 def _missing_files(settings: Config) -> list[str]:
     try:
-        return missing_files(settings)
+        return missing_files(with_a_base(settings))
     except OSError as error:  # a stale mount, a directory that may not be entered
         return [f"cannot read {error.filename}: {error.strerror}"]
 

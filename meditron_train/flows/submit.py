@@ -24,7 +24,7 @@ from meditron_train.launcher.sbatch import (
 from meditron_train.planner.hardware import HARDWARE, find_hardware
 from meditron_train.planner.memory import describe, fullest_stage, require_fit
 from meditron_train.planner.search import fewest_ranks
-from meditron_train.train.base_model import resolve_base_model
+from meditron_train.train.base_model import resolve_base_model, with_a_base
 from meditron_train.train.length import resolve_steps
 
 _GIB = 2**30
@@ -84,7 +84,7 @@ def plan_job(config: Path, overrides: Sequence[str], wishes: Wishes) -> Submissi
         raise UserError(
             f"--ranks-per-node {ranks} on {wishes.gpus_per_node} GPUs: at most one process per GPU"
         )
-    base = resolve_base_model(settings)
+    base = resolve_base_model(with_a_base(settings))
     model = base.model if base is not None else None
     gpu = wishes.gpu or settings.train.gpu
     job = Job(
@@ -109,7 +109,7 @@ def plan_job(config: Path, overrides: Sequence[str], wishes: Wishes) -> Submissi
 
 def submit_job(planned: Submission) -> list[str]:
     """Check the files, write the script and give the jobs to Slurm; returns their ids."""
-    check_config(planned.settings, planned.model, planned.job.world_size)
+    check_config(with_a_base(planned.settings), planned.model, planned.job.world_size)
     planned.script.parent.mkdir(exist_ok=True)
     planned.script.write_text(planned.text)
     return submit(planned.job, planned.script)

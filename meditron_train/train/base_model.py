@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meditron_train.checkpoint.hf.config import random_model_config, read_hf_config
+from meditron_train.checkpoint.sharded.store import newest_checkpoint
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.config.schema import Config
 from meditron_train.data.tokenizing.tokenizer import load_tokenizer
@@ -51,6 +52,20 @@ def resolve_base_model(config: Config, stored: ModelConfig | None = None) -> Bas
     base_size = load_tokenizer(config.data.tokenizer).vocab_size
     fits = base_size > stored.vocab_size or size <= stored.vocab_size
     return _grown(config, stored, stored.vocab_size if fits else size)
+
+
+def with_a_base(config: Config) -> Config:
+    """The configuration; where the base model is gone and the run has a checkpoint, with that in its place.
+
+    A resume reads nothing of the base model, unless it trains adapters.
+    """
+    from_ = config.model.from_
+    if from_ is None or from_.exists() or config.lora is not None:
+        return config
+    own = newest_checkpoint(config.logging.run_dir / "checkpoints")
+    if own is None:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"from_": own})})
 
 
 def tokenizer_size(config: Config) -> int | None:

@@ -15,7 +15,6 @@ from meditron_train.checkpoint.hf.read import is_hf_directory, open_hf_model
 from meditron_train.checkpoint.manifest import require_intact
 from meditron_train.checkpoint.sharded.ranks import load_sharded
 from meditron_train.checkpoint.sharded.read import is_sharded_directory
-from meditron_train.checkpoint.sharded.store import newest_checkpoint
 from meditron_train.checkpoint.tensor_map import TensorSource
 from meditron_train.checkpoint.tokenizer.chat import ChatFormat
 from meditron_train.checkpoint.weight_sources import GrownVocabulary, RandomSource
@@ -29,7 +28,7 @@ from meditron_train.errors import UserError
 from meditron_train.layout import ParallelLayout
 from meditron_train.log import get_logger
 from meditron_train.parallel import Mesh
-from meditron_train.train.base_model import resolve_base_model, tokenizer_size
+from meditron_train.train.base_model import resolve_base_model, tokenizer_size, with_a_base
 from meditron_train.train.chain import warn_of_earlier_held_out
 from meditron_train.train.engine import Engine
 from meditron_train.train.engine_state import load_state, sharded_base
@@ -75,7 +74,11 @@ def make_plan(config: Config, world_size: int, rank: int) -> Plan:
             should be.
     """
     asked, train_data = resolve_steps(config)
-    config = _with_a_base(asked)
+    config = with_a_base(asked)
+    if config.model.from_ != asked.model.from_:
+        _log.warning(
+            "model.from: %s no longer exists; the run continues from its own checkpoint", asked.model.from_
+        )
     base = resolve_base_model(config)
     if base is None:
         check_config(config, None, world_size)
@@ -160,21 +163,6 @@ def _engine_with_weights(plan: Plan, mesh: Mesh) -> Engine:
         )
         source = GrownVocabulary(source, plan.model.vocab_size)
     return Engine(plan.config, plan.model, mesh, source)
-
-
-def _with_a_base(config: Config) -> Config:
-    """The configuration; where the base model is gone and the run has a checkpoint, with that in its place.
-
-    A resume reads nothing of the base model, unless it trains adapters.
-    """
-    from_ = config.model.from_
-    if from_ is None or from_.exists() or config.lora is not None:
-        return config
-    own = newest_checkpoint(config.logging.run_dir / "checkpoints")
-    if own is None:
-        return config
-    _log.warning("model.from: %s no longer exists; the run continues from its own checkpoint", from_)
-    return config.model_copy(update={"model": config.model.model_copy(update={"from_": own})})
 
 
 def _require_finite(engine: Engine, mesh: Mesh) -> None:

@@ -192,6 +192,15 @@ def test_a_finished_run_is_recognized(config, tmp_path, finished_run):
     assert not is_finished(config, report, without_export)
 
 
+def test_a_run_with_checkpoints_does_without_its_base_model(config, tmp_path, finished_run):
+    (finished_run / "checkpoints" / "step_00001000" / "meta.json").write_text("{}")
+    write_manifest(finished_run / "checkpoints" / "step_00001000")
+    gone = ("model.init=pretrained", "model.hf_config=null", f"model.from={tmp_path / 'gone'}")
+    assert not is_finished(config, tmp_path / "report", *gone)
+    process = start(config, *gone, f"logging.run_dir={tmp_path / 'new'}")
+    assert process.wait(timeout=120) == 2 and "model.from: there is no directory" in process.stdout
+
+
 def test_a_longer_run_whose_last_export_failed_is_not_finished(config, tmp_path, finished_run):
     """The last step is published before the export; hf/ is that of the steps before train.steps was raised."""
     (finished_run / "checkpoints" / "latest").write_text("step_00001000\n")

@@ -135,24 +135,49 @@ def test_more_ranks_than_gpus(submit):
     assert done.exit_code == 2 and "at most one process per GPU" in done.stderr
 
 
-def test_a_submitted_run_says_how_to_follow_it(submit, tmp_path, monkeypatch):
+@pytest.fixture
+def tiny(submit, tmp_path, monkeypatch):
+    """tiny(model) → tiny.yaml of a run of that model, whose other files are there; and an sbatch that says 4711."""
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "sbatch").write_text("#!/bin/sh\necho 4711\n")
     (programs / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
-    config = tmp_path / "tiny.yaml"
     for name in ("corpus.bin", "corpus.idx"):
         (tmp_path / name).touch()
     (tmp_path / "tok").mkdir()
     (tmp_path / "tok" / "tokenizer.json").touch()
+
+    def write(model: dict) -> str:
+        data = "data: {tokenizer: tok, train: [{name: c, path: corpus}]}\n"
+        (tmp_path / "tiny.yaml").write_text(f"model: {json.dumps(model)}\n{data}")
+        return "tiny.yaml"
+
+    return write
+
+
+def test_a_run_whose_base_model_is_gone_goes_on_from_its_checkpoint(submit, tiny, tmp_path):
+    from meditron_train.checkpoint.convert.from_hf import hf_to_sharded
+    from tests.checkpoint.tiny_llama import write_tiny_llama
+
+    words = (tiny({"from": "gone"}), "--nodes", "1", "--gpus-per-node", "0", "train.seq_len=64")
+    done = submit(*words)
+    assert done.exit_code == 2 and "model.from: there is no directory gone" in done.stderr
+    checkpoint = tmp_path / "runs" / "tiny" / "checkpoints" / "step_00000010"
+    checkpoint.parent.mkdir(parents=True)
+    hf_to_sharded(write_tiny_llama(tmp_path / "base"), checkpoint)
+    done = submit(*words)
+    assert done.exit_code == 0 and "memory: about" in done.stderr, done.output
+    done = submit(*words, "lora.rank=2")  # adapters need it
+    assert done.exit_code == 2 and "model.from: there is no directory gone" in done.stderr
+
+
+def test_a_submitted_run_says_how_to_follow_it(submit, tiny, tmp_path):
     shape = {**SHAPE_70B, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 4}
-    config.write_text(
-        f"model: {{init: random, hf_config: {json.dumps(shape)}}}\n"
-        "data: {tokenizer: tok, train: [{name: c, path: corpus}]}\n"
+    done = submit(
+        tiny({"init": "random", "hf_config": shape}), "--nodes", "2", "--gpus-per-node", "0", "--chain", "2"
     )
-    done = submit("tiny.yaml", "--nodes", "2", "--gpus-per-node", "0", "--chain", "2")
     assert done.exit_code == 0, done.output
     for words in (
         "Submitted job 4711, then 4711",

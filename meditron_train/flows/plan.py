@@ -145,8 +145,6 @@ def make_plan(
     predict = partial(
         predict_step, config, model, layout, hardware, mean_document_tokens=basis.mean_document_tokens
     )
-    if config.lora is not None:
-        notes.append("times are those of training the whole model; with lora a step is shorter")
     if config.train.batch_ramp is not None:
         notes.append(
             "the step is that of the full batch; the run has the smaller ones of train.batch_ramp, too"
@@ -288,6 +286,8 @@ def _hardware(config: Config, basis: Basis, notes: list[str]) -> Hardware:
         notes.append(
             "attention is counted for documents that fill the sequence; --document-tokens N for shorter ones"
         )
+    if config.lora is not None:
+        notes.append("times are those of training the whole model; with lora a step is shorter")
     if name is None:
         name = DEFAULT_GPU
         notes.append(f"neither --gpu nor train.gpu names a GPU; {name} is assumed")

@@ -193,11 +193,16 @@ def test_a_ramp_takes_the_sum_of_its_steps():
     assert described["step_time_s"] == pytest.approx(step_s[256])
 
 
+def searched(*words):
+    return json.loads(plan(*words, "--search", "--json").stdout)
+
+
 def test_adapters_are_counted_as_a_run_counts_them():
     words = (CONFIGS / "llama2-7b.yaml", "--gpus", 8, *ON_H100)
     whole, adapted = (json.loads(plan(*words, *more, "--json").stdout) for more in ((), ("lora.rank=16",)))
     assert adapted["mfu"]["parameters"] / whole["mfu"]["parameters"] == pytest.approx(2 / 3, rel=0.02)
     assert any("training the whole model" in note for note in adapted["notes"])
+    assert any("training the whole model" in note for note in searched(*words, "lora.rank=16")["notes"])
     assert "% by 4N and the adapters' 6" in plan(*words, "lora.rank=16").output
 
 

@@ -75,8 +75,8 @@ def content_digest(directory: str | Path) -> str:
         digest.update(f"{name} {len(content)}\n".encode())
         digest.update(content)
     config = _read_if_there(Path(directory) / "config.json")
-    keys = ["model_type", "tokenizer_class", "auto_map"]
-    if "stral" in str(config.get("model_type")):
+    keys = ["model_type", "model_name", "tokenizer_class", "auto_map"]
+    if "tral" in str(config.get("model_type")):
         keys.append("transformers_version")  # by which transformers recognizes Mistral's wrong pre-tokenizers
     kinds = [config.get(key) for key in keys]
     digest.update(json.dumps([config != {}, *kinds], sort_keys=True, default=str).encode())

@@ -187,3 +187,16 @@ def test_inspection_opens_every_pickle(tmp_path: Path) -> None:
         "common.pt",
     ]
     assert all("refers to builtins.print" in problem for problem in problems)
+
+
+def test_a_record_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    """`.metadata` says bfloat16: a cast without a word would be taken for the model."""
+    checkpoint = tmp_path / "checkpoint"
+    tensors = write_checkpoint(checkpoint)
+    raw = io.BytesIO()
+    torch.save(tensors[NORM].float(), raw)
+    replace_record(checkpoint, NORM, raw.getvalue())
+    with refused(f"the record of {NORM} is not a tensor", "torch.bfloat16"):
+        ShardedSource(checkpoint).read(NORM)
+    with refused(f"the record of {NORM} is not a tensor", "torch.bfloat16"):
+        _load({NORM: torch.empty(24, dtype=torch.bfloat16)}, checkpoint)

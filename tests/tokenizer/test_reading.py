@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from meditron_train.tokenizer.files import content_digest
 from meditron_train.tokenizer.reading import read_tokenizer
 from tests.checkpoint.tokenizer.shapes import byte_level
 from tests.refusal import refused
@@ -97,3 +98,23 @@ def test_a_template_that_never_ends_is_refused(directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": loop}))
     with refused(str(directory)):
         read_tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "model_type"),
+    [
+        ("model_type", ("llama", "qwen2"), None),
+        ("model_name", ("a", "b"), "llama"),
+        ("tokenizer_class", ("A", "B"), "llama"),
+        ("transformers_version", ("4.57.0", "5.1.0"), "pixtral"),
+        ("transformers_version", ("4.57.0", "5.1.0"), "mistral"),
+    ],
+)
+def test_what_config_json_decides_is_part_of_the_content(
+    directory: Path, key: str, values: tuple[str, str], model_type: str | None
+) -> None:
+    digests = set()
+    for value in values:
+        (directory / "config.json").write_text(json.dumps({"model_type": model_type, key: value}))
+        digests.add(content_digest(directory))
+    assert len(digests) == 2

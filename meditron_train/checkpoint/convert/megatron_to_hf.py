@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from meditron_train.checkpoint.convert.engine import Limits, Progress
-from meditron_train.checkpoint.convert.source_files import SourceFiles
+from meditron_train.checkpoint.convert.source_files import open_megatron
 from meditron_train.checkpoint.convert.to_hf import write_hf_model
 from meditron_train.checkpoint.convert.workspace import Ranks, require_absent
 from meditron_train.checkpoint.dtypes import parse_dtype
@@ -43,8 +43,7 @@ def megatron_to_hf(
     """
     target = parse_dtype(dtype)
     max_num_bytes = parse_num_bytes(max_shard_size)
-    inputs = SourceFiles(Path(checkpoint), options.tokenizer)
-    source = MegatronSource(checkpoint, options)
+    inputs, source = open_megatron(Path(checkpoint), options)
     if source.tokenizer is not None:
         check_tokenizer(source.tokenizer, source.model.vocab_size)
         read_generation_config(source.tokenizer)

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from meditron_train.errors import UserError
 
-_NUMBER = re.compile(r"\d{1,12}(\.\d{1,15})?(/[1-9]\d{0,11})?")
+_NUMBER = re.compile(r"\d{1,12}(\.\d{1,15}|/[1-9]\d{0,11})?", re.ASCII)
 _TOLERANCE = Fraction(1, 10**6)
 _KINDS = "uniform, ema:DECAY, or a number for each checkpoint, such as 0.5,0.25,0.25 or 1/3,1/3,1/3"
 

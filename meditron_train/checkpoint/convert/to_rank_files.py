@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from meditron_train.checkpoint.convert.source_files import SourceFiles
+from meditron_train.checkpoint.convert.source_files import SourceFiles, open_megatron
 from meditron_train.checkpoint.convert.workspace import Alone, publish, require_absent, workspace
 from meditron_train.checkpoint.files.stored import Range, Shape
 from meditron_train.checkpoint.hf.directory import (
@@ -96,8 +96,7 @@ def reshard(
         UserError: the model does not divide, the checkpoint is not intact, or `target` exists and is not
             empty. Nothing is left behind then.
     """
-    inputs = SourceFiles(Path(checkpoint), options.tokenizer if options else None)
-    source, hf_files, step = _open(Path(checkpoint), options)
+    inputs, source, hf_files, step = _open(Path(checkpoint), options)
     model = source.model
     _check_layout(model, tp, pp)
     args = args_of_model(model, tp=tp, pp=pp)
@@ -132,15 +131,15 @@ def reshard(
 
 def _open(
     checkpoint: Path, options: MegatronOptions | None
-) -> tuple[ShardedSource | MegatronSource, Path | None, int]:
-    """(source, where its tokenizer lies, step)"""
+) -> tuple[SourceFiles, ShardedSource | MegatronSource, Path | None, int]:
+    """(files that are read, source, where its tokenizer lies, step)"""
     if is_megatron_directory(checkpoint):
-        megatron = MegatronSource(checkpoint, options)
-        step = megatron.iteration if isinstance(megatron.iteration, int) else 0
-        return megatron, megatron.tokenizer, step
+        inputs, megatron = open_megatron(checkpoint, options or MegatronOptions())
+        return inputs, megatron, megatron.tokenizer, megatron.iteration or 0
+    inputs = SourceFiles(checkpoint)
     source = ShardedSource(checkpoint)
     require_intact(checkpoint)
-    return source, checkpoint / HF_SUBDIRECTORY, int(source.meta.get("step") or 0)
+    return inputs, source, checkpoint / HF_SUBDIRECTORY, int(source.meta.get("step") or 0)
 
 
 def _check_layout(model: ModelConfig, tp: int, pp: int) -> None:

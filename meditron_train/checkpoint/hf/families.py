@@ -1,6 +1,6 @@
 """The families of models: how `config.json` names them, what it says that a Llama's does not, transformers' defaults.
 
-Their tensors are the rows of `hf_map.LAYER_ROWS`. All share Llama's block (RMSNorm, RoPE, grouped-query attention,
+Their tensors are the rows of `tensor_map.LAYER_ROWS`. All share Llama's block (RMSNorm, RoPE, grouped-query attention,
 SwiGLU); Mistral adds a sliding window, Qwen2 a bias on query, key and value and a window on its later layers.
 """
 

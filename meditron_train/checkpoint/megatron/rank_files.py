@@ -205,7 +205,25 @@ class LegacyTensors:
                 raise UserError(
                     f"{self.directory}: {name} is in {len(parts)} of {self.num_tensor_ranks} tensor-parallel ranks"
                 )
+            _require_alike(name, parts)
         return joined
+
+
+def _require_alike(name: str, parts: Sequence[_Part]) -> None:
+    """Refuse parts of tensor-parallel ranks that cannot be joined: of other dtypes, dimensions or sizes."""
+    split, first = split_dim(name), parts[0].tensor
+    for part in parts:
+        tensor, other = part.tensor, list(first.shape)
+        shape = list(tensor.shape)
+        can_split = split is None or len(shape) > split
+        if split is not None and can_split and len(other) == len(shape):
+            other[split] = shape[split]
+        is_odd = name.endswith("mlp.linear_fc1.weight") and can_split and shape[0] % 2
+        if not can_split or is_odd or (shape, tensor.dtype) != (other, first.dtype):
+            raise UserError(
+                f"{part.path}: {shown(name)} is {shape} of {tensor.dtype}, which does not go together with "
+                f"{list(first.shape)} of {first.dtype} in {parts[0].path}"
+            )
 
 
 def rank_directories(directory: Path) -> dict[tuple[int, int], Path]:

@@ -96,7 +96,7 @@ class MegatronSource:
     def __init__(self, directory: str | Path, options: MegatronOptions | None = None) -> None:
         options = options or MegatronOptions()
         self.directory = find_iteration(Path(directory))
-        self.own_tokenizer = _tokenizer_beside(Path(directory), self.directory)
+        self.own_tokenizer = tokenizer_beside(Path(directory), self.directory)
         if options.tokenizer is None:
             options = replace(options, tokenizer=self.own_tokenizer)
         self.tokenizer = options.tokenizer
@@ -241,8 +241,8 @@ def find_iteration(directory: Path) -> Path:
     return found
 
 
-def _tokenizer_beside(directory: Path, iteration: Path) -> Path | None:
-    """Of a run or an iteration; Megatron-Bridge's and NeMo's lie in directories of their own."""
+def tokenizer_beside(directory: Path, iteration: Path) -> Path | None:
+    """Where the tokenizer of a run or an iteration lies; Megatron-Bridge's and NeMo's have directories of their own."""
     places = (
         directory,
         iteration,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
@@ -77,8 +77,10 @@ class CheckedReader(FileSystemReader):
         """The box of a stored tensor that a rank wants: its rows, then the rest of the box."""
         name, path = item.storage_index.fqn, self._directory / place.relative_path
         stored = self._record(find_tensors, item, place)
-        if not isinstance(stored, StoredTensor):
-            raise UserError(f"{path}: the record of {shown(name)} is not a tensor")
+        entry = self._checked.state_dict_metadata.get(name)
+        dtype = entry.properties.dtype if isinstance(entry, TensorStorageMetadata) else None
+        if not isinstance(stored, StoredTensor) or stored.dtype != dtype:
+            raise UserError(f"{path}: the record of {shown(name)} is not a tensor of {dtype}")
         box = list(zip(item.storage_offsets, item.lengths, strict=True))
         if len(box) != len(stored.shape) or any(
             start + length > size for (start, length), size in zip(box, stored.shape, strict=True)

@@ -146,9 +146,10 @@ class TorchDistTensors:
         if chunk not in self._found:
             path = self.directory / chunk.file
             found = read_record(find_tensors, path, name, chunk.start, chunk.num_bytes)
+            dtype = self._tensor(name).dtype
             expected = chunk.sizes if chunk.layer is None else (chunk.num_layers, *chunk.sizes)
-            if not isinstance(found, StoredTensor) or found.shape != expected:
-                raise UserError(f"{path}: the record of {name} is not a tensor of shape {list(expected)}")
+            if not isinstance(found, StoredTensor) or (found.shape, found.dtype) != (expected, dtype):
+                raise UserError(f"{path}: the record of {name} is not a tensor {list(expected)} of {dtype}")
             self._found[chunk] = found if chunk.layer is None else _layer_of(found, chunk.layer)
         return self._found[chunk]
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from meditron_train.checkpoint.convert.engine import NO_LIMITS
 from meditron_train.checkpoint.convert.from_hf import hf_to_sharded
+from meditron_train.checkpoint.convert.megatron_to_hf import megatron_to_hf
 from meditron_train.checkpoint.convert.source_files import SourceFiles
 from meditron_train.checkpoint.convert.to_hf import export_hf
 from meditron_train.checkpoint.convert.to_rank_files import reshard
-from tests.checkpoint.tiny_llama import write_tiny_llama
+from meditron_train.checkpoint.megatron.source import MegatronOptions
+from tests.checkpoint.megatron.fixtures import lm_args, write_legacy
+from tests.checkpoint.tiny_llama import read_tensors, write_tiny_llama
+from tests.checkpoint.tiny_tokenizer import VOCAB_SIZE, write_tokenizer_model
 from tests.refusal import refused
 
 
@@ -77,3 +84,65 @@ def test_every_change_is_seen(tmp_path: Path, change: str) -> None:
         (tmp_path / "link").symlink_to("b")
     with refused("was changed while it was read"):
         files.require_unchanged()
+
+
+def test_links_do_not_lead_away(tmp_path: Path) -> None:
+    hf = write_tiny_llama(tmp_path / "hf")
+    (hf / "everything").symlink_to("/")
+    (hf / "additional_chat_templates").symlink_to("/")
+    (hf / "weights").symlink_to(hf)
+    start = time.perf_counter()
+    files = SourceFiles(hf)
+    files.require_unchanged()
+    assert time.perf_counter() - start < 1
+    (tmp_path / "elsewhere").mkdir()
+    (hf / "hf").symlink_to(tmp_path / "elsewhere")
+    files = SourceFiles(hf)
+    (tmp_path / "elsewhere" / "config.json").touch()
+    with refused("was changed while it was read (hf/config.json)"):
+        files.require_unchanged()
+
+
+def running(run: Path) -> Callable[..., None]:
+    """Progress during which the run goes on: it logs, and saves another checkpoint."""
+
+    def progress(*_: object) -> None:
+        (run / "tensorboard").mkdir(exist_ok=True)
+        for name in ("train.log", "tensorboard/events.out"):
+            with (run / name).open("a") as file:
+                file.write("x")
+        if not (run / "iter_0002000").exists():
+            shutil.copytree(run / "iter_0001000", run / "iter_0002000")
+            (run / "latest_checkpointed_iteration.txt").write_text("2000")
+
+    return progress
+
+
+@pytest.mark.parametrize("format", ["mcore", "ranks"])
+def test_a_run_that_goes_on_is_no_changed_source(tmp_path: Path, format: str) -> None:
+    hf = write_tokenizer_model(write_tiny_llama(tmp_path / "hf", vocab_size=VOCAB_SIZE))
+    config = {"rope_theta": 1e4, **json.loads((hf / "config.json").read_text())}
+    run = write_legacy(
+        tmp_path / "run", read_tensors(hf), lm_args(config), style="mcore", padded_vocab_size=512
+    )
+    write_tokenizer_model(run)
+    if format == "mcore":
+        megatron_to_hf(run, tmp_path / "out", MegatronOptions(), limits=NO_LIMITS, progress=running(run))
+    else:
+        reshard(run, tmp_path / "out", tp=1, pp=1, progress=running(run))
+    with refused("iter_0002000 was changed while it was read (mp_rank_00/model_optim_rng.pt)"):
+        megatron_to_hf(
+            run,
+            tmp_path / "other",
+            MegatronOptions(),
+            limits=NO_LIMITS,
+            progress=rewriting(run / "iter_0002000" / "mp_rank_00" / "model_optim_rng.pt"),
+        )
+    with refused("run was changed while it was read (tokenizer.model)"):
+        reshard(
+            run,
+            tmp_path / "other",
+            tp=1,
+            pp=1,
+            progress=lambda *_: os.utime(run / "tokenizer.model", ns=(0, 0)),
+        )

@@ -268,6 +268,39 @@ def test_incomplete_and_damaged_directories(tmp_path: Path) -> None:
         find_iteration(root)
 
 
+FC1, FC2, NORM = (
+    "decoder.layers.0.mlp.linear_fc1.weight",
+    "decoder.layers.0.mlp.linear_fc2.weight",
+    "decoder.final_layernorm.weight",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (FC2, lambda tensor: tensor.flatten()),
+        (FC2, lambda tensor: tensor[:-1]),
+        (FC2, lambda tensor: tensor.double()),
+        (FC1, lambda tensor: tensor[:-1]),
+        (FC1, lambda tensor: tensor[:, :-1]),
+        (NORM, lambda tensor: tensor[:-1]),
+        (NORM, lambda tensor: tensor.sum()),
+        (NORM, lambda tensor: tensor.bfloat16()),
+    ],
+    ids=["flat", "height", "dtype", "odd", "width", "norm", "scalar", "norm's dtype"],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_do_not_go_together(tmp_path: Path, name: str, change: Any, rank: int) -> None:
+    tensors, config = make_hf(tmp_path / "hf")
+    root = write_legacy(
+        tmp_path / "run", tensors, lm_args(config), style="mcore", tp=2, padded_vocab_size=256
+    )
+    with edited(root / "iter_0001000" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt") as content:
+        content["model"][name] = change(content["model"][name]).clone()
+    with refused("model_optim_rng.pt", name, "does not go together with"):
+        MegatronSource(root, VOCAB)
+
+
 def test_an_old_order_of_query_key_and_value_is_refused(tmp_path: Path) -> None:
     tensors, config = make_hf(tmp_path / "hf")
     args, extra = lm_args(config), {"checkpoint_version": 1.0}

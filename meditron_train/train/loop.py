@@ -35,6 +35,7 @@ from meditron_train.train.origin import run_provenance
 from meditron_train.train.profiling import StepProfiler
 from meditron_train.train.progress import Progress
 from meditron_train.train.saving.local_checkpoints import LocalCheckpoints
+from meditron_train.train.saving.pending_exports import PendingExports
 from meditron_train.train.saving.run_checkpoints import RunCheckpoints
 from meditron_train.train.setup import Plan, build_engine
 from meditron_train.train.step_log import StepLog
@@ -94,7 +95,7 @@ class Run:
         self.guard = StepGuard(self.engine, settings, hosts, self.progress.history)
         self.faults = InjectedFaults(run_dir.path, mesh.rank)
         self.num_failed_saves = self.num_rollbacks = 0
-        self.pending_exports: list[int] = []
+        self.exports = PendingExports(config, self.checkpoints, run_dir.path, self.progress.step)
         self.loader = self.make_loader(
             plan.train_data, self.batches, self.progress.step + 1, config.data.prefetch
         )
@@ -113,6 +114,7 @@ class Run:
         stop, _ = self.agree_on_requests()
         if stop and self.progress.step < last_step:  # asked while it was starting: nothing to save
             return self.stop(stop)
+        self.export_pending()  # what an earlier start left, before the next checkpoint makes one of them go
         if self.progress.step == 0 and config.validation.at_start:
             self.log.write_start(self.validate())
         while self.progress.step < last_step:
@@ -301,11 +303,7 @@ class Run:
 
     def save_is_due(self, step: int) -> bool:
         is_regular = step == self.config.train.steps or step % self.config.checkpoint.interval == 0
-        return is_regular or self.export_is_due(step)
-
-    def export_is_due(self, step: int) -> bool:
-        interval = self.config.checkpoint.export_interval
-        return interval is not None and step % interval == 0
+        return is_regular or self.exports.is_due(step)
 
     def save(self, *, must: bool, wait: bool) -> None:
         """Save a checkpoint.
@@ -330,27 +328,15 @@ class Run:
 
         self.try_to_save(write, must=must)
         self.status.add(saving_s=time.monotonic() - start)
-        if self.export_is_due(step):
-            self.pending_exports.append(step)
+        self.exports.add(step)
         self.export_pending()
 
     def export_pending(self) -> None:
-        """Export what is due. What fails is tried again at the next checkpoint, as long as its own is kept."""
-        if not self.pending_exports:
-            return
-        self.pulse.enter("exporting")
-        self.finish_saving(wait=True)
-        for step in self.pending_exports.copy():
-            directory = self.run_dir.path / f"{self.config.export_name}_step_{step:08d}"
-            try:
-                if self.checkpoints.has(step):
-                    self.checkpoints.export(step, directory)
-                else:
-                    _log.warning("%s is not written: the checkpoint of step %d is gone", directory, step)
-            except Exception as error:  # a by-product, whatever stands in its way
-                _log.error("%s could not be exported, training goes on: %s", directory, error)
-                continue
-            self.pending_exports.remove(step)
+        """Export the steps of checkpoint.export_interval that are not exported yet."""
+        if self.exports:
+            self.pulse.enter("exporting")
+            self.finish_saving(wait=True)
+            self.exports.export()
 
     def save_locally(self) -> None:
         """Save on this node where that is due and no checkpoint is."""

@@ -64,6 +64,31 @@ def test_an_intermediate_export_that_fails_is_tried_again(write_small, tmp_path)
         assert (tmp_path / "run" / f"hf_step_{step:08d}" / "model.safetensors").is_file()
 
 
+def lost_exports_rank(rank: int, world_size: int, config_file: Path) -> int:
+    """No export works, and the run crashes after the checkpoints of steps 1 to 3."""
+    from meditron_train.train.saving import run_checkpoints
+
+    def fails(checkpoint: Path, directory: Path, limits: object) -> Path:
+        raise OSError(28, "No space left on device")
+
+    run_checkpoints.export_run = fails
+    os.environ[VARIABLE] = "crash@4"
+    return run_rank(rank, world_size, config_file)
+
+
+def test_an_intermediate_export_that_fails_is_tried_again_by_the_next_start(write_small, tmp_path):
+    config = write_small(
+        checkpoint={"interval": 1, "keep_last": 2, "export_hf": False, "export_interval": 2},
+        train={**SHORT, "steps": 5},
+    )
+    with pytest.raises(AssertionError, match="an injected crash"):
+        run_ranks(lost_exports_rank, 1, config)
+    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(exist_ok=True)  # no checkpoint
+    run(config, world_size=2)
+    exported = sorted(path.name for path in (tmp_path / "run").glob("hf_*"))
+    assert exported == ["hf_step_00000002", "hf_step_00000004"]
+
+
 def test_a_finished_run_that_is_started_again_changes_nothing(write_small, tmp_path):
     config = write_small(checkpoint={"interval": 2, "export_hf": True})
     run(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from meditron_train.checkpoint.adapters import adapter_facts
 from meditron_train.checkpoint.convert.engine import NO_LIMITS
+from meditron_train.checkpoint.manifest import verify_manifest
 from meditron_train.checkpoint.sharded.plan import meta_json
 from meditron_train.checkpoint.sharded.ranks import ShardedSaver, load_sharded, write_companions
 from meditron_train.checkpoint.sharded.read import read_meta
@@ -28,6 +29,7 @@ from meditron_train.train.engine_state import load_state, sharded_state, use_mes
 from meditron_train.train.progress import Progress
 from meditron_train.train.saving.continuing import check_continues
 from meditron_train.train.saving.exports import export_run
+from meditron_train.train.saving.finished import find_export
 from meditron_train.train.saving.forked_copy import ForkedCopy
 from meditron_train.train.setup import Plan
 
@@ -262,6 +264,21 @@ class RunCheckpoints:
     def has(self, step: int) -> bool:
         """Whether the checkpoint of `step` is finished and kept; collective."""
         return self._mesh.on_first_rank(lambda: self._store.path(step).is_dir())
+
+    def without_export(self, steps: Container[int], directory: Callable[[int], Path]) -> list[int]:
+        """Those of `steps` whose checkpoints are kept, in full, and not exported, ascending; collective.
+
+        Args:
+            steps: to look at.
+            directory: where the export of a step should lie.
+        """
+
+        def find() -> list[int]:
+            kept = [(step, self._store.path(step)) for step in self._store.steps() if step in steps]
+            whole = [(step, path) for step, path in kept if not verify_manifest(path, check_hashes=False)]
+            return [step for step, path in whole if find_export(path, directory(step)) is None]
+
+        return self._mesh.on_first_rank(find)
 
     def export(self, step: int, hf_directory: Path) -> None:
         """Write the checkpoint of `step` as a Hugging Face directory, or its adapters as one of PEFT.

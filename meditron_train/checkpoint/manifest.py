@@ -115,8 +115,7 @@ def verify_manifest(
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return [f"{MANIFEST_NAME} cannot be read: {error!r}"]
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found)]
-    more = sorted(found - expected.keys())
-    problems += [f"{name} is not in the manifest" for name in more if not _is_of_a_download(name)]
+    problems += [f"{name} is not in the manifest" for name in _beside(found, expected)]
     right_size = []
     for name in sorted(expected.keys() & found):
         try:
@@ -143,8 +142,7 @@ def added_files(directory: Path) -> list[str]:
     """The files that someone has put beside those of the manifest, which `verify_manifest` reports, too."""
     named = (read_manifest(directory) or {}).get("files", {})
     try:
-        more = sorted(_file_names(directory) - _NOT_LISTED - set(named)) if named else []
-        return [name for name in more if not _is_of_a_download(name)]
+        return _beside(_file_names(directory) - _NOT_LISTED, named) if named else []
     except OSError:
         return []
 
@@ -167,8 +165,15 @@ def not_intact(directory: Path, problems: Sequence[str]) -> UserError:
     return UserError("\n  ".join(lines))
 
 
-def _is_of_a_download(name: str) -> bool:
-    return any(name == place or (place.endswith("/") and name.startswith(place)) for place in _OF_DOWNLOADS)
+def _beside(found: set[str], listed: Collection[str]) -> list[str]:
+    """The files that are not listed, ascending, without what a download adds."""
+
+    def is_of_a_download(name: str) -> bool:
+        return any(
+            name == place or (place.endswith("/") and name.startswith(place)) for place in _OF_DOWNLOADS
+        )
+
+    return [name for name in sorted(found - set(listed)) if not is_of_a_download(name)]
 
 
 def _file_names(directory: Path) -> set[str]:

@@ -82,9 +82,6 @@ class Plan:
     def source(self, number: int) -> SourceSection:
         return self.corpus.sources[number]
 
-    def shards_of(self, source: int) -> list[PlannedShard]:
-        return [shard for shard in self.shards if shard.source == source]
-
     @cached_property
     def leaders(self) -> tuple[PlannedShard, ...]:
         """The shards that are read, each of them once."""

@@ -105,6 +105,7 @@ def test_links_and_paths(repository):
     assert repository("`configs/run.yaml` `configs/run.yaml:3` `configs/*.yaml`") == []
     assert repository("[a](docs/none.md)") == ["README.md:1: the link leads nowhere: docs/none.md"]
     assert repository("see\n`docs/none.md`") == ["README.md:2: there is no docs/none.md"]
+    assert repository("`model/none.py` `none.py`") == ["README.md:1: there is no model/none.py"]
 
 
 def test_marked_blocks_are_run(repository, tmp_path):

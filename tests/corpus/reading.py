@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from meditron_train.corpus.document import Document, Problem
-from meditron_train.corpus.precedence import load_losers, resolve, write_claims
+from meditron_train.corpus.record_claims import load_losers, resolve, write_claims
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

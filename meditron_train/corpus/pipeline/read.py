@@ -25,7 +25,7 @@ from meditron_train.corpus.pipeline.plan import Plan, PlannedShard, planned_path
 from meditron_train.corpus.pipeline.store import ProgressFile, ShardStore
 from meditron_train.corpus.pipeline.work import WorkDirectory, whole_directory
 from meditron_train.corpus.pipeline.worker import CorpusStep, prepare_worker
-from meditron_train.corpus.precedence import load_losers, resolve, write_claims
+from meditron_train.corpus.record_claims import load_losers, resolve, write_claims
 
 SCAN, READ = "scan", "read"
 _LONG_CHARS = 1 << 18

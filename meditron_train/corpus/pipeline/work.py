@@ -30,7 +30,7 @@ class WorkDirectory:
         return self.root / "read" / f"{number:06d}"
 
     def claims(self, shard: int) -> Path:
-        """Which ids the records of a shard claim, see `precedence`."""
+        """Which ids the records of a shard claim, see `record_claims`."""
         return self.root / "claims" / f"{shard:06d}.claims"
 
     def losers(self, source: int) -> Path:

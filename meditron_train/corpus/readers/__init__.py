@@ -6,7 +6,7 @@
 - `read(shard, options, losers=NO_LOSERS) -> Iterator[Document | Problem]`: the documents of a shard but for those
   records that lost their id to another one.
 
-`options` is a mapping: `path`, and what the module's Options class lists. `meditron_train.corpus.precedence`
+`options` is a mapping: `path`, and what the module's Options class lists. `meditron_train.corpus.record_claims`
 turns the claims of all shards into the losers of each. All three stream: their memory does not grow with the
 files.
 """

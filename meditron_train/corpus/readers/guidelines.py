@@ -1,7 +1,7 @@
 """Guidelines as JSON lines with the fields of the public set epfl-llm/guidelines.
 
 Fields: id, source, title, clean_text, raw_text, url, overview. The text is clean_text, or raw_text where that is empty,
-under its title. A shard is a file; a later guideline with the same id replaces an earlier one, see `precedence`.
+under its title. A shard is a file; a later guideline with the same id replaces an earlier one, see `record_claims`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from meditron_train.corpus.document import Document, Problem, Reason, Shard
 from meditron_train.corpus.options import ReaderOptions, parse_options
-from meditron_train.corpus.precedence import NO_LOSERS, Claim, Losers, text_digest
+from meditron_train.corpus.record_claims import NO_LOSERS, Claim, Losers, text_digest
 from meditron_train.corpus.records import JSON_SUFFIXES, Record, file_shards, read_records
 from meditron_train.corpus.text.rules import BLANK, Removed, finish, plain_title, with_marks
 

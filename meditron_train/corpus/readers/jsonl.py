@@ -1,6 +1,6 @@
 """JSON lines (also .gz and .zst) and Parquet, for replay and for your own texts.
 
-A shard is a file. With `id_key` a later record with the same id replaces an earlier one, see `precedence`;
+A shard is a file. With `id_key` a later record with the same id replaces an earlier one, see `record_claims`;
 without it a document is named by file and line, and nothing can clash. The text is kept as it is, but for literal
 occurrences of the special tokens.
 """
@@ -14,7 +14,7 @@ from pydantic import Field
 
 from meditron_train.corpus.document import Document, Problem, Reason, Shard
 from meditron_train.corpus.options import ReaderOptions, parse_options
-from meditron_train.corpus.precedence import NO_LOSERS, Claim, Losers, text_digest
+from meditron_train.corpus.record_claims import NO_LOSERS, Claim, Losers, text_digest
 from meditron_train.corpus.records import JSON_SUFFIXES, Record, file_shards, read_records
 from meditron_train.corpus.text.rules import without_tokens
 

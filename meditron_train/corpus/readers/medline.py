@@ -2,7 +2,7 @@
 
 A shard is a file, *.xml or *.xml.gz, checked against NAME.md5 where that is there. A later file overrides an earlier
 one, DeleteCitation removes what earlier files said, and of several versions of a PMID the highest stays. All of this is
-decided beforehand: `scan` lists the PMIDs of each file, `precedence` says which records lose, and `read` leaves
+decided beforehand: `scan` lists the PMIDs of each file, `record_claims` says which records lose, and `read` leaves
 those out, so that files are read in any order. Within a file records are numbered as they stand; DeleteCitation is one.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from meditron_train.corpus.checksums import checksum_path, checksum_problem
 from meditron_train.corpus.document import Document, Problem, Reason, Shard
 from meditron_train.corpus.options import NoInputError, ReaderOptions, existing, parse_options
-from meditron_train.corpus.precedence import NO_LOSERS, Claim, Losers
+from meditron_train.corpus.record_claims import NO_LOSERS, Claim, Losers
 from meditron_train.corpus.safe_xml import XmlProblem, stream_elements
 from meditron_train.corpus.text.medline import citation, parse_pmid, pmid_and_version
 from meditron_train.corpus.text.rules import Removed

@@ -15,7 +15,7 @@ import orjson
 from meditron_train.config.section import Count
 from meditron_train.corpus.document import Document, Problem, Reason, Shard
 from meditron_train.corpus.options import NoInputError, ReaderOptions, existing, parse_options
-from meditron_train.corpus.precedence import NO_LOSERS, Claim, Losers
+from meditron_train.corpus.record_claims import NO_LOSERS, Claim, Losers
 from meditron_train.corpus.text.html import page_text
 from meditron_train.corpus.text.pdf import PdfError, pdf_text
 from meditron_train.corpus.text.rules import Removed

@@ -33,7 +33,7 @@ from meditron_train.corpus.checksums import md5_file
 from meditron_train.corpus.document import Document, Problem, Reason, Shard
 from meditron_train.corpus.licenses import pmc_license
 from meditron_train.corpus.options import NoInputError, existing, parse_options
-from meditron_train.corpus.precedence import NO_LOSERS, Claim, Losers
+from meditron_train.corpus.record_claims import NO_LOSERS, Claim, Losers
 from meditron_train.errors import UserError
 from meditron_train.files import DAMAGED, sha256_file
 

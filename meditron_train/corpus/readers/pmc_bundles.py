@@ -3,7 +3,7 @@
 PATH is a .tar.gz or a directory of them; each is a shard. Articles are the members PMC<id>.xml, or *.nxml in a folder
 PMC<id> (the packages of single articles). Retraction and license come from NAME.filelist.csv beside NAME.tar.gz where
 it is there, and otherwise from the article. An article in a later bundle replaces the one in an earlier bundle: `scan`
-lists the ids of each bundle (see `precedence`). The archive is read as a stream.
+lists the ids of each bundle (see `record_claims`). The archive is read as a stream.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from meditron_train.corpus.articles import ArticleOptions, article_document, lef
 from meditron_train.corpus.document import Document, Problem, Reason, Shard
 from meditron_train.corpus.licenses import pmc_license
 from meditron_train.corpus.options import parse_options
-from meditron_train.corpus.precedence import NO_LOSERS, Claim, Losers
+from meditron_train.corpus.record_claims import NO_LOSERS, Claim, Losers
 from meditron_train.corpus.records import file_shards
 from meditron_train.files import DAMAGED, decompressed
 

@@ -1,6 +1,6 @@
 """S2ORC v1: JSON lines (.gz) of papers with their text and annotations of it by offsets.
 
-A shard is a file; a later record of the same corpusid replaces an earlier one, see `precedence`. The license is
+A shard is a file; a later record of the same corpusid replaces an earlier one, see `record_claims`. The license is
 the paper's own where oainfo states one.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 from meditron_train.corpus.document import Document, Problem, Reason, Shard
 from meditron_train.corpus.licenses import s2orc_license
 from meditron_train.corpus.options import ReaderOptions, parse_options
-from meditron_train.corpus.precedence import NO_LOSERS, Claim, Losers, text_digest
+from meditron_train.corpus.record_claims import NO_LOSERS, Claim, Losers, text_digest
 from meditron_train.corpus.records import JSON_SUFFIXES, Record, file_shards, read_records
 from meditron_train.corpus.text.rules import Removed
 from meditron_train.corpus.text.s2orc import AnnotationError, paper_text, paper_title

@@ -100,15 +100,13 @@ class IndexCache:
 
     def _remove_old(self, directory: Path) -> None:
         """Leave the newest entries of this dataset, and no leftovers of writers that died."""
-        pattern = re.compile(re.escape(self._name) + r"\.[0-9a-f]{32}\.index(\.[0-9]+\.tmp)?")
+        entry = re.escape(self._name) + r"\.[0-9a-f]{32}\.index"
+        leftover = re.compile(rf"\.{entry}\..+\.tmp")  # as `replacing` names a writer's own file
         entries, now = [], time.time()
         for path in directory.iterdir():
-            if not pattern.fullmatch(path.name):
-                continue
-            modified = path.stat().st_mtime
-            if path.suffix != ".tmp":
-                entries.append((modified, path))
-            elif now - modified > _STALE_AFTER_S:
+            if re.fullmatch(entry, path.name):
+                entries.append((path.stat().st_mtime, path))
+            elif leftover.fullmatch(path.name) and now - path.stat().st_mtime > _STALE_AFTER_S:
                 path.unlink(missing_ok=True)
         for _, path in sorted(entries, reverse=True)[_ENTRIES_KEPT:]:
             path.unlink(missing_ok=True)  # who has it mapped keeps it

@@ -16,6 +16,7 @@ from meditron_train.data.indexed import IndexedDataset
 from meditron_train.data.packing import index_cache
 from meditron_train.data.packing.index_cache import IndexCache, read_index_file, write_index_file
 from meditron_train.data.packing.order import SourceOrder
+from meditron_train.files import replacing
 from tests.data.test_packed import write
 
 ARRAYS = {
@@ -174,9 +175,7 @@ class TestCache:
         directory.mkdir()
         other = directory / f"other.{'0' * 32}.index"
         other.write_text("of another dataset")
-        stale, fresh = (directory / f"a.{'0' * 32}.index.{number}.tmp" for number in (1, 2))
-        stale.write_text("")
-        fresh.write_text("")
+        stale, fresh = [_killed_while_writing(directory / f"a.{n * 32}.index") for n in "01"]
         os.utime(stale, (1, 1))
         for number in range(20):
             cache_of(tmp_path, directory).load_or_build([number], build_counted([]))
@@ -188,13 +187,23 @@ class TestCache:
         cache_of(tmp_path, directory).load_or_build([0], build_counted(calls))
         cache_of(tmp_path, directory).load_or_build([19], build_counted(calls))
         assert calls == []
-        assert other.exists() and fresh.exists() and not stale.exists()
+        assert [path.exists() for path in (other, fresh, stale)] == [True, True, False]
 
     def test_ranks_of_a_node_build_once(self, tmp_path: Path) -> None:
         context = multiprocessing.get_context("fork")
         with context.Pool(4) as pool:
             built = pool.starmap(_build_as_rank, [(tmp_path, number) for number in range(4)])
         assert sum(built) == 1
+
+
+def _killed_while_writing(path: Path) -> Path:
+    """What a process that dies while it replaces `path` leaves."""
+    if (writer := os.fork()) == 0:
+        with replacing(path, shared=True):
+            os._exit(1)
+    os.waitpid(writer, 0)
+    (leftover,) = path.parent.glob(f".{path.name}.*")
+    return leftover
 
 
 def _build_as_rank(tmp_path: Path, number: int) -> int:

@@ -7,9 +7,9 @@ from random import Random
 
 import pytest
 
-from meditron_train.corpus import precedence
+from meditron_train.corpus import record_claims
 from meditron_train.corpus.document import Reason, Shard
-from meditron_train.corpus.precedence import Claim, load_losers, resolve, text_digest, write_claims
+from meditron_train.corpus.record_claims import Claim, load_losers, resolve, text_digest, write_claims
 
 
 def losers_of(directory: Path, shards: list[list[Claim]]) -> list[dict[int, str]]:
@@ -98,8 +98,8 @@ def by_hand(shards: list[list[Claim]]) -> list[dict[int, Reason]]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_many_claims_in_small_runs_and_ranges(tmp_path, monkeypatch, seed):
-    monkeypatch.setattr(precedence, "RUN_CLAIMS", 100)
-    monkeypatch.setattr(precedence, "RANGE_CLAIMS", 250)
+    monkeypatch.setattr(record_claims, "RUN_CLAIMS", 100)
+    monkeypatch.setattr(record_claims, "RANGE_CLAIMS", 250)
     random = Random(seed)
     shards = [
         [

@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Containers often turn bytecode files off. Then each of the hundreds of processes of a test run, and each rank of the
+# demo, compiles the whole package again.
+export PYTHONDONTWRITEBYTECODE :=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.meditron-train-installed

@@ -1,11 +1,13 @@
 """The corpus pipeline: MinHash beside datatrove's own, cost per document as a corpus grows, workers, a projection.
 
-    python -m benchmarks.corpus_pipeline [--documents 10000 30000 100000] [--workers] [--json FILE] [--plot FILE.svg]
+    python -m benchmarks.corpus_pipeline [--documents 10000 30000 100000] [--mean-words 250] [--no-filters]
+        [--workers] [--json FILE] [--plot FILE.svg]
 
-Documents are generated: log-normal lengths of 250 words on average, invented words among common English ones, one in
-ten a near-copy of an earlier one. Rates are per second of CPU time, as the machine may be busy; peers run in turns in
-this process on the same documents. --workers compares builds with 1 and 2 workers by the clock: only on an idle
-machine.
+Documents are generated: log-normal lengths of 250 words on average, at least 60, invented words among common English
+ones, one in ten a near-copy of an earlier one. Rates are per second of CPU time, as the machine may be busy; peers run
+in turns in this process on the same documents. --no-filters leaves out what looks at single documents, so that a
+million of them fit into less than an hour. --workers compares builds with 1 and 2 workers by the clock: only on an
+idle machine.
 """
 
 from __future__ import annotations
@@ -34,10 +36,11 @@ from meditron_train.corpus.pipeline.words import SpacedWords
 
 PAPER_DOCUMENTS, PAPER_TOKENS, CHARS_PER_TOKEN = 21_100_000, 46.7e9, 4.3
 PROJECTED_WORKERS = 100
+MEAN_WORDS, _SIGMA = 250, 0.5
 _COMMON = "the of and to in a is that for with was on as by were be are at from this have or not".split()
 
 
-def texts(count: int, seed: int = 0) -> Iterator[str]:
+def texts(count: int, mean_words: int = MEAN_WORDS, seed: int = 0) -> Iterator[str]:
     """Invented documents; every tenth is an earlier one with two words changed."""
     rng = random.Random(seed)
     syllables = [consonant + vowel for consonant in "bcdfglmnprstvz" for vowel in "aeiou"]
@@ -49,7 +52,7 @@ def texts(count: int, seed: int = 0) -> Iterator[str]:
             for _ in range(2):
                 text[rng.randrange(len(text))] = rng.choice(words)
         else:
-            length = max(60, int(rng.lognormvariate(5.4, 0.5)))
+            length = max(60, int(rng.lognormvariate(math.log(mean_words) - _SIGMA**2 / 2, _SIGMA)))
             text = rng.choices(_COMMON, k=length)
             for place in range(length):
                 if rng.random() < 0.6:
@@ -108,12 +111,12 @@ def minhash(count: int, root: Path) -> dict[str, Any]:
     }
 
 
-def declare(root: Path, count: int) -> Corpus:
+def declare(root: Path, count: int, mean_words: int = MEAN_WORDS, *, filters: bool = True) -> Corpus:
     """Eight files of the generated documents."""
     folder = root / "documents"
     folder.mkdir(parents=True, exist_ok=True)
     files = [open(folder / f"{part}.jsonl", "w") for part in range(8)]  # noqa: SIM115 (closed below)
-    for number, text in enumerate(texts(count)):
+    for number, text in enumerate(texts(count, mean_words)):
         files[number % 8].write(json.dumps({"id": number, "text": text}) + "\n")
     for file in files:
         file.close()
@@ -128,12 +131,14 @@ def declare(root: Path, count: int) -> Corpus:
         "citation": "generated",
     }
     # Language identification and Gopher's rules take their time, but may drop nothing: words are invented.
-    filters = {
+    rules: dict[str, Any] = {
         "language": {"min_probability": 0.0, "keep": _all_languages()},
         "quality": {"min_stop_words": 0},
     }
+    if not filters:
+        rules = {name: {"enabled": False} for name in ("length", "language", "repetition", "quality")}
     return Corpus.model_validate(
-        {"name": "generated", "output": root / "out", "sources": [source], "filters": filters}
+        {"name": "generated", "output": root / "out", "sources": [source], "filters": rules}
     )
 
 
@@ -143,9 +148,9 @@ def _all_languages() -> list[str]:
     return [str(label) for label in _identifier().labels]
 
 
-def growth(count: int, root: Path) -> dict[str, Any]:
+def growth(count: int, root: Path, mean_words: int, *, filters: bool) -> dict[str, Any]:
     """CPU seconds of each stage of a build by one worker."""
-    corpus = declare(root, count)
+    corpus = declare(root, count, mean_words, filters=filters)
     seconds: dict[str, float] = {}
     original = execute.run_stage
 
@@ -231,6 +236,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--documents", type=int, nargs="+", default=[10_000, 30_000, 100_000])
+    parser.add_argument("--mean-words", type=int, default=MEAN_WORDS, help="of a document, for the growth")
+    parser.add_argument(
+        "--no-filters", action="store_true", help="only what compares documents, and writes them"
+    )
     parser.add_argument("--minhash", type=int, default=10_000)
     parser.add_argument("--workers", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -243,7 +252,8 @@ def main() -> None:
         print(json.dumps(found, indent=1), flush=True)
         results["growth"] = []
         for count in arguments.documents:
-            row = growth(count, root / f"growth-{count}")
+            place = root / f"growth-{count}"
+            row = growth(count, place, arguments.mean_words, filters=not arguments.no_filters)
             results["growth"].append(row)
             print(json.dumps(row), flush=True)
         if arguments.plot:

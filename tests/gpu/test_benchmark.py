@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.devices import CPU, CUDA
+from tests.gpu.devices import CPU, CUDA, REHEARSED
 
 
-@pytest.mark.parametrize(
-    "device", [pytest.param("cpu", id="cpu", marks=[*CPU.marks, pytest.mark.long]), CUDA]
-)
+@pytest.mark.parametrize("device", [pytest.param("cpu", id="cpu", marks=REHEARSED), CUDA])
 def test_all_tools_take_the_same_steps(device, tmp_path):
     result_file = tmp_path / "result.json"
     command = [sys.executable, "-m", "benchmarks.gpu.train_step", "--tiny", "--device", device]

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from tests.gpu.devices import CPU, CUDA, HEAD_DIM, needs_gpus, our_attention
+from tests.gpu.devices import CPU, CUDA, HEAD_DIM, REHEARSED, needs_gpus, our_attention
 from tests.train.reference import hf_model
 from tests.train.test_loop import run, stop_file_after
 
@@ -60,7 +60,7 @@ def assert_resumes(write_run, tmp_path, device, precision, overrides, world_size
 @pytest.mark.parametrize(
     "device, precision",
     [
-        pytest.param("cpu", "bf16", id="cpu-bf16", marks=CPU.marks),
+        pytest.param("cpu", "bf16", id="cpu-bf16", marks=REHEARSED),
         pytest.param("cuda", "bf16", id="cuda-bf16", marks=CUDA.marks),
         pytest.param("cuda", "fp32", id="cuda-fp32", marks=CUDA.marks),
     ],

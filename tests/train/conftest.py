@@ -39,14 +39,22 @@ def train_tokenizer(directory: Path) -> None:
 
 @pytest.fixture(scope="session")
 def hf_dir(tmp_path_factory) -> Path:
-    """A tiny Hugging Face Llama with its tokenizer."""
+    """A tiny Hugging Face Llama with its tokenizer: layers for two pipeline stages, heads that our kernels take."""
     from meditron_train.data.tokenizing.tokenizer import load_tokenizer
     from tests.train.reference import hf_model
 
     directory = tmp_path_factory.mktemp("hf")
     train_tokenizer(directory)
     vocab_size = load_tokenizer(directory).vocab_size
-    hf_model(vocab_size=vocab_size, bos_token_id=1, eos_token_id=2).save_pretrained(directory)
+    hf_model(
+        vocab_size=vocab_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        bos_token_id=1,
+        eos_token_id=2,
+    ).save_pretrained(directory)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     return directory

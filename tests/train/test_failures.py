@@ -50,7 +50,7 @@ def test_every_mistake_in_one_message_before_any_rank_connects(write_config):
     )
     for part in (
         "world size 1 is not divisible",
-        "4 layers are not divisible",
+        "2 layers are not divisible",
         "heads",
         "min_lr",
         "/nowhere",
@@ -175,7 +175,7 @@ def small_disk(tmp_path):
     mount_point = tmp_path / "disk"
     mount_point.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(mount_point)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=7500k", "tmpfs", str(mount_point)], capture_output=True
     )
     if mounted.returncode != 0:
         pytest.skip(f"mounting a tmpfs needs root: {mounted.stderr.decode().strip()}")

@@ -13,6 +13,7 @@ import torch
 from meditron_train.errors import Cause
 from meditron_train.flows.job_end import Action, Decision, decide
 from meditron_train.report.status import Requeue, read_requeue, read_status
+from meditron_train.train.guard.injected_faults import VARIABLE
 from tests.commands import Command
 from tests.distributed import run_ranks
 
@@ -150,7 +151,7 @@ def start(config: Path, *overrides: str) -> Command:
     return Command("train", config, *overrides, environment={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def kill_when(config: Path, run_dir: Path, *, step: int, number: int = signal.SIGKILL) -> Command:
+def signal_when(config: Path, run_dir: Path, *, step: int, number: int) -> Command:
     """Start a run and send a signal once its metrics show `step`."""
     from tests.report.metrics_file import read_metrics
 
@@ -163,24 +164,48 @@ def kill_when(config: Path, run_dir: Path, *, step: int, number: int = signal.SI
         time.sleep(0.01)
     assert process.poll() is None, f"the run ended before step {step}: {process.stderr}"
     os.killpg(process.pid, number)
+    return process
+
+
+def kill_when(config: Path, run_dir: Path, *, step: int, number: int = signal.SIGKILL) -> Command:
+    """Start a run, send a signal once its metrics show `step`, and wait for its end."""
+    process = signal_when(config, run_dir, step=step, number=number)
     process.wait(60)
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_exits_85(write_config, tmp_path, number):
+@pytest.mark.parametrize(
+    "number, cause, name",
+    [
+        (signal.SIGTERM, Cause.TERMINATED, "SIGTERM"),
+        (signal.SIGUSR1, Cause.TIME_LIMIT, "SIGUSR1"),
+        (signal.SIGINT, Cause.INTERRUPTED, "Ctrl-C"),
+    ],
+)
+def test_a_signal_saves_and_exits_85(write_config, tmp_path, number, cause, name):
     config = write_config(
         checkpoint={"interval": 1000, "export_hf": False},
         train={"steps": 2000, "seq_len": 64, "global_batch_size": 4, "precision": "fp32", "device": "cpu"},
     )
     process = kill_when(config, tmp_path / "run", step=3, number=number)
     assert process.returncode == 85
-    cause = {signal.SIGTERM: Cause.TERMINATED, signal.SIGUSR1: Cause.TIME_LIMIT}[number]
-    assert read_requeue(tmp_path / "run") == Requeue(cause, signal.Signals(number).name)
+    assert read_requeue(tmp_path / "run") == Requeue(cause, name)
     assert read_status(tmp_path / "run")["state"] == "stopped"
     (saved,) = [entry.name for entry in (tmp_path / "run" / "checkpoints").glob("step_*")]
     assert int(saved.removeprefix("step_")) >= 3
-    assert signal.Signals(number).name in process.stderr
+    assert name in process.stderr
+
+
+def test_a_second_ctrl_c_ends_a_run_that_cannot_finish_its_step(write_config, tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "hang@4")
+    process = signal_when(write_config(), tmp_path / "run", step=3, number=signal.SIGINT)
+    deadline = time.monotonic() + 30
+    while "press it again" not in process.stderr and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.poll() is None, "the first one waits for the step"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) == -signal.SIGINT
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*")) == []
 
 
 def lone_rank(rank: int, world_size: int, config_file: Path) -> tuple[int, str] | None:

@@ -62,7 +62,7 @@ def test_a_killed_run_resumes_bit_identically_from_a_small_checkpoint(short, tmp
     tensors = TorchDistTensors(checkpoint, read_once=True)
     names = tensors.names
     of_model = [name for name in names if not name.startswith("optimizer.")]
-    assert len(of_model) == 4 * 4 * 2 and all("_lora_" in name for name in names)
+    assert len(of_model) == 2 * 4 * 2 and all("_lora_" in name for name in names)
     num_bytes = sum(math.prod(tensors.shape(name)) * tensors.dtype(name).itemsize for name in names)
     assert num_bytes < (hf_dir / "model.safetensors").stat().st_size / 8
     base = read_meta(checkpoint)["base"]
@@ -136,7 +136,7 @@ def test_an_adapter_is_described_run_and_refused_for_another_base(trained, tmp_p
     adapter = trained / "adapter"
     code, out, err = command("convert", "inspect", adapter, "--json")
     said = json.loads(out)
-    assert code == 0 and said["format"] == "adapter, PEFT" and said["num_tensors"] == 32, err
+    assert code == 0 and said["format"] == "adapter, PEFT" and said["num_tensors"] == 16, err
     assert said["base"]["directory"] == str(hf_dir.resolve())
     code, out, _ = command("convert", "inspect", newest(trained))
     assert code == 0 and "adapter, sharded" in out

@@ -10,7 +10,7 @@ from tests.distributed import run_ranks
 from tests.train.ranks import assemble, make_config, train_ranks
 from tests.train.reference import hf_model, random_batch, train_reference
 
-NUM_STEPS = 10
+NUM_STEPS = 6
 LAYOUTS = {
     "tp1-pp1-dp1": (1, {"distributed_optimizer": False}),
     "tp2": (2, {"tensor": 2}),

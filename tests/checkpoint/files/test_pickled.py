@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meditron_train.checkpoint.files import pickled
 from meditron_train.checkpoint.files.pickled import (
     ORDERED_DICT,
     SIZE,
@@ -118,9 +119,10 @@ def test_what_is_no_data_is_damage_at_once(payload: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000  # KiB
 
 
-def test_a_pickle_of_very_many_objects_is_refused() -> None:
-    with pytest.raises(DamagedPickle, match="more than 5,000,000 objects"):
-        read_pickle(b"]" * 6_000_000, {})
+def test_a_pickle_of_very_many_objects_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickled, "_MAX_OBJECTS", 5_000)
+    with pytest.raises(DamagedPickle, match="more than 5,000 objects"):
+        read_pickle(b"]" * 6_000, {})
 
 
 def test_objects_on_the_list_do_nothing() -> None:

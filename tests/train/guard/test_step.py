@@ -35,7 +35,7 @@ def run_with(config: Path, faults: str, *overrides: str, world_size: int = 2) ->
 def test_the_faults_that_can_be_asked_for():
     assert parse("nan@7:rank=1, bitflip@9") == [Fault("nan", 7, 1), Fault("bitflip", 9, 0)]
     assert parse("") == []
-    for wrong in ("nan", "typois_megatron_directory", "nan@x", "nanis_megatron_directory:rank"):
+    for wrong in ("nan", "typo@7", "nan@x", "nan@7:rank"):
         with pytest.raises(UserError, match=VARIABLE):
             parse(wrong)
 

@@ -29,7 +29,7 @@ from meditron_train.files import open_regular
 _ALL_LAYERS = re.compile(r"^(.*\blayers\.)(?!\d+\.)(.+)$")
 
 _MAX_LAYERS = 10_000
-_MAX_PARTS = 100_000  # layers, and their chunks, of all tensors that hold all layers
+_MAX_PARTS = 200_000  # layers, and their chunks, of all tensors that hold all layers
 
 
 class TorchDistTensors:

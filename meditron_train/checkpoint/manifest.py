@@ -75,7 +75,7 @@ def write_manifest(
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """The manifest of a directory: None without one, empty when it is damaged (which `verify_manifest` says)."""
-    if not (directory / MANIFEST_NAME).is_file():
+    if not os.path.lexists(directory / MANIFEST_NAME):  # a pipe in its place is damage
         return None
     try:
         manifest = read_json(directory / MANIFEST_NAME, _MAX_BYTES)

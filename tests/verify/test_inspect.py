@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from meditron_train.checkpoint.convert.from_hf import hf_to_sharded
 from meditron_train.checkpoint.convert.to_hf import export_hf
 from meditron_train.verify.inspect import inspect_directory
+from meditron_train.verify.verify import verify
 from tests.checkpoint.tiny_llama import change_json, read_tensors, rewrite_tensors, write_tiny_llama
 from tests.checkpoint.tiny_tokenizer import write_tokenizer_model
 from tests.refusal import refused
@@ -122,3 +124,8 @@ def test_a_changed_hugging_face_directory_with_a_manifest(checkpoint: Path, tmp_
     assert "model.norm.weight has changed: its SHA-256 is not that of the manifest" in problems
     (tmp_path / "back" / "manifest.json").write_text("[]")
     assert "manifest.json cannot be read" in inspect_directory(tmp_path / "back")["problems"][0]
+    (tmp_path / "back" / "manifest.json").unlink()
+    os.mkfifo(tmp_path / "back" / "manifest.json")
+    assert "manifest.json cannot be read" in inspect_directory(tmp_path / "back")["problems"][0]
+    said = [difference.message for difference in verify(checkpoint, tmp_path / "back").differences]
+    assert any(message.startswith("manifest.json cannot be read") for message in said)

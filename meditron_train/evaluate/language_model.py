@@ -15,6 +15,7 @@ from meditron_train.checkpoint.adapters import is_adapter_directory, open_adapte
 from meditron_train.checkpoint.convert.adapters import merge_adapter
 from meditron_train.checkpoint.convert.to_hf import export_hf
 from meditron_train.checkpoint.hf.config import refuse_adapter
+from meditron_train.checkpoint.hf.directory import end_token_ids, read_generation_config
 from meditron_train.checkpoint.hf.read import is_hf_directory, open_hf_model
 from meditron_train.checkpoint.sharded.read import is_sharded_directory
 from meditron_train.errors import UserError
@@ -67,6 +68,7 @@ def load_language_model(
         UserError: it is not one, is damaged, or has no tokenizer.
     """
     open_hf_model(directory)  # our own messages for missing shards and other architectures
+    check_generation_config(directory)
     tokenizer = open_tokenizer(directory)
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -75,6 +77,23 @@ def load_language_model(
     local = {"local_files_only": True, "trust_remote_code": False}
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **local).to(device).eval()
     return LanguageModel(model, tokenizer)
+
+
+def check_generation_config(directory: Path) -> None:
+    """Refuse a generation_config.json at which transformers would fail while it loads the model.
+
+    Raises:
+        UserError: transformers, or we for the tokens that end a text, cannot read it.
+    """
+    values = read_generation_config(directory)
+    end_token_ids(directory)
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_dict(values or {})
+    except Exception as error:  # whatever a library makes of wrong types
+        file = directory / "generation_config.json"
+        raise UserError(f"{file}: transformers cannot read it: {type(error).__name__}: {error}") from None
 
 
 @contextmanager

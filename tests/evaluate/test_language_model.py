@@ -74,6 +74,20 @@ def test_a_tokenizer_that_the_library_cannot_read_is_refused(hf_directory, tmp_p
         load_language_model(tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 200_000, "9" * 5000]
+    + [json.dumps(values) for values in (
+        {"eos_token_id": "x"}, {"pad_token_id": "x"}, {"cache_implementation": "x"}, {"watermarking_config": 1}
+    )],
+)  # fmt: skip
+def test_a_generation_config_that_transformers_cannot_read_is_refused(hf_directory, tmp_path, text):
+    shutil.copytree(hf_directory, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(text)
+    with refused("generation_config.json"):
+        load_language_model(tmp_path / "model")
+
+
 def test_a_missing_shard(hf_directory, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()

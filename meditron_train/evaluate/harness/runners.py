@@ -9,6 +9,7 @@ from meditron_train.checkpoint.hf.directory import end_token_ids
 from meditron_train.checkpoint.hf.read import open_hf_model
 from meditron_train.config.training import ParallelSection
 from meditron_train.errors import UserError
+from meditron_train.evaluate.language_model import check_generation_config
 from meditron_train.launcher.environment import LaunchEnvironment
 from meditron_train.tokenizer.reading import open_tokenizer
 
@@ -53,6 +54,7 @@ def open_runner(
     """
     require_harness()
     open_hf_model(directory)  # our own messages for missing shards, other architectures and adapters
+    check_generation_config(directory)
     tokenizer = open_tokenizer(directory)
     _check_vocabulary(directory, len(tokenizer))
     add_bos = not chat and _adds_bos(tokenizer)

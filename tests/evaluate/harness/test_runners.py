@@ -63,6 +63,13 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
         open_runner("transformers", directory, **SIZES)
 
 
+def test_a_generation_config_that_transformers_cannot_read_is_refused(tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path / "model")
+    (directory / "generation_config.json").write_text("[" * 200_000)
+    with refused("generation_config.json"):
+        open_runner("transformers", directory, **SIZES)
+
+
 def write_mismatched_model(directory: Path) -> Path:
     """The tokenizer has more tokens than the embedding has rows."""
     write_tiny_llama(directory, vocab_size=VOCAB_SIZE - 8, bos_token_id=1, eos_token_id=2)

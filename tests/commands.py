@@ -7,6 +7,7 @@ the seconds of imports; tests of those, and of the interpreter's start, start an
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -68,6 +69,8 @@ def _main(words: list[str], environment: dict[str, str], output: str, directory:
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
+    # As a terminal starts it: what a shell starts in the background ignores Ctrl-C, and so would this.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (1, 2):
         file = os.open(Path(output, str(number)), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, number)

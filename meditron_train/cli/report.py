@@ -43,7 +43,7 @@ def report(
       meditron-train report runs/a runs/b --output comparison.html
       meditron-train report runs/llama2-7b --serve
     """
-    from meditron_train.flows.report.gather import make_page
+    from meditron_train.flows.report.run_page import make_page
     from meditron_train.flows.report.write import write_page
 
     if serve:

@@ -29,7 +29,7 @@ from meditron_train.layout import ParallelLayout
 from meditron_train.log import get_logger
 from meditron_train.parallel import Mesh
 from meditron_train.train.base_model import resolve_base_model, tokenizer_size, with_a_base
-from meditron_train.train.chain import warn_of_earlier_held_out
+from meditron_train.train.chain_held_out import warn_of_earlier_held_out
 from meditron_train.train.engine import Engine
 from meditron_train.train.engine_state import load_state, sharded_base
 from meditron_train.train.length import open_train_data, resolve_steps, warn_of_other_budget

@@ -36,8 +36,8 @@ from meditron_train.train.life.stacks import stacks_file, stacks_written_to
 from meditron_train.train.life.stop_signals import StopSignals
 from meditron_train.train.loop import Run
 from meditron_train.train.memory_snapshot import remember_allocations, write_if_out_of_memory
-from meditron_train.train.saving.continuing import check_continues, chosen_checkpoint, set_aside_later
 from meditron_train.train.saving.finished import is_done
+from meditron_train.train.saving.resume import check_continues, chosen_checkpoint, set_aside_later
 from meditron_train.train.setup import Plan, make_plan
 from meditron_train.train.summary import summarize
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 if TYPE_CHECKING:
-    from meditron_train.verify.logits import LogitComparison
+    from meditron_train.verify.compare_logits import LogitComparison
 
 from meditron_train.checkpoint.dtypes import parse_dtype
 from meditron_train.checkpoint.files.stored import row_blocks
@@ -30,7 +30,7 @@ from meditron_train.checkpoint.hf.read import is_hf_directory
 from meditron_train.checkpoint.manifest import MANIFEST_NAME, verify_manifest
 from meditron_train.checkpoint.megatron.source import MegatronOptions, is_megatron_directory
 from meditron_train.checkpoint.tensor_map import hf_shapes
-from meditron_train.checkpoint.tokenizer.files import (
+from meditron_train.checkpoint.tokenizer.copy import (
     compare_fingerprints,
     compare_tokenizers,
     tokenizer_fingerprint,
@@ -38,7 +38,7 @@ from meditron_train.checkpoint.tokenizer.files import (
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import MeditronError, UserError
 from meditron_train.tokenizer.files import has_tokenizer, tokenizer_files
-from meditron_train.verify.bits import BitComparison
+from meditron_train.verify.compare_tensors import BitComparison
 from meditron_train.verify.scan import in_parallel, scan_tensor
 from meditron_train.verify.side import (
     AnySide,
@@ -309,7 +309,7 @@ def _as_of_the_model(side: AnySide, other: AnySide) -> Iterator[Path | dict[str,
 def _compare_logits(
     side_a: AnySide, side_b: AnySide, cast: torch.dtype | None
 ) -> tuple[LogitComparison | None, list[Difference]]:
-    from meditron_train.verify.logits import compare_logits  # imports the model and transformers
+    from meditron_train.verify.compare_logits import compare_logits  # imports the model and transformers
 
     assert not isinstance(side_a, ManifestSide) and not isinstance(side_b, ManifestSide)
     try:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from meditron_train.checkpoint.tokenizer.files import copy_tokenizer
+from meditron_train.checkpoint.tokenizer.copy import copy_tokenizer
 from meditron_train.data.tokenizing.tokenizer import load_tokenizer
 from meditron_train.tokenizer.complete import missing_files
 from meditron_train.tokenizer.reading import encode, read_tokenizer
 from meditron_train.tokenizer.versions import version_notes
-from meditron_train.verify.logits import probe_ids
+from meditron_train.verify.compare_logits import probe_ids
 from tests.checkpoint.tiny_tokenizer import VOCAB_SIZE, write_tokenizer_model
 from tests.checkpoint.tokenizer.shapes import byte_level
 from tests.hostile import check

@@ -127,7 +127,7 @@ def one_by_one(hf_dir: Path, exported: Path, prompt_weight: float) -> tuple[floa
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, hf_dir: Path) -> Path:
     """The tokenizer as a run exports it."""
-    from meditron_train.checkpoint.tokenizer.files import copy_tokenizer
+    from meditron_train.checkpoint.tokenizer.copy import copy_tokenizer
     from meditron_train.data.tokenizing.chat import chat_template
     from meditron_train.data.tokenizing.tokenizer import load_tokenizer
 

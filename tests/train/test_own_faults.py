@@ -204,7 +204,7 @@ def crashing_rank(rank: int, world_size: int, config_file: Path, from_step: int 
 
 def test_a_crash_after_going_back_does_not_make_it_go_back_twice(write_small, tmp_path, caplog):
     """The start after the crash finds the chosen checkpoint as the newest one, without a mark that it was chosen."""
-    from meditron_train.train.saving.continuing import chosen_checkpoint
+    from meditron_train.train.saving.resume import chosen_checkpoint
 
     config = write_small(checkpoint={"interval": 2, "export_hf": False})
     run(config)

@@ -61,7 +61,7 @@ def finished_run(tmp_path_factory, hf_dir, corpus):
 
 
 def test_a_real_run_recorded_all_that_its_report_shows(finished_run):
-    from meditron_train.flows.report.gather import make_page
+    from meditron_train.flows.report.run_page import make_page
     from meditron_train.report.page.markdown import render_markdown
 
     page = make_page([finished_run], check_hashes=True)
@@ -84,7 +84,7 @@ def test_a_real_run_recorded_all_that_its_report_shows(finished_run):
 
 @needs_browser
 def test_its_page_in_a_browser(finished_run):
-    from meditron_train.flows.report.gather import make_page
+    from meditron_train.flows.report.run_page import make_page
     from meditron_train.flows.report.write import write_page
 
     path = finished_run / "report.html"
@@ -104,7 +104,7 @@ def test_its_page_in_a_browser(finished_run):
 
 @needs_browser
 def test_text_of_files_does_nothing_in_a_browser(tmp_path):
-    from meditron_train.flows.report.gather import make_page
+    from meditron_train.flows.report.run_page import make_page
     from meditron_train.flows.report.write import write_page
 
     evil = "</script><script>window.hit = 1</script><img src=http://198.51.100.1/x onerror='window.hit = 1'>"

@@ -13,7 +13,7 @@ import torch
 
 from meditron_train.checkpoint.convert.from_hf import hf_to_sharded
 from meditron_train.checkpoint.convert.to_hf import export_hf
-from meditron_train.verify.bits import BitComparison
+from meditron_train.verify.compare_tensors import BitComparison
 from meditron_train.verify.verify import Comparison, verify
 from tests.checkpoint.tiny_llama import change_json, read_tensors, rewrite_tensors, write_tiny_llama
 from tests.refusal import refused
@@ -340,7 +340,7 @@ def test_bits_not_values() -> None:
 
 
 def test_differences_beyond_the_first_block(monkeypatch) -> None:
-    monkeypatch.setattr("meditron_train.verify.bits._BLOCK_ELEMENTS", 10)
+    monkeypatch.setattr("meditron_train.verify.compare_tensors._BLOCK_ELEMENTS", 10)
     a = torch.zeros(10, 10)
     b = a.clone()
     b[4, 3], b[9, 9] = 1.0, -3.0

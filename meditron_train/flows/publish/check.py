@@ -12,7 +12,7 @@ from meditron_train.checkpoint.hf.config import read_hf_config
 from meditron_train.errors import MeditronError
 from meditron_train.evaluate.language_model import load_language_model
 from meditron_train.tokenizer.files import has_tokenizer
-from meditron_train.verify.logits import probe_ids, transformers_logits
+from meditron_train.verify.compare_logits import probe_ids, transformers_logits
 from meditron_train.verify.side import open_full_side
 from meditron_train.verify.verify import verify
 

@@ -14,7 +14,7 @@ from meditron_train.config.load import load_config
 from meditron_train.errors import MeditronError
 from meditron_train.files import read_json_object
 from meditron_train.flows.measured import FIRST_LINES, comparable_lines
-from meditron_train.flows.report.layout import layout_of, model_of
+from meditron_train.flows.report.parallel_layout import layout_of, model_of
 from meditron_train.planner.cost import RunCost
 from meditron_train.planner.flops import gpu_type
 from meditron_train.planner.hardware import HARDWARE, Hardware

@@ -27,7 +27,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from meditron_train import __version__
 from meditron_train.errors import MeditronError, UserError
 from meditron_train.files import open_regular
-from meditron_train.flows.report.gather import make_page
+from meditron_train.flows.report.run_page import make_page
 from meditron_train.log import get_logger
 from meditron_train.report.page.html import plotly_script, render_html
 

@@ -27,10 +27,10 @@ from meditron_train.report.status import RunStatus
 from meditron_train.train.engine import Engine
 from meditron_train.train.engine_state import load_state, sharded_state, use_mesh
 from meditron_train.train.progress import Progress
-from meditron_train.train.saving.continuing import check_continues
 from meditron_train.train.saving.exports import export_run
 from meditron_train.train.saving.finished import find_export
 from meditron_train.train.saving.forked_copy import ForkedCopy
+from meditron_train.train.saving.resume import check_continues
 from meditron_train.train.setup import Plan
 
 _log = get_logger(__name__)

@@ -13,8 +13,8 @@ from meditron_train.checkpoint.convert.from_hf import hf_to_sharded
 from meditron_train.checkpoint.convert.to_hf import export_hf
 from meditron_train.checkpoint.hf.config import read_hf_config
 from meditron_train.checkpoint.sharded.read import ShardedSource
-from meditron_train.verify.forward import our_logits
 from meditron_train.verify.side import HFSide
+from meditron_train.verify.streamed_forward import our_logits
 from meditron_train.verify.verify import verify
 from tests.checkpoint.convert.layouts import split_checkpoint
 from tests.checkpoint.tiny_llama import assert_same_bits, read_tensors, write_tiny_llama

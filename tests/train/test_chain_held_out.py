@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from meditron_train.config.schema import Config
-from meditron_train.train.chain import warn_of_earlier_held_out
+from meditron_train.train.chain_held_out import warn_of_earlier_held_out
 
 TEXTS = [
     "[" * 100_000,

@@ -16,7 +16,7 @@ import yaml
 
 from meditron_train.checkpoint.manifest import write_manifest
 from meditron_train.errors import UserError
-from meditron_train.flows.report.gather import make_page
+from meditron_train.flows.report.run_page import make_page
 from meditron_train.flows.report.write import write_page
 from meditron_train.report.page.blocks import Facts, LayoutDrawing, Page, Table
 from meditron_train.report.page.html import render_html
@@ -456,7 +456,7 @@ def test_what_is_no_run_is_refused(tmp_path):
 BUILD = """
 import sys
 from pathlib import Path
-from meditron_train.flows.report.gather import make_page
+from meditron_train.flows.report.run_page import make_page
 from meditron_train.flows.report.write import write_page
 write_page(make_page([Path(sys.argv[1])]), Path(sys.argv[1]) / "report.html")
 # The peak of this program; ru_maxrss would also count the process that started it.

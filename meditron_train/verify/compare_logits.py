@@ -17,8 +17,8 @@ from meditron_train.checkpoint.tensor_map import hf_shapes
 from meditron_train.errors import UserError
 from meditron_train.tokenizer.files import has_tokenizer
 from meditron_train.tokenizer.reading import encode
-from meditron_train.verify.forward import our_logits
 from meditron_train.verify.side import FullSide
+from meditron_train.verify.streamed_forward import our_logits
 
 _TEXT = (
     "A 62-year-old woman with type 2 diabetes mellitus presents with a three-week history of exertional dyspnoea and "

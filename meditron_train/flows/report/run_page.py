@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from meditron_train import __version__
-from meditron_train.flows.report.layout import layout_section
+from meditron_train.flows.report.parallel_layout import layout_section
 from meditron_train.flows.report.resources import checkpoints, cost, plan_against_measured
 from meditron_train.report.page.blocks import Cell, Page, Section, Text, facts, table
 from meditron_train.report.page.life import STATES, data_mixture, evaluations, provenance, stability

@@ -9,6 +9,7 @@ from tests import docs_check
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.long
 def test_the_documents_of_this_repository():
     assert docs_check.documents(ROOT), "README.md is missing"
     problems = docs_check.check(ROOT, run=False)  # `make docs-check` runs what is marked

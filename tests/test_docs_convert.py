@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from meditron_train.cli.main import app
@@ -19,6 +20,7 @@ GUIDE = Path(__file__).parents[1] / "docs/guides/convert.md"
 MADE = ("HF_DIR", "RUN_DIR", "TOKENIZER_DIR")  # the others are made by the commands
 
 
+@pytest.mark.long
 def test_every_command_of_the_guide_runs(tmp_path: Path) -> None:
     named = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02, "rms_norm_eps": 1e-5}
     tensors, config = make_hf(tmp_path / "HF_DIR", vocab_size=VOCAB_SIZE, **named)

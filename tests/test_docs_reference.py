@@ -19,6 +19,7 @@ def test_generated_pages_are_up_to_date():
         )
 
 
+@pytest.mark.long
 def test_the_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("sphinx", reason="the docs extra is not installed")
     words = [

@@ -19,6 +19,7 @@ from meditron_train.data.packing.batch_schedule import BatchSchedule
 from meditron_train.data.sources import Source
 from meditron_train.errors import UserError
 from tests.data.test_packed import section, write
+from tests.long import mostly_long
 
 RAMP = BatchSchedule(8, BatchRamp(start=4, increment=4, samples=8))
 
@@ -157,7 +158,10 @@ def test_a_forked_child_neither_hangs_nor_gets_batches(dataset: PackedDataset) -
     loader.close()
 
 
-@pytest.mark.parametrize("end", ["", "raise SystemExit(0)", "import os; os.fork() or sys.exit(0)"])
+@pytest.mark.parametrize(
+    "end",
+    mostly_long(["", "raise SystemExit(0)", "import os; os.fork() or sys.exit(0)"], "raise SystemExit(0)"),
+)
 def test_the_interpreter_ends_with_a_loader_at_work(tmp_path: Path, end: str) -> None:
     prefix = write(tmp_path / "a", [500] * 400)
     program = f"""

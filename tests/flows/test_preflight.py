@@ -88,6 +88,7 @@ def test_one_node(config, tmp_path):
     assert (tmp_path / "report" / "bad").read_text() == ""
 
 
+@pytest.mark.long
 def test_three_nodes_of_which_one_is_unfit_and_one_is_silent(config, tmp_path):
     """Node 2 has too few GPUs by its nvidia-smi; node 3 was never started: the other two measure their link."""
     port, report = free_port(), tmp_path / "report"

@@ -254,6 +254,7 @@ time.sleep(100)
 """
 
 
+@pytest.mark.long
 def test_torchrun_leaves_its_ranks_the_time_that_slurm_gives(tmp_path):
     """Slurm's TERM reaches torchrun too, which would kill a rank that saves for longer than its own patience."""
     rank = tmp_path / "rank.py"

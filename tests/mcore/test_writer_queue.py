@@ -48,6 +48,7 @@ def lives(pid: int) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_signals_of_a_batch_system_leave_it_alone():
     process, server = start()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -57,6 +58,7 @@ def test_signals_of_a_batch_system_leave_it_alone():
     assert not lives(server)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("program", [START, START_WRITER], ids=["queue", "writer"])
 def test_a_killed_rank_leaves_nothing(program):
     process, started = start(program)

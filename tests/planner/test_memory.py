@@ -20,6 +20,7 @@ from meditron_train.planner.memory import (
     stage_parameters,
 )
 from tests.distributed import run_ranks
+from tests.long import mostly_long
 from tests.planner.test_flops import LLAMA2_7B, LLAMA2_70B
 
 SHAPE = {
@@ -143,15 +144,17 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("precision", mostly_long(["bf16", "fp32"], "bf16"))
+@pytest.mark.parametrize(
+    "layout", mostly_long(LAYOUTS, "alone", "interleaved", "data", "context, tensor, sequence")
+)
 def test_a_step_holds_what_is_estimated(layout, precision):
     world_size, parallel = LAYOUTS[layout]
     config = make_config(parallel=parallel, train={"precision": precision})
     check(config, world_size)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("recompute", mostly_long(["none", "selective"], "selective"))
 @pytest.mark.parametrize(
     ("layout", "num_kv_heads"), [("alone", 8), ("alone", 1), ("tensor", 8), ("context", 8), ("context", 1)]
 )
@@ -172,13 +175,13 @@ ADAPTERS = {
 @pytest.mark.parametrize(
     ("parallel", "lora", "recompute"),
     [
-        ({}, "all", "none"),
-        ({}, "all, dropout", "none"),
+        pytest.param({}, "all", "none", marks=pytest.mark.long),
+        pytest.param({}, "all, dropout", "none", marks=pytest.mark.long),
         ({}, "some, dropout", "selective"),
-        ({"tensor": 2, "sequence": True}, "all, dropout", "none"),
+        pytest.param({"tensor": 2, "sequence": True}, "all, dropout", "none", marks=pytest.mark.long),
         ({"tensor": 2, "sequence": True}, "all, dropout", "selective"),
-        ({"context": 2}, "all, dropout", "none"),
-        ({"context": 2}, "some, dropout", "none"),
+        pytest.param({"context": 2}, "all, dropout", "none", marks=pytest.mark.long),
+        pytest.param({"context": 2}, "some, dropout", "none", marks=pytest.mark.long),
     ],
 )
 def test_adapters_hold_what_is_estimated(parallel, lora, recompute):

@@ -62,7 +62,7 @@ def chat_config(write_config, chat_data: Path, hf_dir: Path, tmp_path: Path):
                 "validation": [],
                 "chat": {"template": "chatml", **(chat or {})},
             },
-            "train": {"steps": 4, "seq_len": SEQ_LEN, "micro_batch_size": 1, "global_batch_size": 4,
+            "train": {"steps": 4, "seq_len": SEQ_LEN, "micro_batch_size": 1, "global_batch_size": 2,
                       "precision": "fp32", "device": "cpu"},
             "checkpoint": {"interval": 2, "export_hf": True},
             "logging": {"run_dir": str(tmp_path / run_name), "wandb": "disabled", "tensorboard": False},
@@ -140,8 +140,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory, hf_dir: Path) -> Path:
 @pytest.mark.parametrize(
     ("parallel", "prompt_weight"),
     [
-        ({"tensor": 2, "sequence": True}, 0.0),
-        ({"pipeline": 2}, 0.3),
+        pytest.param({"tensor": 2, "sequence": True}, 0.0, marks=pytest.mark.long),
+        pytest.param({"pipeline": 2}, 0.3, marks=pytest.mark.long),
         ({}, 0.3),  # two data-parallel ranks
         ({"context": 2}, 0.0),
     ],
@@ -159,6 +159,7 @@ def test_the_loss_under_packing_is_that_of_each_conversation_alone(
         assert got[3] == pytest.approx(norm, rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_run_exports_what_agrees_and_resumes_bit_for_bit(chat_config, tmp_path: Path, hf_dir: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

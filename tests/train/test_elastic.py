@@ -12,6 +12,7 @@ from tests.train.test_loop import losses, run, stop_file_after
 TRAIN = {"steps": 12, "seq_len": 64, "global_batch_size": 12, "precision": "fp32", "device": "cpu"}
 
 
+@pytest.mark.long
 def test_data_parallelism_follows_the_number_of_ranks(write_config, tmp_path):
     logging = {"wandb": "disabled", "tensorboard": False}
     whole = run(

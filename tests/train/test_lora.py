@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
+from tests.long import mostly_long
 from tests.train.ranks import local_weights, make_config, share_of, start_engine, take_steps
 from tests.train.reference import hf_model, loss_sum_alone, random_batch, train_reference
 from tests.train.test_parity import QWEN2, assert_agrees
@@ -184,7 +185,7 @@ def references(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", mostly_long(LAYOUTS, "one process", "tp2-sp", "tp2-cp2-dp2"))
 def test_every_layout_agrees_with_peft(layout, references, tmp_path):
     from safetensors.torch import load_file
 
@@ -216,6 +217,7 @@ def test_every_layout_agrees_with_peft(layout, references, tmp_path):
         assert (results[0]["logits"] - logits_alone(model, batches[0])).abs().max() <= 1e-5
 
 
+@pytest.mark.long
 def test_some_matrices_of_a_model_with_biases_and_recomputation(tmp_path):
     targets, overrides = ("q_proj", "v_proj", "down_proj"), QWEN2
     expected_history, expected = reference_run(tmp_path / "hf", steps_of(2), targets, **overrides)
@@ -232,6 +234,7 @@ def test_some_matrices_of_a_model_with_biases_and_recomputation(tmp_path):
     assert_agrees(results[0]["history"], adapters, expected_history, expected, tolerance=3e-5)
 
 
+@pytest.mark.long
 def test_dropout_is_the_same_in_every_layout_and_when_computed_again(references, tmp_path):
     def losses(world_size, parallel, recompute, dropout=0.3):
         sections = {

@@ -43,6 +43,7 @@ def command(*words: object) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_bit_identically_from_a_small_checkpoint(short, tmp_path, hf_dir):
     from meditron_train.checkpoint.base_weights import open_base, weights_sha256
     from meditron_train.checkpoint.sharded.read import read_meta
@@ -69,6 +70,7 @@ def test_a_killed_run_resumes_bit_identically_from_a_small_checkpoint(short, tmp
     assert base == {"directory": str(hf_dir.resolve()), "weights_sha256": weights_sha256(open_base(hf_dir))}
 
 
+@pytest.mark.long
 def test_resuming_in_the_same_layout_changes_no_bit(short, tmp_path):
     lora = {"lora": {**LORA, "dropout": 0.1}}
     whole = run(short("whole", **lora))
@@ -174,6 +176,7 @@ def test_a_run_refuses_another_base_other_adapters_and_new_tokens(short, tmp_pat
     assert "convert add-tokens" in message
 
 
+@pytest.mark.long
 def test_a_base_with_more_tokens_trains_without_growing(short, tmp_path, hf_dir):
     from safetensors.torch import load_file
     from transformers import AutoTokenizer

@@ -56,6 +56,7 @@ def failing_export_rank(rank: int, world_size: int, config_file: Path) -> list[s
     return tried
 
 
+@pytest.mark.long
 def test_an_intermediate_export_that_fails_is_tried_again(write_small, tmp_path):
     config = write_small(checkpoint={"interval": 2, "export_hf": False, "export_interval": 1})
     (tried, _) = run_ranks(failing_export_rank, 2, config)
@@ -76,6 +77,7 @@ def lost_exports_rank(rank: int, world_size: int, config_file: Path) -> int:
     return run_rank(rank, world_size, config_file)
 
 
+@pytest.mark.long
 def test_an_intermediate_export_that_fails_is_tried_again_by_the_next_start(write_small, tmp_path):
     config = write_small(
         checkpoint={"interval": 1, "keep_last": 2, "export_hf": False, "export_interval": 2},
@@ -117,6 +119,7 @@ def test_a_run_goes_on_when_its_base_model_is_gone(write_small, tmp_path, hf_dir
     assert [line["step"] for line in run(config, "train.steps=6", f"model.from={own}")][-1] == 6
 
 
+@pytest.mark.long
 def test_a_learning_rate_that_jumps_on_a_resume_is_said(write_small, tmp_path):
     config = write_small(schedule={"warmup_steps": None, "warmup_fraction": 0.25})
     run(config)
@@ -182,6 +185,7 @@ def going_back_rank(
         return train(config, detect_launcher(), signals, from_step=from_step)
 
 
+@pytest.mark.long
 def test_a_run_goes_back_to_a_chosen_checkpoint_once(write_small, tmp_path):
     config = write_small(checkpoint={"interval": 1, "export_hf": False})
     expected = run(config)
@@ -202,6 +206,7 @@ def crashing_rank(rank: int, world_size: int, config_file: Path, from_step: int 
     return going_back_rank(rank, world_size, config_file, 5, from_step)
 
 
+@pytest.mark.long
 def test_a_crash_after_going_back_does_not_make_it_go_back_twice(write_small, tmp_path, caplog):
     """The start after the crash finds the chosen checkpoint as the newest one, without a mark that it was chosen."""
     from meditron_train.train.saving.resume import chosen_checkpoint
@@ -223,6 +228,7 @@ def test_a_crash_after_going_back_does_not_make_it_go_back_twice(write_small, tm
     assert "--from-step 2 was obeyed before" in caplog.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("has_mark", [False, True])
 def test_what_lies_on_the_node_from_before_is_not_gone_back_to(write_small, tmp_path, has_mark):
     """Of step 3, where the newest checkpoint that everyone can read is of step 2."""
@@ -295,6 +301,7 @@ def test_the_length_of_a_run_in_tokens_epochs_or_budgets(write_small, tmp_path, 
     assert plan({"steps": 3}, train=sources).config.train.steps == 3
 
 
+@pytest.mark.long
 def test_training_on_what_an_earlier_run_held_out_is_said(write_small, tmp_path, corpus, caplog):
     from meditron_train.config.load import load_config
     from meditron_train.train.setup import make_plan

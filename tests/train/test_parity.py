@@ -7,10 +7,11 @@ import torch
 
 from meditron_train.native.backends import choose_backend
 from tests.distributed import run_ranks
+from tests.long import mostly_long
 from tests.train.ranks import assemble, make_config, train_ranks
 from tests.train.reference import hf_model, random_batch, train_reference
 
-NUM_STEPS = 6
+NUM_STEPS = 4
 LAYOUTS = {
     "tp1-pp1-dp1": (1, {"distributed_optimizer": False}),
     "tp2": (2, {"tensor": 2}),
@@ -29,7 +30,7 @@ LAYOUTS = {
 }
 
 
-def make_steps(micro_batch_size: int = 1, per_step: int = 8, num_steps: int = NUM_STEPS):
+def make_steps(micro_batch_size: int = 1, per_step: int = 4, num_steps: int = NUM_STEPS):
     return [
         [random_batch(100 * step + i, micro_batch_size=micro_batch_size) for i in range(per_step)]
         for step in range(num_steps)
@@ -112,9 +113,11 @@ def test_tied_embeddings_and_several_samples_per_micro_batch(tmp_path):
     assert_agrees(history, weights, expected_history, expected_weights)
 
 
-def test_bf16_follows_the_fp32_reference(reference):
-    directory, expected_history, _ = reference
-    history, _ = run_layout(directory, 2, {"tensor": 2}, make_steps(), train={"precision": "bf16"})
+@pytest.mark.long
+def test_bf16_follows_the_fp32_reference(tmp_path):
+    steps = make_steps(per_step=8, num_steps=6)
+    directory, expected_history, _ = reference_run(tmp_path / "hf", steps)
+    history, _ = run_layout(directory, 2, {"tensor": 2}, steps, train={"precision": "bf16"})
     losses = torch.tensor([loss for loss, _ in history])
     expected = torch.tensor([loss for loss, _ in expected_history])
     assert (losses / expected - 1).abs().max() < 0.02
@@ -139,6 +142,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_of_llama_agrees_with_transformers(shape, tmp_path):
     overrides = dict(SHAPES[shape])
@@ -159,6 +163,7 @@ UNEVEN = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", UNEVEN)
 def test_uneven_stages_agree_with_transformers(case, tmp_path):
     overrides, world_size, parallel = UNEVEN[case]
@@ -188,6 +193,7 @@ FROZEN = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", FROZEN)
 def test_frozen_parts_keep_every_bit_and_the_rest_agrees_with_transformers(case, tmp_path):
     freeze, frozen, (world_size, parallel, tied) = FROZEN[case]
@@ -226,7 +232,9 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize(
+    "case", mostly_long(FAMILIES, "mistral-cp2", "qwen2-tied-window-tp2-pp2-interleaved")
+)
 def test_every_family_agrees_with_transformers(case, tmp_path):
     overrides, world_size, parallel = FAMILIES[case]
     steps = [[random_batch(10 * step + i) for i in range(4)] for step in range(3)]

@@ -15,7 +15,7 @@ from meditron_train.train import memory_snapshot
 from meditron_train.train.profiling import PHASES, summarize
 from tests.train.test_loop import losses, run
 
-SHORT = {"train": {"steps": 4, "global_batch_size": 4}, "validation": {"interval": 100, "steps": 1}}
+SHORT = {"train": {"steps": 4, "global_batch_size": 2}, "validation": {"interval": 100, "steps": 1}}
 
 
 def test_chosen_steps_of_chosen_ranks_are_recorded_and_change_no_number(write_config, tmp_path):
@@ -68,6 +68,7 @@ def test_the_backward_runs_in_another_thread_and_counts():
     assert "0.200" in work
 
 
+@pytest.mark.long
 def test_a_run_that_ends_among_the_steps_writes_what_it_has(write_config, tmp_path):
     train = {**SHORT["train"], "profile": {"from_step": 4, "num_steps": 10}}
     run(write_config(**{**SHORT, "train": train}))

@@ -12,6 +12,7 @@ import pytest
 
 from meditron_train.checkpoint.sharded.store import CheckpointStore
 from tests.distributed import run_ranks
+from tests.long import mostly_long
 from tests.train.test_failures import message_rank
 from tests.train.test_loop import run, run_rank
 
@@ -42,7 +43,7 @@ def with_a_directory_in_the_way(
 
 @pytest.fixture
 def config(write_config):
-    train = {"seq_len": 64, "global_batch_size": 4, "precision": "fp32", "device": "cpu"}
+    train = {"seq_len": 64, "global_batch_size": 2, "precision": "fp32", "device": "cpu"}
 
     def make(steps: int, interval: int, async_save: bool) -> Path:
         return write_config(
@@ -53,10 +54,8 @@ def config(write_config):
     return make
 
 
-@pytest.mark.parametrize("async_save", [False, True])
-@pytest.mark.parametrize(
-    "name", ["common.pt", ".metadata", pytest.param("metadata.json", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("async_save", mostly_long([False, True], True))
+@pytest.mark.parametrize("name", mostly_long(["common.pt", ".metadata", "metadata.json"], ".metadata"))
 def test_a_file_that_rank_0_alone_cannot_write(config, tmp_path, name, async_save):
     path = config(9, 4, async_save)
     assert run_ranks(with_a_directory_in_the_way, 2, path, name, [4], run_rank, timeout_s=120) == [0, 0]
@@ -66,7 +65,7 @@ def test_a_file_that_rank_0_alone_cannot_write(config, tmp_path, name, async_sav
     assert len(run(path, world_size=2)) == 9
 
 
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("async_save", mostly_long([False, True], True))
 def test_the_third_failure_in_a_row_ends_the_run(config, tmp_path, async_save):
     path = config(40, 2, async_save)
     outcomes = run_ranks(
@@ -92,7 +91,13 @@ def dead_writers_rank(rank: int, world_size: int, config_file: Path, end: str) -
 
 
 @pytest.mark.parametrize(
-    ("end", "async_save"), [("killed", True), ("killed", False), ("raised", True), ("raised", False)]
+    ("end", "async_save"),
+    [
+        ("killed", True),
+        pytest.param("killed", False, marks=pytest.mark.long),
+        pytest.param("raised", True, marks=pytest.mark.long),
+        pytest.param("raised", False, marks=pytest.mark.long),
+    ],
 )
 def test_dead_writers_end_the_save_and_do_not_hang_it(config, tmp_path, end, async_save):
     outcomes = run_ranks(dead_writers_rank, 2, config(3, 1, async_save), end, timeout_s=120)

@@ -13,10 +13,11 @@ import torch
 
 from meditron_train.checkpoint.manifest import write_manifest
 from tests.distributed import run_ranks
+from tests.long import mostly_long
 from tests.train.test_failures import failure
 from tests.train.test_loop import losses, run, run_rank, stop_file_after, tensors, weights
 
-SHORT = {"steps": 6, "seq_len": 64, "global_batch_size": 4, "precision": "fp32", "device": "cpu"}
+SHORT = {"steps": 6, "seq_len": 64, "global_batch_size": 2, "precision": "fp32", "device": "cpu"}
 
 
 @pytest.fixture
@@ -39,7 +40,9 @@ def reference_losses(write_short):
     return losses(run(write_short("reference")))
 
 
-@pytest.mark.parametrize("parallel", [(), ("parallel.tensor=2",), ("parallel.pipeline=2",)])
+@pytest.mark.parametrize(
+    "parallel", mostly_long([(), ("parallel.tensor=2",), ("parallel.pipeline=2",)], ("parallel.tensor=2",))
+)
 def test_a_converted_checkpoint_starts_like_its_source(
     write_short, hf_dir, tmp_path, reference_losses, parallel
 ):
@@ -65,6 +68,7 @@ def test_a_damaged_checkpoint_starts_nothing(write_short, hf_dir, tmp_path):
     assert "manifest.json is missing" in failure(config, world_size=2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("distributed_optimizer", ["true", "false"])
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_a_training_checkpoint_gives_its_weights_and_a_fresh_optimizer(
@@ -82,6 +86,7 @@ def test_a_training_checkpoint_gives_its_weights_and_a_fresh_optimizer(
     assert losses(direct) == losses(by_way_of_hf)  # and so not NaN, which equals nothing
 
 
+@pytest.mark.long
 def test_random_weights_do_not_depend_on_the_layout(write_short, tmp_path):
     from tests.train.reference import TINY
 
@@ -118,6 +123,7 @@ def test_special_tokens_grow_the_embedding_by_its_mean_and_stay_in_the_export(wr
     assert tokenizer.encode("the [bib_ref] dose")[1:].count(300) == 1
 
 
+@pytest.mark.long
 def test_asynchronous_saves_change_nothing_and_resume(write_short, tmp_path, reference_losses):
     config = write_short("async", checkpoint={"interval": 2, "async_save": True, "export_hf": False})
     stop_file_after(config, tmp_path / "async", step=3, world_size=2)
@@ -174,6 +180,7 @@ def test_a_save_file_saves_once_and_the_run_goes_on(write_short, tmp_path):
     assert not (tmp_path / "asked" / "save").exists()
 
 
+@pytest.mark.long
 def test_changed_betas_take_effect_on_resume(write_short, tmp_path):
     config = write_short("betas")
     stop_file_after(config, tmp_path / "betas", step=3, world_size=1)
@@ -221,6 +228,7 @@ def test_a_finished_run_started_again_only_exports(write_short, tmp_path):
     assert (tmp_path / "again" / "hf" / "config.json").exists()
 
 
+@pytest.mark.long
 def test_a_renamed_checkpoint_is_not_taken_for_one(write_short, tmp_path, reference_losses):
     config = write_short("renamed")
     run(config)
@@ -344,6 +352,7 @@ def test_a_resume_runs_no_code_of_a_checkpoint(write_short, tmp_path):
         assert not (tmp_path / "was_run").exists()
 
 
+@pytest.mark.long
 def test_one_rank_alone_hashes_the_checkpoint_that_a_run_starts_from(write_short, tmp_path, monkeypatch):
     """Which rank this is follows from the launcher: srun sets no RANK."""
     from meditron_train.checkpoint.convert.from_hf import hf_to_sharded

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from meditron_train.errors import Cause
 from meditron_train.report.status import Requeue, read_requeue
 from meditron_train.train.life.heartbeat import Pulse
@@ -11,7 +13,7 @@ from tests.distributed import run_ranks
 from tests.report.metrics_file import read_metrics
 from tests.train.test_loop import run, run_rank
 
-STEPS = {"steps": 4, "seq_len": 64, "global_batch_size": 4, "precision": "fp32"}
+STEPS = {"steps": 4, "seq_len": 64, "global_batch_size": 2, "precision": "fp32"}
 
 
 def watched_rank(
@@ -50,6 +52,7 @@ def test_every_batch_is_a_sign_of_life(write_config):
     assert outcomes == [(0, num_batches := outcomes[0][1], num_batches)] * 2 and num_batches >= 2
 
 
+@pytest.mark.long
 def test_a_request_to_stop_ends_the_validation(write_config, tmp_path):
     config = write_config(train=STEPS, validation={"interval": 2, "steps": 2})
     [(code, num_batches, _)] = run_ranks(watched_rank, 1, config, 1)

@@ -58,6 +58,7 @@ def test_without_a_tokenizer_of_its_own_none_is_said_to_be_equal(tmp_path: Path,
             path.unlink(missing_ok=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes", [MISTRAL, linear(2.0), {**MISTRAL, **linear(2.0)}], ids=["mistral", "linear", "both"]
 )

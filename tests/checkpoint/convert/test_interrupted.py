@@ -71,6 +71,7 @@ def sources(tmp_path: Path, monkeypatch) -> dict[str, Path]:
     return {"to": hf, "from": tmp_path / "checkpoint"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("direction", "every"),
     [("from", 4), *(pytest.param(name, 1, marks=pytest.mark.long) for name in ("from", "to"))],

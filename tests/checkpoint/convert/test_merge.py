@@ -237,6 +237,7 @@ def test_several_processes_write_the_same(tmp_path: Path) -> None:
     assert manifests[0] == manifests[1]
 
 
+@pytest.mark.long
 def test_memory_stays_below_max_ram(tmp_path: Path) -> None:
     """Two models of 245 MB become a third; what the process adds is a part of one."""
     sizes = {"hidden_size": 960, "intermediate_size": 10_600, "vocab_size": 2000}

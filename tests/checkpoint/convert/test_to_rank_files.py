@@ -21,6 +21,7 @@ from tests.checkpoint.tiny_tokenizer import VOCAB_SIZE
 from tests.checkpoint.tokenizer.shapes import write_tokenizer_of
 from tests.checkpoint.whole import to_hf
 from tests.distributed import run_ranks
+from tests.long import mostly_long
 from tests.refusal import refused
 from tests.train.ranks import make_config, start_engine, take_steps
 from tests.train.reference import hf_model, random_batch
@@ -94,7 +95,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_long(CASES, "fp32-tp2-to-pp2"))
 def test_megatron_core_goes_on_from_the_files(tmp_path: Path, case: str) -> None:
     from meditron_train.checkpoint.hf.config import read_hf_config
     from meditron_train.checkpoint.manifest import write_manifest
@@ -134,8 +135,14 @@ def test_megatron_core_goes_on_from_the_files(tmp_path: Path, case: str) -> None
     "changes",
     [
         {"bos_token_id": 1, "eos_token_id": 2},
-        {"model_type": "mistral", "sliding_window": 9, "bos_token_id": 1, "eos_token_id": 2},
-        {"model_type": "qwen2", "bos_token_id": 350, "eos_token_id": 351, "pad_token_id": 353},
+        pytest.param(
+            {"model_type": "mistral", "sliding_window": 9, "bos_token_id": 1, "eos_token_id": 2},
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            {"model_type": "qwen2", "bos_token_id": 350, "eos_token_id": 351, "pad_token_id": 353},
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_converted_checkpoint_has_no_optimizer(tmp_path: Path, changes: dict) -> None:

@@ -159,7 +159,7 @@ def test_the_manifest_adds_up(planted: tuple[Corpus, dict[str, Any]]) -> None:
     assert not (declared.output / ".build").exists()
 
 
-@pytest.mark.parametrize(("workers", "tasks"), [(4, 3), (1, 7)])
+@pytest.mark.parametrize(("workers", "tasks"), [(4, 3), pytest.param(1, 7, marks=pytest.mark.long)])
 def test_workers_and_tasks_change_nothing(
     planted: tuple[Corpus, dict[str, Any]], tmp_path: Path, workers: int, tasks: int | None
 ) -> None:
@@ -362,6 +362,7 @@ def test_unknown_licenses_may_be_dropped(bad: Corpus) -> None:
     assert dropped(bad.output)["odd"]["rule"] == "invalid.unknown_license"
 
 
+@pytest.mark.long
 def test_a_huge_document_is_dropped_by_rule_or_kept_in_bounded_memory(tmp_path: Path) -> None:
     huge = (article(1, 200) + " ") * 180
     assert len(huge) > 2_000_000, "the longest that is kept"

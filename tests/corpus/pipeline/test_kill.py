@@ -117,6 +117,7 @@ def test_the_same_bytes_after_a_kill_in_every_stage(whole: tuple[Path, dict[str,
     assert _without_name(_kill_and_finish(root, "stages", [])) == _without_name(files)
 
 
+@pytest.mark.long
 def test_no_process_outlives_a_killed_build(whole: tuple[Path, dict[str, str], float]) -> None:
     root, _, duration_s = whole
     config = _declare(root, "orphans")

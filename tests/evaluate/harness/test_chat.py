@@ -27,6 +27,7 @@ from tests.distributed import run_ranks
 from tests.evaluate.asking import ask
 from tests.evaluate.harness.test_run import medqa_rows, write_lines
 from tests.evaluate.ranks import answer_benchmark
+from tests.long import mostly_long
 from tests.refusal import refused
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "batch_size": 4, "dtype": "float32", "chat": True}
@@ -117,7 +118,7 @@ def encode_on_a_rank(rank: int, world_size: int, directory: Path, texts: list[st
     return [lm.tok_encode(text) for text in texts]
 
 
-@pytest.mark.parametrize("template", [None, NO_BOS], ids=["chatml", "no-bos"])
+@pytest.mark.parametrize("template", mostly_long([None, NO_BOS], None), ids=["chatml", "no-bos"])
 def test_a_conversation_has_the_tokens_that_training_gives_it(tmp_path: Path, template: str | None) -> None:
     directory = write_chat_model(tmp_path / "model", template)
     tokenizer = load_tokenizer(directory)

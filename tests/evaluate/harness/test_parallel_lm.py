@@ -61,7 +61,9 @@ def assert_same(answers, wanted):
         assert replace(ours, log_likelihoods=()) == replace(theirs, log_likelihoods=())
 
 
-@pytest.mark.parametrize(("world_size", "parallel"), [(2, {"pipeline": 2}), (2, {"tensor": 2})])
+@pytest.mark.parametrize(
+    ("world_size", "parallel"), [(2, {"pipeline": 2}), pytest.param(2, {"tensor": 2}, marks=pytest.mark.long)]
+)
 def test_answers_are_those_of_lm_evals_own_model(directory, data, expected, world_size, parallel):
     ranks = run_ranks(answer_benchmark, world_size, directory, parallel, data, ASKED)
     for found in ranks:  # each rank has all of them
@@ -69,6 +71,7 @@ def test_answers_are_those_of_lm_evals_own_model(directory, data, expected, worl
             assert_same(answers, wanted)
 
 
+@pytest.mark.long
 def test_prompts_that_are_cut_are_counted(tmp_path, data):
     """Against the lengths of the prompts and their answers, as transformers' tokenizer has them."""
     from transformers import AutoTokenizer
@@ -95,6 +98,7 @@ def test_prompts_that_are_cut_are_counted(tmp_path, data):
         assert_same(answers, score.answers)
 
 
+@pytest.mark.long
 def test_samples_do_not_depend_on_the_layout(directory, data):
     alone = run_ranks(answer_benchmark, 1, directory, {}, data, [SAMPLED])[0][0]
     assert run_ranks(answer_benchmark, 2, directory, {"pipeline": 2}, data, [SAMPLED])[1][0] == alone

@@ -16,6 +16,7 @@ from meditron_train.flows.publish.origin import find_origin
 from meditron_train.flows.publish.publish import Wishes, publish
 from tests.distributed import run_ranks
 from tests.flows.publish.test_publish import read_card
+from tests.long import mostly_long
 from tests.train.conftest import corpus, hf_dir  # noqa: F401
 from tests.train.test_chat import chat_data  # noqa: F401
 from tests.train.test_loop import run_rank
@@ -37,6 +38,7 @@ def train(root: Path, base: Path, data: dict[str, Any], **sections: Any) -> Path
     return root / "run"
 
 
+@pytest.mark.long
 def test_a_supervised_finetuning(tmp_path: Path, hf_dir: Path, chat_data: Path) -> None:  # noqa: F811
     chat = {"template": "chatml", "prompt_loss_weight": 0.25}
     run_dir = train(
@@ -53,7 +55,7 @@ def test_a_supervised_finetuning(tmp_path: Path, hf_dir: Path, chat_data: Path) 
     assert f"| tokens in the loss | {sum(line['num_loss_tokens'] for line in metrics):,} |" in text
 
 
-@pytest.mark.parametrize("source", ["adapter", "checkpoints/step_00000002"])
+@pytest.mark.parametrize("source", mostly_long(["adapter", "checkpoints/step_00000002"], "adapter"))
 def test_a_merged_adapter_has_the_record_of_its_run(
     tmp_path: Path,
     hf_dir: Path,  # noqa: F811

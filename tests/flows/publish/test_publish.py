@@ -146,6 +146,7 @@ def test_what_an_interruption_leaves_is_taken_over(run_dir: Path, tmp_path: Path
     assert (tmp_path / "other.publishing" / "thesis.txt").exists()
 
 
+@pytest.mark.long
 def test_a_merged_model_names_its_parents(run_dir: Path, tmp_path: Path) -> None:
     steps = [run_dir / "checkpoints" / f"step_{step:08d}" for step in (3, 6)]
     merge_checkpoints(steps, tmp_path / "merged", weights="0.25,0.75")
@@ -266,6 +267,7 @@ def test_keys_that_cannot_sign(run_dir: Path, tmp_path: Path, key: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_upload_to_a_hub(run_dir: Path, tmp_path: Path) -> None:
     """The command against a stand-in: all files in one commit, a private repository; then a hub that fails."""
     with serve() as hub:

@@ -464,6 +464,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
+@pytest.mark.long
 def test_a_run_of_100_000_steps_on_128_ranks_takes_little_memory(tmp_path):
     run = write_run(
         tmp_path / "run", num_steps=100_000, tensor=8, pipeline=8, world_size=128, restarts_at=(60_000,)

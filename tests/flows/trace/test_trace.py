@@ -19,6 +19,7 @@ from meditron_train.flows.trace.ownership import problem_of
 from meditron_train.flows.trace.results import RankTrace
 from meditron_train.flows.trace.trace import Trace
 from tests.flows.trace.traced import SHAPE, audit, make_config, trace_stage
+from tests.long import mostly_long
 
 WORLD_SIZE = 8
 EIGHT = {"tensor": 2, "pipeline": 2, "sequence": True}
@@ -73,7 +74,7 @@ def attention_flops(traced: RankTrace) -> int:
     return sum(kernel.flops for kernel in traced.kernels if "attention" in kernel.operator)
 
 
-@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("window", mostly_long([None, 20], 20))
 @pytest.mark.parametrize("backend", ["flash_attn", "transformer_engine", "native"])
 def test_flops_of_attention_are_those_of_what_each_query_sees(backend, window):
     """The first of two context-parallel ranks has chunks 0 and 3 of four: tokens 0 to 31 of the first of two samples,
@@ -130,7 +131,9 @@ def test_the_host_waits_this_often(first, last):
     [
         (1, {}),
         (2, {"parallel": {"tensor": 2}, "train": {"recompute": "full"}}),
-        (4, {"parallel": {"context": 2}, "train": {"recompute": "selective"}}),
+        pytest.param(
+            *(4, {"parallel": {"context": 2}, "train": {"recompute": "selective"}}), marks=pytest.mark.long
+        ),
         (
             4,
             {
@@ -138,13 +141,17 @@ def test_the_host_waits_this_often(first, last):
                 "train": {"attention": "transformer_engine"},
             },
         ),
-        (4, {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}}),
-        (
+        pytest.param(
+            *(4, {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}}),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
             2,
             {
                 "parallel": {"distributed_optimizer": False},
                 "train": {"precision": "fp32", "recompute": "none"},
             },
+            marks=pytest.mark.long,
         ),
     ],
     ids=["alone", "tensor", "context", "interleaved", "overlap", "plain fp32"],
@@ -208,6 +215,7 @@ def test_a_cpu_tensor_in_the_step_is_found_at_its_line(config):
     assert any("128] on the CPU" in place.what for place in traced.misplaced)
 
 
+@pytest.mark.long
 def test_a_value_read_in_the_loop_is_found_at_its_line(config, first):
     traced = trace_stage(config, WORLD_SIZE, 0, plant=read_a_value_in_each_layer)
     assert any("in every micro-batch" in p and "test_trace.py" in p for p in judge(config, traced))

@@ -40,6 +40,7 @@ def test_the_faults_that_can_be_asked_for():
             parse(wrong)
 
 
+@pytest.mark.long
 def test_a_passing_fault_of_the_hardware_changes_nothing(write_config, tmp_path):
     config = write_config(train=SHORT)
     whole = run(config, world_size=2)
@@ -57,6 +58,7 @@ def test_a_spike_is_reported_by_default(write_config, tmp_path):
     assert read_metrics(tmp_path / "run")[-1]["num_skipped_steps"] == 0
 
 
+@pytest.mark.long
 def test_a_spike_is_skipped_where_that_is_wanted(write_config, tmp_path):
     config = write_config(train=SHORT, resilience={"anomaly_action": "skip"})
     assert run_with(config, "spike@12") == [(0, "")] * 2
@@ -84,6 +86,7 @@ def test_a_spike_rolls_back_where_that_is_wanted(write_config, tmp_path, overrid
     assert metrics[12]["tokens"] == 13 * 4 * 64
 
 
+@pytest.mark.long
 def test_too_many_rollbacks_to_one_checkpoint_stop_the_run(write_config):
     config = write_config(
         train=SHORT,
@@ -95,6 +98,7 @@ def test_too_many_rollbacks_to_one_checkpoint_stop_the_run(write_config):
     assert "step 13 would be rollback 2" in results[0][1] and "step_00000009" in results[0][1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("overrides", "world_size", "named"),
     [
@@ -158,6 +162,7 @@ def saving_between_log_lines_rank(rank: int, world_size: int, config_file: Path,
     return [*message_rank(rank, world_size, config_file, overrides), saved_locally]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "overrides", [(), ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")]
 )
@@ -218,6 +223,7 @@ def start_ranks(config: Path, faults: str, *overrides: str, world_size: int = 2)
     ]
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_is_named_and_the_run_ends_to_be_requeued(write_config, tmp_path):
     config = write_config(train=SHORT, checkpoint={"interval": 4}, resilience={"hang_min_s": 12})
     ranks = start_ranks(config, "hang@6:rank=1")

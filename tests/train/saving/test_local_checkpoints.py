@@ -44,7 +44,11 @@ def start(write_config, tmp_path):
         ("fp32", ()),
         pytest.param("bf16", (), marks=pytest.mark.long),
         pytest.param("bf16", ("parallel.distributed_optimizer=false",), marks=pytest.mark.long),
-        ("bf16", ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")),
+        pytest.param(
+            "bf16",
+            ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"),
+            marks=pytest.mark.long,
+        ),
         pytest.param("fp32", ("parallel.tensor=2",), marks=pytest.mark.long),
     ],
 )
@@ -66,6 +70,7 @@ def test_a_restart_from_local_checkpoints_is_bit_identical(start, tmp_path, prec
     assert not list((tmp_path / "local").rglob("*.pt")), "a finished run leaves nothing on the node"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", ["missing", "rotten", "one step older"])
 def test_a_part_that_one_rank_lacks_makes_all_go_to_what_all_have(start, tmp_path, damage):
     config = start()
@@ -97,6 +102,7 @@ def other_base(hf_dir: Path, directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("correction", ["train.seed=7", "train.global_batch_size=2", "model.from={other}"])
 def test_a_corrected_configuration_begins_anew(start, hf_dir, tmp_path, correction):
     """Where no checkpoint that everyone can read says what the run was, nothing else refuses it."""
@@ -110,6 +116,7 @@ def test_a_corrected_configuration_begins_anew(start, hf_dir, tmp_path, correcti
     assert losses(corrected) == losses(run(start(name="new", interval=100), correction))
 
 
+@pytest.mark.long
 def test_adapters_begin_anew_on_other_weights_under_the_same_name(start, hf_dir, tmp_path):
     base = shutil.copytree(hf_dir, tmp_path / "base")
     config, adapters = start(interval=100), (f"model.from={base}", "lora.rank=2")
@@ -120,6 +127,7 @@ def test_adapters_begin_anew_on_other_weights_under_the_same_name(start, hf_dir,
     assert "resuming from the local checkpoints" not in log(tmp_path / "run")
 
 
+@pytest.mark.long
 def test_those_of_earlier_versions_are_read(start, tmp_path):
     config = start(interval=100)
     with pytest.raises(AssertionError, match="an injected crash"):
@@ -132,6 +140,7 @@ def test_those_of_earlier_versions_are_read(start, tmp_path):
     assert "after step 2" in log(tmp_path / "run")
 
 
+@pytest.mark.long
 def test_another_layout_uses_the_checkpoints_that_everyone_can_read(start, tmp_path):
     config = start()
     with pytest.raises(AssertionError, match="an injected crash"):

@@ -36,10 +36,10 @@ from meditron_train.data.index_file import bin_path, idx_path, write_index
 from meditron_train.data.loader import StepLoader
 from meditron_train.data.meta import FORMAT, loss_mask_path, meta_path
 from meditron_train.data.packed import build_train_dataset
+from meditron_train.data.packing.batch_schedule import BatchSchedule
 from meditron_train.parallel import initialize
 from meditron_train.train.engine import Engine
 from meditron_train.train.guard.step import StepGuard
-from meditron_train.train.length import batch_schedule
 
 SAMPLES_PER_STEP = 4
 
@@ -140,7 +140,7 @@ def our_steps(work: Work, model: LlamaForCausalLM, directory: Path) -> Round:
     engine = Engine(config, model_config_from_hf(work.llama.to_dict()), mesh, source)
     guard = StepGuard(engine, config.resilience, ["host"], ())
     dataset = build_train_dataset(config.data, work.seq_len, None)
-    loader = StepLoader(dataset, batch_schedule(config), SAMPLES_PER_STEP)
+    loader = StepLoader(dataset, BatchSchedule.of(config.train), SAMPLES_PER_STEP)
 
     def run(num_steps: int) -> list[Step]:
         steps = []

@@ -28,7 +28,6 @@ from meditron_train.data.packing.order import Packing, PhasedBlend, SourceOrder,
 from meditron_train.data.sources import (
     Source,
     Vocabulary,
-    blend_weights,
     open_train_sources,
     open_validation_sources,
 )
@@ -105,18 +104,7 @@ class PackedDataset:
         self._sources = tuple(sources)
         self._vocab_size = vocab_size
         self._blend = PhasedBlend(phases)
-        self._orders = [
-            SourceOrder(
-                source.dataset.file,
-                source.lengths,
-                source.documents,
-                packing,
-                seq_len,
-                stream_seed(seed, source.name),
-                IndexCache(source.dataset.prefix, partial(getattr, source, "fingerprint"), cache_dir),
-            )
-            for source in sources
-        ]
+        self._orders = [_order(source, packing, seq_len, seed, cache_dir) for source in sources]
         self._samples_per_epoch = np.array([order.samples_per_epoch for order in self._orders])
         self._buffers = native.BufferPool()
 
@@ -307,14 +295,9 @@ class GatherJob:
 
     def _refuse_token(self, source: Source, document: int, token: int) -> NoReturn:
         raise UserError(
-            f"document {document} of data source {source.name!r} ({source.dataset.prefix}) holds the "
-            f"token id {token}, but "
-            + (
-                f"the tokenizer knows 0..{self.vocab_size - 1}"
-                if self.vocab_size
-                else "ids are 0..2147483647"
-            )
-            + ": the data was made with another tokenizer. Tokenize it again, or set data.tokenizer and "
+            f"document {document} of data source {source.name!r} ({source.dataset.prefix}) holds the token id {token}, "
+            f"but {f'the tokenizer knows 0..{self.vocab_size - 1}' if self.vocab_size else 'ids are 0..2147483647'}: "
+            "the data was made with another tokenizer. Tokenize it again, or set data.tokenizer and "
             "data.special_tokens to what it was made with"
         )
 
@@ -337,8 +320,7 @@ def build_train_dataset(
     for source in sources:
         if data.packing == "concat" and source.num_tokens < seq_len:
             raise UserError(
-                f"data source {source.name!r} ({source.dataset.prefix}) has {source.num_tokens} tokens "
-                "for training, "
+                f"data source {source.name!r} ({source.dataset.prefix}) has {source.num_tokens} tokens for training, "
                 f"fewer than one sample of train.seq_len = {seq_len}: add data or lower train.seq_len"
             )
     total = sum(source.num_tokens for source in sources)
@@ -347,17 +329,41 @@ def build_train_dataset(
             f"all training data has {total} tokens, fewer than one sample of train.seq_len = {seq_len}: "
             "add data or lower train.seq_len"
         )
-    weights = blend_weights(data.train, sources, data.packing, seq_len)
+    seed = stream_seed(data.seed, "train")
+    weights = _weights(data, sources, seq_len, seed)
     return PackedDataset(
         sources,
         _phases(data, weights, schedule),
         packing=data.packing,
         seq_len=seq_len,
-        seed=stream_seed(data.seed, "train"),
+        seed=seed,
         vocab_size=vocab.size if vocab else 0,
         cache_dir=data.cache_dir,
         budget_samples=math.ceil(sum(weights)) if data.train[0].token_budget is not None else None,
     )
+
+
+def _order(source: Source, packing: Packing, seq_len: int, seed: int, cache_dir: Path | None) -> SourceOrder:
+    cache = IndexCache(source.dataset.prefix, partial(getattr, source, "fingerprint"), cache_dir)
+    own_seed = stream_seed(seed, source.name)
+    return SourceOrder(
+        source.dataset.file, source.lengths, source.documents, packing, seq_len, own_seed, cache
+    )
+
+
+def _weights(data: DataSection, sources: Sequence[Source], seq_len: int, seed: int) -> list[Fraction]:
+    """Shares of the sources in the samples: by weight, or by token_budget over the tokens in one of its samples."""
+    weights = []
+    for entry, source in zip(data.train, sources, strict=True):
+        if entry.token_budget is None:
+            # The decimal that stands in the config is meant: 0.1 is one tenth, not the nearest binary fraction.
+            weights.append(Fraction(repr(entry.weight)))
+        else:
+            order = _order(
+                source, data.packing, seq_len, seed, data.cache_dir
+            )  # cached: it is the first epoch's
+            weights.append(Fraction(entry.token_budget) * order.samples_per_epoch / source.num_tokens)
+    return weights
 
 
 def _phases(

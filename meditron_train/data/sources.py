@@ -4,21 +4,18 @@ count."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meditron_train.config.data import DataSection, TrainSource
+from meditron_train.config.data import DataSection
 from meditron_train.data.conversations import Conversations, check_conversations, fit_conversations
 from meditron_train.data.indexed import IndexedDataset
 from meditron_train.data.meta import read_meta
 from meditron_train.data.packing.held_out import held_out
-from meditron_train.data.packing.order import Packing, SourceOrder
 from meditron_train.data.tokenizing.chat import ChatTemplate, chat_template
 from meditron_train.data.tokenizing.tokenizer import load_tokenizer
 from meditron_train.errors import UserError
@@ -143,32 +140,11 @@ def open_validation_sources(
         documents = np.flatnonzero(_held_out(dataset, data)).astype(np.int64)
         if not len(documents):
             raise UserError(
-                f"data.validation_fraction = {data.validation_fraction} holds out none of the "
-                f"{dataset.num_documents} "
-                f"documents of {entry.name!r} ({entry.path}): raise it, or name a data.validation source "
-                "instead"
+                f"data.validation_fraction = {data.validation_fraction} holds out none of the {dataset.num_documents} "
+                f"documents of {entry.name!r} ({entry.path}): raise it, or name a data.validation source instead"
             )
         sources.append(_source(entry.name, dataset, documents, data, vocab, seq_len))
     return [_not_empty(source, "validation") for source in sources]
-
-
-def blend_weights(
-    entries: Sequence[TrainSource], sources: Sequence[Source], packing: Packing, seq_len: int
-) -> list[Fraction]:
-    """Shares of the sources in the samples: by weight, or by token_budget over the tokens in one of its
-    samples."""
-    return [
-        # The decimal that stands in the config is meant: 0.1 is one tenth, not the nearest binary fraction.
-        Fraction(repr(entry.weight))
-        if entry.token_budget is None
-        else Fraction(entry.token_budget) * _samples_per_epoch(source, packing, seq_len) / source.num_tokens
-        for entry, source in zip(entries, sources, strict=True)
-    ]
-
-
-def _samples_per_epoch(source: Source, packing: Packing, seq_len: int) -> int:
-    order = SourceOrder(source.dataset.file, source.lengths, source.documents, packing, seq_len, seed=0)
-    return order.samples_per_epoch
 
 
 def _held_out(dataset: IndexedDataset, data: DataSection) -> NDArray[np.bool_]:
@@ -219,8 +195,7 @@ def _check_tokenizer(
         raise UserError(
             f"data source {name!r} ({dataset.prefix}) was made with another tokenizer: vocabulary "
             f"{meta['tokenizer']['vocab_size']}, special tokens {meta['special_tokens']}, fingerprint "
-            f"{meta['tokenizer']['fingerprint'][:12]}; data.tokenizer {vocab.directory} has vocabulary "
-            f"{vocab.size} "
+            f"{meta['tokenizer']['fingerprint'][:12]}; data.tokenizer {vocab.directory} has vocabulary {vocab.size} "
             f"with data.special_tokens {list(vocab.special_tokens)}, fingerprint {vocab.fingerprint[:12]}. "
             "Set data.tokenizer and data.special_tokens to what the data was made with, or tokenize it again"
         )

@@ -40,7 +40,7 @@ def trace_step(run_dir: Path | str, step: int) -> dict[str, Any]:
     config = _config_of(run_dir)
     if not 1 <= step <= config.train.steps:
         raise UserError(f"step {step} is not one of this run: it has the steps 1 to {config.train.steps}")
-    schedule = BatchSchedule(config.train.global_batch_size, config.train.batch_ramp)
+    schedule = BatchSchedule.of(config.train)
     dataset, verified = _open_data(config, schedule, Path(run_dir))
     first, num_samples = schedule.samples_before(step), schedule.batch_size(step)
     samples = range(first, first + num_samples)
@@ -96,7 +96,7 @@ def steps_with(run_dir: Path | str, wanted: Mapping[str, Set[int]]) -> dict[str,
         UserError: as `trace_step`.
     """
     config = _config_of(run_dir)
-    schedule = BatchSchedule(config.train.global_batch_size, config.train.batch_ramp)
+    schedule = BatchSchedule.of(config.train)
     dataset, _ = _open_data(config, schedule, Path(run_dir))
     numbers = {number: wanted[name] for number, name in enumerate(dataset.source_names) if wanted.get(name)}
     found: dict[str, dict[int, list[int]]] = {}

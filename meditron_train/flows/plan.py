@@ -12,6 +12,7 @@ from meditron_train.config.check import check_config
 from meditron_train.config.load import load_config
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.config.schema import Config
+from meditron_train.data.packing.batch_schedule import BatchSchedule
 from meditron_train.errors import UserError
 from meditron_train.flows.measured import FIRST_LINES, comparable_lines
 from meditron_train.layout import ParallelLayout
@@ -25,7 +26,7 @@ from meditron_train.planner.throughput import StepTime, predict_step, predicted_
 from meditron_train.report.json_lines import read_json_lines
 from meditron_train.report.run_record import launch_of, whole
 from meditron_train.train.base_model import resolve_base_model
-from meditron_train.train.length import batch_schedule, resolve_steps
+from meditron_train.train.length import resolve_steps
 
 DEFAULT_GPU = "h100-80gb"
 _MOST_NODES = 1024
@@ -153,7 +154,7 @@ def make_plan(
     if config.knows_steps:
         seconds = sum(
             num_steps * predict(batch_size=batch_size).total
-            for batch_size, num_steps in batch_schedule(config).levels(config.train.steps)
+            for batch_size, num_steps in BatchSchedule.of(config.train).levels(config.train.steps)
         )
         cost = RunCost(seconds, layout.world_size, hardware.power_w, pue, carbon_kg_per_kwh)
     return Plan(
@@ -242,7 +243,9 @@ def calibrated(
         )
     config = load_config(config_file)
     batch_size, chosen = comparable_lines(
-        [line["step"] for line in timed], batch_schedule(config), whole(launch.get("resumed_after_step"), 0)
+        [line["step"] for line in timed],
+        BatchSchedule.of(config.train),
+        whole(launch.get("resumed_after_step"), 0),
     )
     if not chosen:
         raise UserError(

@@ -21,11 +21,6 @@ UNKNOWN_STEPS = (
 _log = get_logger(__name__)
 
 
-def batch_schedule(config: Config) -> BatchSchedule:
-    """How many samples each step of the run takes."""
-    return BatchSchedule(config.train.global_batch_size, config.train.batch_ramp)
-
-
 def resolve_steps(config: Config) -> tuple[Config, PackedDataset | None]:
     """`with_steps` for every command: the data are opened where they are needed for it and are on this machine.
 
@@ -54,7 +49,7 @@ def open_train_data(config: Config) -> PackedDataset:
     from meditron_train.data.sources import vocabulary
 
     return build_train_dataset(
-        config.data, config.train.seq_len, vocabulary(config.data), batch_schedule(config)
+        config.data, config.train.seq_len, vocabulary(config.data), BatchSchedule.of(config.train)
     )
 
 
@@ -77,7 +72,7 @@ def with_steps(config: Config, data: PackedDataset | None) -> Config:
     else:
         assert data.budget_samples is not None
         num_samples = data.budget_samples
-    steps = batch_schedule(config).steps_for(num_samples)
+    steps = BatchSchedule.of(config.train).steps_for(num_samples)
     _log.info("train.steps is %d: %d samples of %d tokens", steps, num_samples, train.seq_len)
     return config.model_copy(
         update={"train": train.model_copy(update={"steps": steps, "tokens": None, "epochs": None})}
@@ -88,11 +83,11 @@ def warn_of_other_budget(config: Config, data: PackedDataset) -> None:
     """Warn when the steps take more or less than the sum of token_budget."""
     if data.budget_samples is None:
         return
-    needed = batch_schedule(config).steps_for(data.budget_samples)
+    needed = BatchSchedule.of(config.train).steps_for(data.budget_samples)
     steps = config.train.steps
     if abs(steps - needed) > max(1, needed // 100):
         budget = sum(entry.token_budget or 0 for entry in config.data.train)
-        num_tokens = batch_schedule(config).samples_before(steps + 1) * config.train.seq_len
+        num_tokens = BatchSchedule.of(config.train).samples_before(steps + 1) * config.train.seq_len
         _log.warning(
             "train.steps %d takes %d tokens, padding included, but the sum of token_budget is %d: every source then "
             "gives %.3g times its budget. For the budgets leave train.steps out, which makes %d",

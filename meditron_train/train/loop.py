@@ -25,7 +25,6 @@ from meditron_train.train import dry_run
 from meditron_train.train.engine import StepResult
 from meditron_train.train.guard.injected_faults import InjectedFaults
 from meditron_train.train.guard.step import StepGuard
-from meditron_train.train.length import batch_schedule
 from meditron_train.train.life.heartbeat import Pulse
 from meditron_train.train.life.run_dir import RunDir
 from meditron_train.train.life.stop_signals import StopRequest, StopSignals
@@ -72,7 +71,7 @@ class Run:
         stack.enter_context(
             Watchdog(self.pulse, settings, run_dir.path, rank=mesh.rank, world_size=mesh.layout.world_size)
         )
-        self.batches = batch_schedule(config)
+        self.batches = BatchSchedule.of(config.train)
         self.checkpoints = RunCheckpoints(plan, mesh, run_dir.checkpoints, status)
         self.local = LocalCheckpoints(plan, mesh, mesh.from_first_rank(status.run_id))
         if from_step is not None:

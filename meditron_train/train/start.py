@@ -36,6 +36,7 @@ from meditron_train.train.life.stacks import stacks_file, stacks_written_to
 from meditron_train.train.life.stop_signals import StopSignals
 from meditron_train.train.loop import Run
 from meditron_train.train.memory_snapshot import remember_allocations, write_if_out_of_memory
+from meditron_train.train.saving.changed_settings import check_settings
 from meditron_train.train.saving.finished import is_done
 from meditron_train.train.saving.resume import check_continues, chosen_checkpoint, set_aside_later
 from meditron_train.train.setup import Plan, make_plan
@@ -161,7 +162,7 @@ def _choose(run_dir: RunDir, plan: Plan, from_step: int | None, stack: ExitStack
     if not run_dir.has_checkpoints():
         chosen_checkpoint(run_dir.checkpoints, from_step)  # a first start that is refused creates nothing
     stack.enter_context(run_dir.locked())
-    run_dir.check_resumable(plan.config)
+    check_settings(run_dir, plan.config)
     chosen = chosen_checkpoint(run_dir.checkpoints, from_step)
     if chosen is not None:
         check_continues(plan, chosen)

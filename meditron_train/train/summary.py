@@ -15,7 +15,7 @@ def summarize(plan: Plan, *, is_resume: bool) -> str:
     """Model, layout, length, data, directory and W&B, one line each."""
     config, model, layout = plan.config, plan.model, plan.layout
     origin = config.model.from_ or "random weights"
-    schedule = BatchSchedule(config.train.global_batch_size, config.train.batch_ramp)
+    schedule = BatchSchedule.of(config.train)
     num_samples = schedule.samples_before(config.train.steps + 1)
     num_tokens = num_samples * config.train.seq_len
     tokens_per_step = config.train.global_batch_size * config.train.seq_len

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import astuple
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ from meditron_train.data.packed import (
     build_validation_datasets,
 )
 from meditron_train.data.packing.batch_schedule import BatchSchedule
+from meditron_train.data.packing.index_cache import IndexCache
 from meditron_train.data.sources import vocabulary
 from meditron_train.data.tokenizing.tokenizer import load_tokenizer
 from meditron_train.errors import MeditronError, UserError
+from meditron_train.native import packing as native
 from tests.data.indexed_writer import IndexedDatasetWriter
 
 SEQ_LEN = 32
@@ -124,6 +127,19 @@ def test_token_budgets_are_shares_of_tokens(two_sources: list[dict], packing: st
         for segment in dataset.segments(number):
             tokens[segment.source] += segment.length
     assert tokens[0] / sum(tokens) == pytest.approx(0.75, abs=0.01)
+
+
+def test_token_budgets_pack_each_source_once(
+    two_sources: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many samples a source fills is asked before the blend is known, and of a large corpus takes minutes."""
+    pack = Mock(wraps=native.pack_best_fit)
+    monkeypatch.setattr(native, "pack_best_fit", pack)
+    monkeypatch.setitem(IndexCache.__init__.__kwdefaults__, "smallest", 0)
+    for entry in two_sources:
+        entry |= {"token_budget": 1000, "weight": None}
+    build_train_dataset(section(two_sources, packing="best_fit", cache_dir=tmp_path / "cache"), SEQ_LEN, None)
+    assert pack.call_count == len(two_sources)
 
 
 def test_order_depends_on_seed_and_name_not_on_path(two_sources: list[dict], tmp_path: Path) -> None:

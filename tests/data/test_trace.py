@@ -53,7 +53,7 @@ def run(tmp_path: Path, sentencepiece_directory: Path, corpus_lines: list[str]) 
 def test_is_what_the_loader_gave(run: Path, sentencepiece_directory: Path, corpus_lines: list[str]) -> None:
     config = load_config(run / "config.yaml")
     dataset = build_train_dataset(config.data, config.train.seq_len, None)
-    schedule = BatchSchedule(config.train.global_batch_size, config.train.batch_ramp)
+    schedule = BatchSchedule.of(config.train)
     tokenizer = load_tokenizer(sentencepiece_directory)
     for step in (1, 4, 20):
         found = trace_step(run, step)

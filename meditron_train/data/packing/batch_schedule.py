@@ -6,7 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 
-from meditron_train.config.training import BatchRamp
+from meditron_train.config.training import BatchRamp, TrainSection
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class BatchSchedule:
 
     global_batch_size: int
     ramp: BatchRamp | None = None
+
+    @classmethod
+    def of(cls, train: TrainSection) -> BatchSchedule:
+        """How many samples each step of the run takes."""
+        return cls(train.global_batch_size, train.batch_ramp)
 
     @cached_property
     def _levels(self) -> tuple[_Level, ...]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from meditron_train.checkpoint.manifest import added_files, read_manifest, verify_manifest
 from meditron_train.checkpoint.sharded.store import FINISHED_NAME
 from meditron_train.config.load import load_config
+from meditron_train.data.packing.batch_schedule import BatchSchedule
 from meditron_train.errors import MeditronError
 from meditron_train.files import read_json_object
 from meditron_train.flows.measured import FIRST_LINES, comparable_lines
@@ -24,7 +25,6 @@ from meditron_train.report.page.blocks import Block, Cell, Section, Text, facts,
 from meditron_train.report.page.training import section
 from meditron_train.report.page.words import UNKNOWN, amount, duration, moment, number, percent
 from meditron_train.report.run_record import RunRecord, launch_of, listing, mapping, whole
-from meditron_train.train.length import batch_schedule
 from meditron_train.units import format_num_bytes
 
 _EXPORT = re.compile(r"(hf|adapter)(_step_\d{8,}(_\d+)?)?")
@@ -128,7 +128,9 @@ def plan_against_measured(run: RunRecord) -> Section:
     try:
         config = load_config(run.path / "config.yaml")
         resumed_after = whole(launch_of(run.last_provenance).get("resumed_after_step"), 0)
-        batch_size, chosen = comparable_lines(times.steps.tolist(), batch_schedule(config), resumed_after)
+        batch_size, chosen = comparable_lines(
+            times.steps.tolist(), BatchSchedule.of(config.train), resumed_after
+        )
         if not chosen:
             few = f"{FIRST_LINES} steps of one batch size after its last start"
             return section(*title, Text(f"There is no comparison, as the run lacks more than {few}."))

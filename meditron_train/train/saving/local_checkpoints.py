@@ -31,8 +31,8 @@ from meditron_train.log import get_logger
 from meditron_train.parallel import Mesh
 from meditron_train.train.engine import Engine
 from meditron_train.train.engine_state import load_local_state, local_state
-from meditron_train.train.life.run_dir import fixed_differences
 from meditron_train.train.progress import Progress
+from meditron_train.train.saving.changed_settings import fixed_differences
 from meditron_train.train.setup import Plan
 
 _log = get_logger(__name__)

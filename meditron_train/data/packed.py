@@ -359,9 +359,8 @@ def _weights(data: DataSection, sources: Sequence[Source], seq_len: int, seed: i
             # The decimal that stands in the config is meant: 0.1 is one tenth, not the nearest binary fraction.
             weights.append(Fraction(repr(entry.weight)))
         else:
-            order = _order(
-                source, data.packing, seq_len, seed, data.cache_dir
-            )  # cached: it is the first epoch's
+            # The same order as that of the dataset, which finds its first epoch in the cache.
+            order = _order(source, data.packing, seq_len, seed, data.cache_dir)
             weights.append(Fraction(entry.token_budget) * order.samples_per_epoch / source.num_tokens)
     return weights
 

@@ -28,7 +28,7 @@ import torch
 from lm_eval.api.instance import Instance
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from meditron_train.checkpoint.tokenizer.copy import copy_tokenizer
+from meditron_train.checkpoint.tokenizer.beside_model import copy_tokenizer
 from meditron_train.config.training import ParallelSection
 from meditron_train.evaluate.harness.runners import open_parallel_runner, open_runner
 from meditron_train.launcher.environment import detect_launcher

@@ -9,6 +9,15 @@ from tests import docs_check
 ROOT = Path(__file__).parents[1]
 
 
+def test_no_line_is_too_long_and_every_link_leads_somewhere():
+    pages = (*docs_check.documents(ROOT), *ROOT.glob("C*.md"))
+    problems = [problem for page in pages for problem in docs_check.long_lines(page, ROOT)]
+    problems += [
+        problem for page in docs_check.documents(ROOT) for problem in docs_check.text_problems(page, ROOT)
+    ]
+    assert not problems, "\n" + "\n".join(problems)
+
+
 @pytest.mark.long
 def test_the_documents_of_this_repository():
     assert docs_check.documents(ROOT), "README.md is missing"

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from meditron_train.config.data import DataSection
+from meditron_train.config.data import DataSection, TrainSource
 from meditron_train.data.conversations import answers_among
 from meditron_train.data.packing.batch_schedule import BatchSchedule
 from meditron_train.data.packing.index_cache import IndexCache
@@ -84,6 +84,7 @@ class PackedDataset:
         packing, seq_len, seed: as in the configuration.
         vocab_size: ids at or above it are refused while reading (0: no such check).
         cache_dir: see `IndexCache`.
+        orders: `source_orders` of the same arguments, where they have been built already.
         budget_samples: after this many samples every source has given its token_budget; None: no budgets.
     """
 
@@ -97,6 +98,7 @@ class PackedDataset:
         seed: int,
         vocab_size: int = 0,
         cache_dir: Path | None = None,
+        orders: Sequence[SourceOrder] | None = None,
         budget_samples: int | None = None,
     ) -> None:
         self.budget_samples = budget_samples
@@ -104,7 +106,7 @@ class PackedDataset:
         self._sources = tuple(sources)
         self._vocab_size = vocab_size
         self._blend = PhasedBlend(phases)
-        self._orders = [_order(source, packing, seq_len, seed, cache_dir) for source in sources]
+        self._orders = orders or source_orders(sources, packing, seq_len, seed, cache_dir)
         self._samples_per_epoch = np.array([order.samples_per_epoch for order in self._orders])
         self._buffers = native.BufferPool()
 
@@ -330,7 +332,8 @@ def build_train_dataset(
             "add data or lower train.seq_len"
         )
     seed = stream_seed(data.seed, "train")
-    weights = _weights(data, sources, seq_len, seed)
+    orders = source_orders(sources, data.packing, seq_len, seed, data.cache_dir)
+    weights = [_weight(entry, order) for entry, order in zip(data.train, orders, strict=True)]
     return PackedDataset(
         sources,
         _phases(data, weights, schedule),
@@ -338,31 +341,35 @@ def build_train_dataset(
         seq_len=seq_len,
         seed=seed,
         vocab_size=vocab.size if vocab else 0,
-        cache_dir=data.cache_dir,
+        orders=orders,
         budget_samples=math.ceil(sum(weights)) if data.train[0].token_budget is not None else None,
     )
 
 
-def _order(source: Source, packing: Packing, seq_len: int, seed: int, cache_dir: Path | None) -> SourceOrder:
-    cache = IndexCache(source.dataset.prefix, partial(getattr, source, "fingerprint"), cache_dir)
-    own_seed = stream_seed(seed, source.name)
-    return SourceOrder(
-        source.dataset.file, source.lengths, source.documents, packing, seq_len, own_seed, cache
-    )
+def source_orders(
+    sources: Sequence[Source], packing: Packing, seq_len: int, seed: int, cache_dir: Path | None
+) -> list[SourceOrder]:
+    """The samples of each source. With best_fit the first epoch is packed, or found in the cache."""
+    return [
+        SourceOrder(
+            source.dataset.file,
+            source.lengths,
+            source.documents,
+            packing,
+            seq_len,
+            stream_seed(seed, source.name),
+            IndexCache(source.dataset.prefix, partial(getattr, source, "fingerprint"), cache_dir),
+        )
+        for source in sources
+    ]
 
 
-def _weights(data: DataSection, sources: Sequence[Source], seq_len: int, seed: int) -> list[Fraction]:
-    """Shares of the sources in the samples: by weight, or by token_budget over the tokens in one of its samples."""
-    weights = []
-    for entry, source in zip(data.train, sources, strict=True):
-        if entry.token_budget is None:
-            # The decimal that stands in the config is meant: 0.1 is one tenth, not the nearest binary fraction.
-            weights.append(Fraction(repr(entry.weight)))
-        else:
-            # The same order as that of the dataset, which finds its first epoch in the cache.
-            order = _order(source, data.packing, seq_len, seed, data.cache_dir)
-            weights.append(Fraction(entry.token_budget) * order.samples_per_epoch / source.num_tokens)
-    return weights
+def _weight(entry: TrainSource, order: SourceOrder) -> Fraction:
+    """Share of a source in the samples: by weight, or by token_budget divided by the tokens per sample."""
+    if entry.token_budget is None:
+        # The decimal that stands in the config is meant: 0.1 is one tenth, not the nearest binary fraction.
+        return Fraction(repr(entry.weight))
+    return Fraction(entry.token_budget) * order.samples_per_epoch / order.num_tokens
 
 
 def _phases(

@@ -17,7 +17,7 @@ from meditron_train.checkpoint.megatron.source import MegatronOptions, MegatronS
 from meditron_train.checkpoint.sharded.read import ShardedSource
 from meditron_train.checkpoint.tensor_map import check_source
 from meditron_train.checkpoint.tied_head import HEAD, differing_head
-from meditron_train.checkpoint.tokenizer.copy import check_tokenizer
+from meditron_train.checkpoint.tokenizer.beside_model import check_tokenizer
 from meditron_train.errors import UserError
 from meditron_train.verify.adapter import inspect_adapter
 from meditron_train.verify.scan import in_parallel, scan_tensor

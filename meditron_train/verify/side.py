@@ -18,7 +18,7 @@ from meditron_train.checkpoint.megatron.source import MegatronOptions, MegatronS
 from meditron_train.checkpoint.sharded.read import ShardedSource, hint_at_checkpoint, is_sharded_directory
 from meditron_train.checkpoint.tensor_map import is_ignored
 from meditron_train.checkpoint.tied_head import EMBEDDING, HEAD, same_values
-from meditron_train.checkpoint.tokenizer.copy import tokenizer_fingerprint
+from meditron_train.checkpoint.tokenizer.beside_model import tokenizer_fingerprint
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import UserError
 from meditron_train.files import describe_missing_directory, read_json

@@ -30,7 +30,7 @@ from meditron_train.checkpoint.hf.read import is_hf_directory
 from meditron_train.checkpoint.manifest import MANIFEST_NAME, verify_manifest
 from meditron_train.checkpoint.megatron.source import MegatronOptions, is_megatron_directory
 from meditron_train.checkpoint.tensor_map import hf_shapes
-from meditron_train.checkpoint.tokenizer.copy import (
+from meditron_train.checkpoint.tokenizer.beside_model import (
     compare_fingerprints,
     compare_tokenizers,
     tokenizer_fingerprint,

@@ -20,7 +20,6 @@ from meditron_train.data.packed import (
     build_validation_datasets,
 )
 from meditron_train.data.packing.batch_schedule import BatchSchedule
-from meditron_train.data.packing.index_cache import IndexCache
 from meditron_train.data.sources import vocabulary
 from meditron_train.data.tokenizing.tokenizer import load_tokenizer
 from meditron_train.errors import MeditronError, UserError
@@ -130,15 +129,14 @@ def test_token_budgets_are_shares_of_tokens(two_sources: list[dict], packing: st
 
 
 def test_token_budgets_pack_each_source_once(
-    two_sources: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_sources: list[dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How many samples a source fills is asked before the blend is known, and of a large corpus takes minutes."""
+    """The blend needs the number of samples that a source fills, and packing a large corpus takes minutes."""
     pack = Mock(wraps=native.pack_best_fit)
     monkeypatch.setattr(native, "pack_best_fit", pack)
-    monkeypatch.setitem(IndexCache.__init__.__kwdefaults__, "smallest", 0)
     for entry in two_sources:
         entry |= {"token_budget": 1000, "weight": None}
-    build_train_dataset(section(two_sources, packing="best_fit", cache_dir=tmp_path / "cache"), SEQ_LEN, None)
+    build_train_dataset(section(two_sources, packing="best_fit"), SEQ_LEN, None)
     assert pack.call_count == len(two_sources)
 
 

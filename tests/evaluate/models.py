@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from meditron_train.checkpoint.tokenizer.copy import copy_tokenizer
+from meditron_train.checkpoint.tokenizer.beside_model import copy_tokenizer
 from tests.checkpoint.tiny_llama import write_tiny_llama
 from tests.checkpoint.tiny_tokenizer import VOCAB_SIZE, write_tokenizer_model
 

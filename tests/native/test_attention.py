@@ -58,7 +58,7 @@ def examples(draw, largest=300):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(examples(), st.sampled_from(INSTRUCTION_SETS))
 def test_equals_float64(case, instruction_set):
     grad = gradient_like(case)

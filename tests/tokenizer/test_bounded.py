@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from meditron_train.checkpoint.tokenizer.copy import copy_tokenizer
+from meditron_train.checkpoint.tokenizer.beside_model import copy_tokenizer
 from meditron_train.data.tokenizing.tokenizer import load_tokenizer
 from meditron_train.tokenizer.complete import missing_files
 from meditron_train.tokenizer.reading import encode, read_tokenizer

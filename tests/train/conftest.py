@@ -104,7 +104,7 @@ def write_config(tmp_path, hf_dir, corpus):
                 "steps": 20,
                 "seq_len": 64,
                 "micro_batch_size": 1,
-                "global_batch_size": 2,
+                "global_batch_size": 4,
                 "precision": "fp32",
                 "device": "cpu",
             },

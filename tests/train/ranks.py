@@ -19,7 +19,7 @@ def make_config(model_dir: Path | str, sections: dict[str, dict[str, Any]] | Non
         "model": {"from": str(model_dir)},
         "data": {"tokenizer": str(model_dir), "train": [{"name": "none", "path": "none"}]},
         "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "clip_grad": 1.0, "betas": [0.9, 0.95], "eps": 1e-5},
-        "train": {"precision": "fp32", "seq_len": 64, "micro_batch_size": 1, "global_batch_size": 4},
+        "train": {"precision": "fp32", "seq_len": 64, "micro_batch_size": 1, "global_batch_size": 8},
     }
     for name, section in (sections or {}).items():
         values[name] = {**values.get(name, {}), **section}

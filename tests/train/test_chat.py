@@ -62,7 +62,7 @@ def chat_config(write_config, chat_data: Path, hf_dir: Path, tmp_path: Path):
                 "validation": [],
                 "chat": {"template": "chatml", **(chat or {})},
             },
-            "train": {"steps": 4, "seq_len": SEQ_LEN, "micro_batch_size": 1, "global_batch_size": 2,
+            "train": {"steps": 4, "seq_len": SEQ_LEN, "micro_batch_size": 1, "global_batch_size": 4,
                       "precision": "fp32", "device": "cpu"},
             "checkpoint": {"interval": 2, "export_hf": True},
             "logging": {"run_dir": str(tmp_path / run_name), "wandb": "disabled", "tensorboard": False},
@@ -127,7 +127,7 @@ def one_by_one(hf_dir: Path, exported: Path, prompt_weight: float) -> tuple[floa
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, hf_dir: Path) -> Path:
     """The tokenizer as a run exports it."""
-    from meditron_train.checkpoint.tokenizer.copy import copy_tokenizer
+    from meditron_train.checkpoint.tokenizer.beside_model import copy_tokenizer
     from meditron_train.data.tokenizing.chat import chat_template
     from meditron_train.data.tokenizing.tokenizer import load_tokenizer
 

@@ -47,7 +47,7 @@ def test_a_run_learns_and_records(write_config, tmp_path):
     metrics = run(config)
     assert [line["step"] for line in metrics] == list(range(1, 21))
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
-    assert metrics[-1]["tokens"] == 20 * 2 * 64
+    assert metrics[-1]["tokens"] == 20 * 4 * 64
     for key in ("lr", "grad_norm", "param_norm", "tokens_per_second", "step_time_s", "peak_memory_bytes"):
         assert metrics[-1][key] > 0, key
     assert metrics[-1]["mfu"] is None  # a CPU has no published peak

@@ -70,7 +70,6 @@ def test_a_killed_run_resumes_bit_identically_from_a_small_checkpoint(short, tmp
     assert base == {"directory": str(hf_dir.resolve()), "weights_sha256": weights_sha256(open_base(hf_dir))}
 
 
-@pytest.mark.long
 def test_resuming_in_the_same_layout_changes_no_bit(short, tmp_path):
     lora = {"lora": {**LORA, "dropout": 0.1}}
     whole = run(short("whole", **lora))

@@ -11,7 +11,7 @@ from tests.long import mostly_long
 from tests.train.ranks import assemble, make_config, train_ranks
 from tests.train.reference import hf_model, random_batch, train_reference
 
-NUM_STEPS = 4
+NUM_STEPS = 3
 LAYOUTS = {
     "tp1-pp1-dp1": (1, {"distributed_optimizer": False}),
     "tp2": (2, {"tensor": 2}),
@@ -30,7 +30,7 @@ LAYOUTS = {
 }
 
 
-def make_steps(micro_batch_size: int = 1, per_step: int = 4, num_steps: int = NUM_STEPS):
+def make_steps(micro_batch_size: int = 1, per_step: int = 8, num_steps: int = NUM_STEPS):
     return [
         [random_batch(100 * step + i, micro_batch_size=micro_batch_size) for i in range(per_step)]
         for step in range(num_steps)
@@ -113,9 +113,8 @@ def test_tied_embeddings_and_several_samples_per_micro_batch(tmp_path):
     assert_agrees(history, weights, expected_history, expected_weights)
 
 
-@pytest.mark.long
 def test_bf16_follows_the_fp32_reference(tmp_path):
-    steps = make_steps(per_step=8, num_steps=6)
+    steps = make_steps(num_steps=6)
     directory, expected_history, _ = reference_run(tmp_path / "hf", steps)
     history, _ = run_layout(directory, 2, {"tensor": 2}, steps, train={"precision": "bf16"})
     losses = torch.tensor([loss for loss, _ in history])
@@ -193,8 +192,7 @@ FROZEN = {
 }
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("case", FROZEN)
+@pytest.mark.parametrize("case", mostly_long(FROZEN, "first layers and embeddings, pp2"))
 def test_frozen_parts_keep_every_bit_and_the_rest_agrees_with_transformers(case, tmp_path):
     freeze, frozen, (world_size, parallel, tied) = FROZEN[case]
     steps = [[random_batch(10 * step + i) for i in range(4)] for step in range(3)]

@@ -15,7 +15,7 @@ from meditron_train.train import memory_snapshot
 from meditron_train.train.profiling import PHASES, summarize
 from tests.train.test_loop import losses, run
 
-SHORT = {"train": {"steps": 4, "global_batch_size": 2}, "validation": {"interval": 100, "steps": 1}}
+SHORT = {"train": {"steps": 4, "global_batch_size": 4}, "validation": {"interval": 100, "steps": 1}}
 
 
 def test_chosen_steps_of_chosen_ranks_are_recorded_and_change_no_number(write_config, tmp_path):

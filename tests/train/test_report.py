@@ -50,7 +50,7 @@ def finished_run(tmp_path_factory, hf_dir, corpus):
                       {"name": "two", "path": str(corpus / "two"), "weight": 1.0}],
             "validation": [{"name": "held-out", "path": str(corpus / "validation")}],
         },
-        "train": {"steps": 20, "seq_len": 64, "global_batch_size": 2, "precision": "fp32", "device": "cpu"},
+        "train": {"steps": 20, "seq_len": 64, "global_batch_size": 4, "precision": "fp32", "device": "cpu"},
         "checkpoint": {"interval": 10, "export_hf": True},
         "validation": {"interval": 5, "steps": 2},
         "logging": {"run_dir": str(directory / "run"), "tensorboard": False},
@@ -136,7 +136,7 @@ def killed_after_going_back(rank: int, world_size: int, config_file: Path) -> in
 @pytest.mark.long
 def test_the_status_names_the_checkpoint_that_was_gone_back_to(write_config, tmp_path):
     """The one that it named before was set aside."""
-    values = {"steps": 4, "seq_len": 64, "global_batch_size": 2, "precision": "fp32", "device": "cpu"}
+    values = {"steps": 4, "seq_len": 64, "global_batch_size": 4, "precision": "fp32", "device": "cpu"}
     logging = {"run_dir": str(tmp_path / "run"), "tensorboard": False}
     config = write_config(
         "back.yaml", train=values, checkpoint={"interval": 2, "export_hf": False}, logging=logging

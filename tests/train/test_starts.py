@@ -17,7 +17,7 @@ from tests.long import mostly_long
 from tests.train.test_failures import failure
 from tests.train.test_loop import losses, run, run_rank, stop_file_after, tensors, weights
 
-SHORT = {"steps": 6, "seq_len": 64, "global_batch_size": 2, "precision": "fp32", "device": "cpu"}
+SHORT = {"steps": 6, "seq_len": 64, "global_batch_size": 4, "precision": "fp32", "device": "cpu"}
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_damaged_checkpoint_starts_nothing(write_short, hf_dir, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("distributed_optimizer", ["true", "false"])
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_training_checkpoint_gives_its_weights_and_a_fresh_optimizer(
     write_short, tmp_path, distributed_optimizer, precision
 ):

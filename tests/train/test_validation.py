@@ -13,7 +13,7 @@ from tests.distributed import run_ranks
 from tests.report.metrics_file import read_metrics
 from tests.train.test_loop import run, run_rank
 
-STEPS = {"steps": 4, "seq_len": 64, "global_batch_size": 2, "precision": "fp32"}
+STEPS = {"steps": 4, "seq_len": 64, "global_batch_size": 4, "precision": "fp32"}
 
 
 def watched_rank(

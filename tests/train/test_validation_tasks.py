@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from meditron_train.checkpoint.tokenizer.copy import copy_tokenizer
+from meditron_train.checkpoint.tokenizer.beside_model import copy_tokenizer
 from meditron_train.config.chat import CHATML_TOKENS
 from meditron_train.config.load import load_config
 from meditron_train.data.tokenizing.chat import chat_template
@@ -50,7 +50,7 @@ def questions(tmp_path) -> Path:
 
 
 def test_accuracies_are_those_of_transformers_and_training_is_the_same(write_config, questions, tmp_path):
-    steps = {"steps": 4, "global_batch_size": 2}
+    steps = {"steps": 4, "global_batch_size": 4}
     tasks = {"tasks": ["arc_challenge"], "tasks_data": str(questions.parent), "tasks_items": NUM_QUESTIONS}
     plain = write_config(
         train=steps, validation={"interval": 2, "steps": 1}, logging={"run_dir": str(tmp_path / "plain")}

@@ -40,7 +40,7 @@ from meditron_train.checkpoint.manifest import MANIFEST_NAME, TensorEntry, read_
 from meditron_train.checkpoint.planned import PlannedTensor
 from meditron_train.checkpoint.sharded.read import read_meta
 from meditron_train.checkpoint.tensor_map import Piece, hf_shapes
-from meditron_train.checkpoint.tokenizer.copy import check_tokenizer, copy_tokenizer
+from meditron_train.checkpoint.tokenizer.beside_model import check_tokenizer, copy_tokenizer
 from meditron_train.config.finetuning import LoraSection
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import UserError

@@ -29,7 +29,7 @@ from meditron_train.checkpoint.files.stored import Tensors
 from meditron_train.checkpoint.hf.directory import read_generation_config
 from meditron_train.checkpoint.manifest import TensorEntry
 from meditron_train.checkpoint.planned import PlannedFile, PlannedTensor
-from meditron_train.checkpoint.tokenizer.copy import tokenizer_fingerprint
+from meditron_train.checkpoint.tokenizer.beside_model import tokenizer_fingerprint
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import UserError
 from meditron_train.log import get_logger

@@ -36,7 +36,7 @@ from meditron_train.checkpoint.megatron.source import TRACKER
 from meditron_train.checkpoint.planned import PlannedFile, PlannedTensor, Stack
 from meditron_train.checkpoint.sharded.plan import meta_json, plan_distcp, write_index
 from meditron_train.checkpoint.tensor_map import TensorSpec, sharded_pieces, tensor_specs
-from meditron_train.checkpoint.tokenizer.copy import check_tokenizer, copy_tokenizer
+from meditron_train.checkpoint.tokenizer.beside_model import check_tokenizer, copy_tokenizer
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import UserError
 

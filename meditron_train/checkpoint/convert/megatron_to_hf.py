@@ -11,7 +11,7 @@ from meditron_train.checkpoint.convert.workspace import Ranks, require_absent
 from meditron_train.checkpoint.dtypes import parse_dtype
 from meditron_train.checkpoint.hf.directory import read_generation_config
 from meditron_train.checkpoint.megatron.source import MegatronOptions, MegatronSource
-from meditron_train.checkpoint.tokenizer.copy import check_tokenizer
+from meditron_train.checkpoint.tokenizer.beside_model import check_tokenizer
 from meditron_train.units import parse_num_bytes
 
 

@@ -34,7 +34,7 @@ from meditron_train.checkpoint.manifest import MANIFEST_NAME, read_manifest, req
 from meditron_train.checkpoint.planned import PlannedTensor
 from meditron_train.checkpoint.sharded.read import ShardedSource
 from meditron_train.checkpoint.tensor_map import Piece, hf_shapes
-from meditron_train.checkpoint.tokenizer.copy import check_tokenizer, compare_tokenizers
+from meditron_train.checkpoint.tokenizer.beside_model import check_tokenizer, compare_tokenizers
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import UserError
 from meditron_train.files import overlap, sha256_file

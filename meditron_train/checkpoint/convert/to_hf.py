@@ -28,7 +28,7 @@ from meditron_train.checkpoint.megatron.source import MegatronSource
 from meditron_train.checkpoint.planned import PlannedTensor
 from meditron_train.checkpoint.sharded.read import ShardedSource
 from meditron_train.checkpoint.tensor_map import Piece, hf_pieces, hf_shapes, tensor_specs
-from meditron_train.checkpoint.tokenizer.copy import check_tokenizer
+from meditron_train.checkpoint.tokenizer.beside_model import check_tokenizer
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.files import sha256_file
 from meditron_train.units import parse_num_bytes

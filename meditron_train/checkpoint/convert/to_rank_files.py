@@ -41,7 +41,7 @@ from meditron_train.checkpoint.megatron.torch_dist import load_common
 from meditron_train.checkpoint.planned import PlannedFile
 from meditron_train.checkpoint.sharded.read import ShardedSource
 from meditron_train.checkpoint.tensor_map import TensorSpec, tensor_specs
-from meditron_train.checkpoint.tokenizer.copy import copy_tokenizer
+from meditron_train.checkpoint.tokenizer.beside_model import copy_tokenizer
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.config.schema import Config
 from meditron_train.errors import UserError

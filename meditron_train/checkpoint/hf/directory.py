@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from meditron_train.checkpoint.hf.config import generation_config_of, model_config_to_hf
+from meditron_train.checkpoint.tokenizer.beside_model import check_tokenizer, copy_tokenizer
 from meditron_train.checkpoint.tokenizer.chat import ChatFormat, add_end_token
-from meditron_train.checkpoint.tokenizer.copy import check_tokenizer, copy_tokenizer
 from meditron_train.config.model_config import ModelConfig
 from meditron_train.errors import UserError
 from meditron_train.files import read_json_object

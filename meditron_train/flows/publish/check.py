@@ -16,7 +16,7 @@ from meditron_train.verify.compare_logits import probe_ids, transformers_logits
 from meditron_train.verify.side import open_full_side
 from meditron_train.verify.verify import verify
 
-_TOLERANCE = 1e-5  # relative to the largest logit, as in verify.logits
+_TOLERANCE = 1e-5  # relative to the largest logit, as in verify.compare_logits
 _SHARE_OF_MEMORY = 0.6
 
 

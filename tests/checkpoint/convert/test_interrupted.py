@@ -72,10 +72,7 @@ def sources(tmp_path: Path, monkeypatch) -> dict[str, Path]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("direction", "every"),
-    [("from", 4), *(pytest.param(name, 1, marks=pytest.mark.long) for name in ("from", "to"))],
-)
+@pytest.mark.parametrize(("direction", "every"), [("from", 1), ("to", 1)])
 def test_killed_at_every_moment_and_run_again(
     tmp_path: Path, sources: dict[str, Path], direction: str, every: int
 ) -> None:

@@ -55,7 +55,7 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, Any], int, int, int]:
 
 
 @given(case=cases())
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_there_and_back(tmp_path_factory, case: tuple[dict[str, Any], int, int, int]) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -96,7 +96,7 @@ def random_models(draw: st.DrawFn) -> dict:
 
 
 @given(config=random_models(), seed=st.integers(0, 99), max_shard_size=st.integers(1, 20_000))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_model_any_bits(tmp_path_factory, config: dict, seed: int, max_shard_size: int) -> None:
     """Random shapes, and tensors of random bits: NaN payloads, infinities and negative zeros survive too."""
     directory = tmp_path_factory.mktemp("model")

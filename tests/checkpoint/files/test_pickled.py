@@ -37,7 +37,6 @@ from tests.checkpoint.files.payloads import (
     text,
     unfit,
 )
-from tests.hostile import MAX_SECONDS
 
 NAMES: Allowed = {
     ("collections", "OrderedDict"): ORDERED_DICT,
@@ -116,7 +115,7 @@ def test_what_is_no_data_is_damage_at_once(payload: str) -> None:
     start, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DamagedPickle):
         read_pickle(unfit()[payload], NAMES)
-    assert time.process_time() - start < MAX_SECONDS
+    assert time.process_time() - start < 3
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000  # KiB
 
 
@@ -162,7 +161,7 @@ def test_values_are_spelled_in_one_short_line_at_once() -> None:
     ):
         start, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         assert len(shown(value)) < 100 and len(spelled(value)) < 100
-        assert time.process_time() - start < MAX_SECONDS
+        assert time.process_time() - start < 0.5
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 1000  # KiB
     plain: Any
     for plain in (

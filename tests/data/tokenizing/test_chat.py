@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meditron_train.checkpoint.tokenizer.copy import copy_tokenizer
+from meditron_train.checkpoint.tokenizer.beside_model import copy_tokenizer
 from meditron_train.config.chat import CHATML_TOKENS
 from meditron_train.data.indexed import IndexedDataset
 from meditron_train.data.info import dataset_info

@@ -10,7 +10,7 @@ import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from meditron_train.checkpoint.tokenizer.copy import copy_tokenizer
+from meditron_train.checkpoint.tokenizer.beside_model import copy_tokenizer
 from meditron_train.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from meditron_train.errors import UserError
 

@@ -13,7 +13,7 @@ pytest.importorskip("lm_eval")
 
 import transformers
 
-from meditron_train.checkpoint.tokenizer.copy import copy_tokenizer
+from meditron_train.checkpoint.tokenizer.beside_model import copy_tokenizer
 from meditron_train.config.training import ParallelSection
 from meditron_train.errors import UserError
 from meditron_train.evaluate.harness.lm_task import Protocol

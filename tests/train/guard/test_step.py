@@ -103,15 +103,10 @@ def test_too_many_rollbacks_to_one_checkpoint_stop_the_run(write_config):
     ("overrides", "world_size", "named"),
     [
         ((), 3, ["rank 1"]),
-        pytest.param(("parallel.distributed_optimizer=false",), 3, ["rank 1"], marks=pytest.mark.long),
+        (("parallel.distributed_optimizer=false",), 3, ["rank 1"]),
         ((), 2, ["rank 0", "rank 1"]),
-        pytest.param(
-            ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"),
-            3,
-            ["rank 1"],
-            marks=pytest.mark.long,
-        ),
-        pytest.param(("parallel.context=3", "train.seq_len=48"), 3, ["rank 1"], marks=pytest.mark.long),
+        (("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"), 3, ["rank 1"]),
+        (("parallel.context=3", "train.seq_len=48"), 3, ["rank 1"]),
     ],
 )
 def test_a_flipped_bit_is_found_and_the_rank_named(write_config, tmp_path, overrides, world_size, named):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from meditron_train.checkpoint.tokenizer.copy import (
+from meditron_train.checkpoint.tokenizer.beside_model import (
     check_tokenizer,
     compare_fingerprints,
     compare_tokenizers,

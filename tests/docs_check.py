@@ -267,6 +267,14 @@ def run_problem(block: Block, root: Path) -> str | None:
     return f"exit code {done.returncode}: {done.stderr.strip()[-500:]}"
 
 
+def prose_problems(root: Path) -> list[str]:
+    """What is wrong with the text between the commands, in CHANGELOG.md and CONTRIBUTING.md its width alone."""
+    problems = [problem for file in documents(root) for problem in text_problems(file, root)]
+    for file in (*documents(root), *sorted(root.glob("C*.md"))):
+        problems += long_lines(file, root)
+    return problems
+
+
 def check(root: Path, *, run: bool = True) -> list[str]:
     """Everything wrong with the documents below `root`; with `run`, marked blocks are run, too."""
     problems = []
@@ -284,10 +292,7 @@ def check(root: Path, *, run: bool = True) -> list[str]:
                     problems.append(f"{where}:{line}: `{shlex.join(words)}`: {problem}")
             if run and block.run and (problem := run_problem(block, root)):
                 problems.append(f"{where}:{block.line}: {problem}")
-        problems += text_problems(file, root)
-    for file in (*documents(root), *sorted(root.glob("C*.md"))):  # also CHANGELOG.md and CONTRIBUTING.md
-        problems += long_lines(file, root)
-    return problems
+    return problems + prose_problems(root)
 
 
 if __name__ == "__main__":

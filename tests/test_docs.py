@@ -10,11 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_no_line_is_too_long_and_every_link_leads_somewhere():
-    pages = (*docs_check.documents(ROOT), *ROOT.glob("C*.md"))
-    problems = [problem for page in pages for problem in docs_check.long_lines(page, ROOT)]
-    problems += [
-        problem for page in docs_check.documents(ROOT) for problem in docs_check.text_problems(page, ROOT)
-    ]
+    problems = docs_check.prose_problems(ROOT)
     assert not problems, "\n" + "\n".join(problems)
 
 

@@ -83,11 +83,12 @@ def warn_of_other_budget(config: Config, data: PackedDataset) -> None:
     """Warn when the steps take more or less than the sum of token_budget."""
     if data.budget_samples is None:
         return
-    needed = BatchSchedule.of(config.train).steps_for(data.budget_samples)
+    schedule = BatchSchedule.of(config.train)
+    needed = schedule.steps_for(data.budget_samples)
     steps = config.train.steps
     if abs(steps - needed) > max(1, needed // 100):
         budget = sum(entry.token_budget or 0 for entry in config.data.train)
-        num_tokens = BatchSchedule.of(config.train).samples_before(steps + 1) * config.train.seq_len
+        num_tokens = schedule.samples_before(steps + 1) * config.train.seq_len
         _log.warning(
             "train.steps %d takes %d tokens, padding included, but the sum of token_budget is %d: every source then "
             "gives %.3g times its budget. For the budgets leave train.steps out, which makes %d",

@@ -29,6 +29,7 @@ CPU = pytest.param(
 )
 REHEARSED = [*CPU.marks, pytest.mark.long]
 """Marks of a CPU's turn that is long: the other tests say the same of a CPU, this one that the test works."""
+REHEARSAL = pytest.param("cpu", id="cpu", marks=REHEARSED)
 
 HEAD_DIM = 64
 """A head size that our attention takes on GPUs; the small models of tests/train have 8 and 16."""

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.devices import CUDA, REHEARSED
+from tests.gpu.devices import CUDA, REHEARSAL
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", id="cpu", marks=REHEARSED), CUDA])
+@pytest.mark.parametrize("device", [REHEARSAL, CUDA])
 def test_all_tools_take_the_same_steps(device, tmp_path):
     result_file = tmp_path / "result.json"
     command = [sys.executable, "-m", "benchmarks.gpu.train_step", "--tiny", "--device", device]
@@ -30,7 +30,7 @@ def test_all_tools_take_the_same_steps(device, tmp_path):
         assert f"| {name} | " in done.stdout
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", id="cpu", marks=REHEARSED), CUDA])
+@pytest.mark.parametrize("device", [REHEARSAL, CUDA])
 def test_attention_is_measured_in_every_case(device, tmp_path):
     result_file = tmp_path / "result.json"
     command = [sys.executable, "-m", "benchmarks.gpu.attention", "--tiny", "--device", device]

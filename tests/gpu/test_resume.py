@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from tests.gpu.devices import CUDA, HEAD_DIM, REHEARSED, needs_gpus, our_attention
+from tests.gpu.devices import CUDA, HEAD_DIM, REHEARSAL, REHEARSED, needs_gpus, our_attention
 from tests.train.reference import hf_model
 from tests.train.test_loop import run, stop_file_after
 
@@ -69,7 +69,7 @@ def test_one_rank_resumes_to_the_bit(write_run, tmp_path, device, precision):
     assert_resumes(write_run, tmp_path, device, precision, (), world_size=1)
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", id="cpu", marks=REHEARSED), CUDA])
+@pytest.mark.parametrize("device", [REHEARSAL, CUDA])
 def test_our_attention_resumes_to_the_bit(write_run, tmp_path, hf_dir, device):
     """With heads that our kernels take on a GPU, too."""
     from meditron_train.data.tokenizing.tokenizer import load_tokenizer

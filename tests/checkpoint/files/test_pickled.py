@@ -161,7 +161,7 @@ def test_values_are_spelled_in_one_short_line_at_once() -> None:
     ):
         start, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         assert len(shown(value)) < 100 and len(spelled(value)) < 100
-        assert time.process_time() - start < 0.5
+        assert time.process_time() - start < 0.1
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 1000  # KiB
     plain: Any
     for plain in (

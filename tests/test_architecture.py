@@ -15,6 +15,7 @@ beside them do not import each other in circles.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -79,9 +80,21 @@ def modules_in(root: Path) -> dict[str, Path]:
     return found
 
 
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """All nodes of a file, parsed once for all that look through them."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget() -> Iterator[None]:
+    yield
+    nodes_of.cache_clear()
+
+
 def imports_of(name: str, path: Path, modules: dict[str, Path]) -> Iterator[Import]:
     """All imports of a file, also those inside functions; `from package import module` names the module."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield Import(name, node.lineno, alias.name)
@@ -140,7 +153,7 @@ def owner_problems(root: Path) -> list[str]:
     for name, path in modules_in(root).items():
         if room_of(name) == "parallel":
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             called = node.func if isinstance(node, ast.Call) else None
             maker = getattr(called, "attr", None) or getattr(called, "id", None)
             if maker in GROUP_MAKERS:
@@ -154,7 +167,7 @@ def loader_problems(root: Path) -> list[str]:
     """Calls that run what a file says, outside of the one place that hands megatron-core a reader of ours."""
     problems = []
     for name, path in modules_in(root).items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             found = None
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 found = (node.value.id, node.attr)
@@ -345,7 +358,7 @@ def long_functions(package: Path) -> list[str]:
     """Functions that are too long to be read at once; the docstring does not count."""
     problems = []
     for path in sorted(package.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef):
                 num_lines = (node.end_lineno or node.lineno) - node.lineno + 1
                 if ast.get_docstring(node) is not None:

@@ -250,7 +250,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("reader", READERS)
 def test_readers_refuse_or_read(files: Files, reader: str) -> None:
-    attempt_many(lambda dice: READERS[reader](files, dice), 100, derandomize=True)
+    attempt_many(lambda dice: READERS[reader](files, dice), 50, derandomize=True)
 
 
 @pytest.mark.long

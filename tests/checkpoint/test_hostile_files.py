@@ -184,7 +184,7 @@ READERS: dict[str, Callable[[Models, random.Random], None]] = {
 
 @pytest.mark.parametrize("reader", READERS)
 def test_readers_refuse_or_read(models: Models, reader: str) -> None:
-    attempt_many(lambda dice: READERS[reader](models, dice), 100, derandomize=True)
+    attempt_many(lambda dice: READERS[reader](models, dice), 50, derandomize=True)
 
 
 @pytest.mark.long

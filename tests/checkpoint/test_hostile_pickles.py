@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
+import shutil
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -40,6 +43,18 @@ def old_torch_file(raw: bytes) -> bytes:
     return b"".join(pickle.dumps(value, protocol=2) for value in before) + raw + pickle.dumps([], protocol=2)
 
 
+@functools.cache
+def _whole() -> tempfile.TemporaryDirectory[str]:
+    """A checkpoint to copy; removed with this process."""
+    directory = tempfile.TemporaryDirectory(prefix="meditron-checkpoint-")
+    write_checkpoint(Path(directory.name, "checkpoint"))
+    return directory
+
+
+def copy_checkpoint(directory: Path) -> None:
+    shutil.copytree(Path(_whole().name, "checkpoint"), directory)
+
+
 def replace_record(checkpoint: Path, name: str, raw: bytes) -> None:
     """The record of an entry is now at the end of its file, and `.metadata` says so."""
     metadata = read_metadata(checkpoint)
@@ -52,32 +67,32 @@ def replace_record(checkpoint: Path, name: str, raw: bytes) -> None:
 
 
 def in_metadata(directory: Path, raw: bytes) -> Callable[[], object]:
-    write_checkpoint(directory)
+    copy_checkpoint(directory)
     (directory / ".metadata").write_bytes(raw)
     return lambda: CheckedReader(directory)
 
 
 def in_common(directory: Path, raw: bytes) -> Callable[[], object]:
-    write_checkpoint(directory)
+    copy_checkpoint(directory)
     (directory / "common.pt").write_bytes(torch_file(raw))
     return lambda: read_common(directory)
 
 
 def in_a_tensor_for_conversion(directory: Path, raw: bytes) -> Callable[[], object]:
-    write_checkpoint(directory)
+    copy_checkpoint(directory)
     replace_record(directory, NORM, torch_file(raw))
     return lambda: ShardedSource(directory).read(NORM)
 
 
 def in_a_tensor_for_training(directory: Path, raw: bytes) -> Callable[[], object]:
-    write_checkpoint(directory)
+    copy_checkpoint(directory)
     replace_record(directory, NORM, torch_file(raw))
     state = {NORM: torch.empty(24, dtype=torch.bfloat16)}
     return lambda: _load(state, directory)
 
 
 def in_an_object(directory: Path, raw: bytes) -> Callable[[], object]:
-    write_checkpoint(directory)
+    copy_checkpoint(directory)
     metadata = read_metadata(directory)
     metadata.state_dict_metadata[NORM] = torch.distributed.checkpoint.metadata.BytesStorageMetadata()
     metadata.storage_data = {

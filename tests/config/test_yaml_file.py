@@ -59,9 +59,23 @@ _PLAIN = st.one_of(
 )
 
 
-@given(values=st.dictionaries(st.text(alphabet="3e-4:x", max_size=5), st.one_of(_PLAIN, st.lists(_PLAIN))))
-@settings(max_examples=300, deadline=None)
-def test_what_is_dumped_is_read_as_it_was(values):
+_VALUES = st.dictionaries(st.text(alphabet="3e-4:x", max_size=5), st.one_of(_PLAIN, st.lists(_PLAIN)))
+
+
+def dump_and_read(values):
     found = parse_yaml(dump_yaml(values))
     assert found == values and repr(found) == repr(values)  # 1 == 1.0 == True
     assert yaml.safe_load(dump_yaml(values)) == values  # other programs read YAML 1.1
+
+
+@given(values=_VALUES)
+@settings(max_examples=75, deadline=None)
+def test_what_is_dumped_is_read_as_it_was(values):
+    dump_and_read(values)
+
+
+@pytest.mark.long
+@given(values=_VALUES)
+@settings(max_examples=1000, deadline=None)
+def test_what_is_dumped_is_read_as_it_was_1000_times(values):
+    dump_and_read(values)

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from meditron_train.launcher.local_ranks import rank_environment, run_ranks
+from tests.long import mostly_long
 from tests.refusal import refused
 
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS")
@@ -56,23 +57,18 @@ def test_a_rank_that_waits_for_a_dead_one_is_ended(caplog):
 
 
 def test_after_a_stop_on_request_the_others_may_finish(tmp_path):
-    text = f"rank == 1 and sys.exit(85)\ntime.sleep(2)\nopen('{tmp_path}/closed', 'w').close()\nsys.exit(85)"
+    text = f"rank == 1 and sys.exit(85)\ntime.sleep(1)\nopen('{tmp_path}/closed', 'w').close()\nsys.exit(85)"
     assert run_ranks(program(text), 2, grace_s=0) == 85
     assert (tmp_path / "closed").exists()
 
 
-@pytest.mark.parametrize(
-    ("sent", "received"),
-    [
-        ("SIGTERM", "SIGTERM"),
-        ("SIGUSR1", "SIGUSR1"),
-        ("SIGUSR2", "SIGUSR2"),
-        ("SIGINT", "SIGINT"),
-        ("SIGHUP", "SIGTERM"),
-    ],
-)
-def test_a_signal_reaches_each_rank_once(tmp_path, sent, received):
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP")
+
+
+@pytest.mark.parametrize("sent", mostly_long(SIGNALS, "SIGTERM", "SIGINT", "SIGHUP"))
+def test_a_signal_reaches_each_rank_once(tmp_path, sent):
     """Also when the terminal sends it to the whole process group, as Ctrl-C does."""
+    received = "SIGTERM" if sent == "SIGHUP" else sent
     rank = (
         "got = []\n"
         f"signal.signal(signal.{received}, lambda *_: got.append(1))\n"

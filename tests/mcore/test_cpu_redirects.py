@@ -6,7 +6,8 @@ type names and random state, gives something else). The outside call shows that 
 
 from __future__ import annotations
 
-import subprocess
+import importlib
+import importlib.util
 import sys
 
 import pytest
@@ -94,33 +95,26 @@ def test_device_contexts_still_work():
         assert torch.zeros(2).is_meta and torch.empty(1).is_meta
 
 
-def run_python(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+def test_too_late_is_an_error_with_the_remedy(monkeypatch):
+    """megatron.core is imported already when the package is, anew."""
+    for name in [name for name in sys.modules if name.startswith("meditron_train.mcore")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(RuntimeError, match="import names of megatron-core from meditron_train.mcore only"):
+        importlib.import_module("meditron_train.mcore.cpu_redirects")
 
 
-def test_too_late_is_an_error_with_the_remedy():
-    result = run_python(
-        "import sys, types; sys.modules['megatron.core.fake'] = types.ModuleType('megatron.core.fake')\n"
-        "from meditron_train.mcore import cpu_redirects"
-    )
-    assert (
-        result.returncode != 0
-        and "import names of megatron-core from meditron_train.mcore only" in result.stderr
-    )
+def test_nothing_happens_where_cuda_is_available(monkeypatch):
+    def redirected():
+        factories = [getattr(torch, name) for name in cpu_redirects.FACTORIES]
+        return [*factories, torch.cuda.current_device, torch.Tensor.cuda, torch.Tensor.type]
 
-
-def test_nothing_happens_where_cuda_is_available():
-    result = run_python(
-        "import torch, importlib.util, sys\n"
-        "torch.cuda.is_available = lambda: True\n"
-        f"spec = importlib.util.spec_from_file_location('redirects', {cpu_redirects.__file__!r})\n"
-        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
-        "before = {n: getattr(torch, n) for n in module.FACTORIES}, torch.cuda.current_device, torch.Tensor.cuda\n"
-        "module.apply()\n"
-        "after = {n: getattr(torch, n) for n in module.FACTORIES}, torch.cuda.current_device, torch.Tensor.cuda\n"
-        "assert before == after\n"
-    )
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    spec = importlib.util.spec_from_file_location("redirects", cpu_redirects.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before = redirected()
+    module.apply()
+    assert redirected() == before
 
 
 @pytest.mark.parametrize("version", ["0.15.3", "0.17.0", "0.12.0rc1"])

@@ -143,7 +143,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, hf_dir: Path) -> Path:
         pytest.param({"tensor": 2, "sequence": True}, 0.0, marks=pytest.mark.long),
         pytest.param({"pipeline": 2}, 0.3, marks=pytest.mark.long),
         ({}, 0.3),  # two data-parallel ranks
-        ({"context": 2}, 0.0),
+        pytest.param({"context": 2}, 0.0, marks=pytest.mark.long),
     ],
     ids=["tp2", "pp2", "dp2", "cp2"],
 )

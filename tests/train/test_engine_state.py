@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
+from tests.long import mostly_long
 from tests.train.ranks import make_config, start_engine, take_steps
 from tests.train.reference import hf_model, random_batch
 
@@ -43,7 +44,7 @@ def save_and_load(rank: int, world_size: int, config, directory: Path) -> tuple[
     return len(buckets), num_padded, [float((a - b).abs().max()) for a, b in zip(before, after, strict=True)]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", mostly_long(["fp32", "bf16"], "bf16"))
 def test_state_in_several_padded_buckets_is_saved_exactly(tmp_path, precision):
     hf_model().save_pretrained(tmp_path / "hf")
     sections = {

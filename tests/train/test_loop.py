@@ -94,16 +94,16 @@ def test_kill_9_then_resume_is_bit_identical(write_config, tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_resume_under_another_layout(write_config, tmp_path, precision):
-    train = {"steps": 20, "seq_len": 64, "global_batch_size": 4, "precision": precision, "device": "cpu"}
+    train = {"steps": 8, "seq_len": 64, "global_batch_size": 4, "precision": precision, "device": "cpu"}
     whole = run(write_config("whole.yaml", train=train, logging={"run_dir": str(tmp_path / "whole"),
                 "wandb": "disabled", "tensorboard": False}), "parallel.tensor=2", world_size=2)  # fmt: skip
     config = write_config(train=train)
-    stop_file_after(config, tmp_path / "run", step=7, overrides=("parallel.tensor=2",), world_size=2)
+    stop_file_after(config, tmp_path / "run", step=3, overrides=("parallel.tensor=2",), world_size=2)
     resumed = run(config, "parallel.pipeline=2", world_size=4)  # tp1, pp2, dp2
     tolerance = 1e-5 if precision == "fp32" else 2e-2
     assert losses(resumed) == pytest.approx(losses(whole), rel=tolerance)
-    assert losses(resumed)[:7] == losses(whole)[:7]
-    last = "checkpoints/step_00000020"
+    assert losses(resumed)[:3] == losses(whole)[:3]
+    last = "checkpoints/step_00000008"
     expected = tensors(tmp_path / "whole" / last)
     for name, tensor in tensors(tmp_path / "run" / last).items():
         difference = (tensor - expected[name]).abs().max() / expected[name].abs().max()
@@ -111,7 +111,7 @@ def test_resume_under_another_layout(write_config, tmp_path, precision):
     # The same samples in the same order: what the loss was computed on is listed for each step.
     from meditron_train.data.trace import trace_step
 
-    for step in (1, 7, 8, 20):
+    for step in (1, 3, 4, 8):
         one, other = (trace_step(tmp_path / name, step) for name in ("run", "whole"))
         assert one["segments"] == other["segments"] and one["segments"]
 

@@ -158,6 +158,7 @@ def test_an_adapter_is_described_run_and_refused_for_another_base(trained, tmp_p
         assert code == 2 and "merge-adapter" in err
 
 
+@pytest.mark.long
 def test_a_run_refuses_another_base_other_adapters_and_new_tokens(short, tmp_path, hf_dir):
     base = tmp_path / "base"
     shutil.copytree(hf_dir, base)

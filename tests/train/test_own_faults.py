@@ -91,6 +91,7 @@ def test_an_intermediate_export_that_fails_is_tried_again_by_the_next_start(writ
     assert exported == ["hf_step_00000002", "hf_step_00000004"]
 
 
+@pytest.mark.long
 def test_a_finished_run_that_is_started_again_changes_nothing(write_small, tmp_path):
     config = write_small(checkpoint={"interval": 2, "export_hf": True})
     run(config)
@@ -134,6 +135,7 @@ def test_a_learning_rate_that_jumps_on_a_resume_is_said(write_small, tmp_path):
     assert log.count("the learning rate of step") == 1  # the last one was no jump
 
 
+@pytest.mark.long
 def test_a_batch_without_labels_moves_no_weight(write_small, tmp_path):
     from tests.data.indexed_writer import IndexedDatasetWriter
 
@@ -251,6 +253,7 @@ def test_a_first_start_that_is_refused_creates_nothing(write_small, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_mixture_that_changes_resumes_exactly(write_small, tmp_path):
     """In one go; and stopped before the change, which is then decided on."""
     phases = [{"from_step": 4, "weights": {"two": 1.0}}]

@@ -28,6 +28,7 @@ LAYOUTS = {
     "tp2-pp2-dp2": (8, {"tensor": 2, "pipeline": 2, "sequence": True}),
     "tp2-cp2-dp2": (8, {"tensor": 2, "context": 2, "sequence": True}),
 }
+QUICK = ("tp1-pp1-dp1", "dp2-distributed-optimizer", "tp2-sp", "pp2-interleaved", "cp2", "tp2-pp2-dp2")
 
 
 def make_steps(micro_batch_size: int = 1, per_step: int = 8, num_steps: int = NUM_STEPS):
@@ -72,7 +73,7 @@ def run_layout(directory, world_size, parallel, steps, **sections):
     return histories[0], weights
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", mostly_long(LAYOUTS, *QUICK))
 def test_every_layout_agrees_with_transformers(layout, reference):
     directory, expected_history, expected_weights = reference
     history, weights = run_layout(directory, *LAYOUTS[layout], make_steps())
@@ -93,7 +94,7 @@ def reference_of_wider_heads(tmp_path_factory):
     return steps, *reference_run(tmp_path_factory.mktemp("wider") / "hf", steps, head_dim=16)
 
 
-@pytest.mark.parametrize("case", OUR_ATTENTION)
+@pytest.mark.parametrize("case", mostly_long(OUR_ATTENTION, "cp2"))
 def test_our_attention_agrees_with_transformers(case, reference_of_wider_heads):
     steps, directory, expected_history, expected_weights = reference_of_wider_heads
     world_size, parallel, train = OUR_ATTENTION[case]
@@ -104,6 +105,7 @@ def test_our_attention_agrees_with_transformers(case, reference_of_wider_heads):
     assert_agrees(history, weights, expected_history, expected_weights, tolerance=3e-5)
 
 
+@pytest.mark.long
 def test_tied_embeddings_and_several_samples_per_micro_batch(tmp_path):
     steps = make_steps(micro_batch_size=2, per_step=4, num_steps=4)
     directory, expected_history, expected_weights = reference_run(
@@ -114,7 +116,7 @@ def test_tied_embeddings_and_several_samples_per_micro_batch(tmp_path):
 
 
 def test_bf16_follows_the_fp32_reference(tmp_path):
-    steps = make_steps(num_steps=6)
+    steps = make_steps(per_step=2, num_steps=6)
     directory, expected_history, _ = reference_run(tmp_path / "hf", steps)
     history, _ = run_layout(directory, 2, {"tensor": 2}, steps, train={"precision": "bf16"})
     losses = torch.tensor([loss for loss, _ in history])
@@ -230,9 +232,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", mostly_long(FAMILIES, "mistral-cp2", "qwen2-tied-window-tp2-pp2-interleaved")
-)
+@pytest.mark.parametrize("case", mostly_long(FAMILIES, "qwen2-tied-window-tp2-pp2-interleaved"))
 def test_every_family_agrees_with_transformers(case, tmp_path):
     overrides, world_size, parallel = FAMILIES[case]
     steps = [[random_batch(10 * step + i) for i in range(4)] for step in range(3)]

@@ -65,7 +65,8 @@ def test_a_file_that_rank_0_alone_cannot_write(config, tmp_path, name, async_sav
     assert len(run(path, world_size=2)) == 9
 
 
-@pytest.mark.parametrize("async_save", mostly_long([False, True], True))
+@pytest.mark.long
+@pytest.mark.parametrize("async_save", [False, True])
 def test_the_third_failure_in_a_row_ends_the_run(config, tmp_path, async_save):
     path = config(40, 2, async_save)
     outcomes = run_ranks(

@@ -135,6 +135,7 @@ def test_asynchronous_saves_change_nothing_and_resume(write_short, tmp_path, ref
         assert weights(tmp_path / "async" / name) == weights(tmp_path / "sync" / name)
 
 
+@pytest.mark.long
 def test_a_ramp_goes_on_where_it_was(write_short, tmp_path):
     train = {"global_batch_size": 8, "batch_ramp": {"start": 2, "increment": 2, "samples": 12}}
     whole = run(write_short("whole", train=train))
@@ -172,6 +173,7 @@ def asking_rank(rank: int, world_size: int, config_file: Path, run_dir: Path) ->
     return run_rank(rank, world_size, config_file)
 
 
+@pytest.mark.long
 def test_a_save_file_saves_once_and_the_run_goes_on(write_short, tmp_path):
     config = write_short("asked", checkpoint={"interval": 100, "export_hf": False})
     assert run_ranks(asking_rank, 2, config, tmp_path / "asked") == [0, 0]
@@ -220,6 +222,7 @@ def test_fewer_steps_than_are_done_are_refused(write_short):
     assert "step_00000006 is further than train.steps = 3" in failure(config, "train.steps=3")
 
 
+@pytest.mark.long
 def test_a_finished_run_started_again_only_exports(write_short, tmp_path):
     config = write_short("again")
     first = run(config)
@@ -277,7 +280,10 @@ def dry_rank(rank: int, world_size: int, config: object) -> tuple[dict, dict, li
     return before, after, [loss for loss, _ in take_steps(engine, steps)]
 
 
-@pytest.mark.parametrize("world_size, parallel", [(1, {}), (2, {"pipeline": 2, "virtual_pipeline": 2})])
+@pytest.mark.parametrize(
+    "world_size, parallel",
+    [pytest.param(1, {}, marks=pytest.mark.long), (2, {"pipeline": 2, "virtual_pipeline": 2})],
+)
 def test_a_dry_step_changes_nothing(tmp_path, world_size, parallel):
     from tests.train.ranks import make_config, train_ranks
     from tests.train.reference import hf_model, random_batch
@@ -372,6 +378,7 @@ def test_one_rank_alone_hashes_the_checkpoint_that_a_run_starts_from(write_short
         make_plan(config, world_size=2, rank=0)
 
 
+@pytest.mark.long
 def test_a_base_with_nan_starts_only_on_purpose(write_short, hf_dir, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from meditron_train.verify.inspect import inspect_directory
 from meditron_train.verify.verify import verify
 from tests.checkpoint.tiny_llama import change_json, write_tiny_llama
 from tests.checkpoint.tiny_tokenizer import write_tokenizer_model
+from tests.long import mostly_long
 from tests.refusal import refused
 from tests.verify.test_verify import named
 
@@ -53,9 +55,13 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", SPOILT)
-@pytest.mark.parametrize("other", ["back", "checkpoint", "back/manifest.json", "checkpoint/manifest.json"])
-def test_what_lies_beside_the_weights_is_compared(models: Path, back: Path, case: str, other: str) -> None:
+OTHERS = ("back", "checkpoint", "back/manifest.json", "checkpoint/manifest.json")
+QUICK = [*((case, "checkpoint/manifest.json") for case in SPOILT), ("ids-swapped", "back")]
+
+
+@pytest.mark.parametrize("pair", mostly_long(product(SPOILT, OTHERS), *QUICK), ids="-".join)
+def test_what_lies_beside_the_weights_is_compared(models: Path, back: Path, pair: tuple[str, str]) -> None:
+    case, other = pair
     spoil, expected = SPOILT[case]
     spoil(back)
     for found in (named(verify(models / other, back)), named(verify(back, models / other))):

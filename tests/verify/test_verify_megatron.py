@@ -18,6 +18,7 @@ from meditron_train.verify.verify import verify
 from tests.checkpoint.convert.test_for_megatron_lm import write_source
 from tests.checkpoint.megatron.fixtures import edited
 from tests.checkpoint.tiny_llama import change_json
+from tests.long import mostly_long
 from tests.verify.test_verify import named
 from tests.verify.test_verify_beside import swap_ids
 
@@ -28,7 +29,10 @@ def linear(factor: float) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": factor}}
 
 
-@pytest.mark.parametrize("changes", [{}, {"model_type": "qwen2", "head_dim": None}, MISTRAL], ids=str)
+QWEN2 = {"model_type": "qwen2", "head_dim": None}
+
+
+@pytest.mark.parametrize("changes", mostly_long([{}, QWEN2, MISTRAL], {}, QWEN2), ids=str)
 def test_its_own_tokenizer_is_compared(tmp_path: Path, changes: dict[str, Any]) -> None:
     source, run = write_source(tmp_path / "hf", **changes), tmp_path / "run"
     hf_to_sharded(source, tmp_path / "checkpoint")

@@ -1,10 +1,11 @@
-"""Any model, through a sharded checkpoint of any layout and back: the same bytes, and the logits of transformers."""
+"""Models through a sharded checkpoint of any layout and back: the same bytes, and the logits of transformers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -54,13 +55,11 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, Any], int, int, int]:
     return config, tp, pp, draw(st.integers(1, 50_000))
 
 
-@given(case=cases())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_there_and_back(tmp_path_factory, case: tuple[dict[str, Any], int, int, int]) -> None:
+def go_there_and_back(
+    directory: Path, config: dict[str, Any], tp: int, pp: int, max_shard_num_bytes: int
+) -> None:
     from transformers import AutoModelForCausalLM
 
-    config, tp, pp, max_shard_num_bytes = case
-    directory: Path = tmp_path_factory.mktemp("model")
     source, checkpoint, back = (directory / name for name in ("source", "checkpoint", "back"))
     write_tiny_llama(source, **config)
     hf_to_sharded(source, checkpoint, vocab_multiple=8 * tp)
@@ -83,3 +82,19 @@ def test_there_and_back(tmp_path_factory, case: tuple[dict[str, Any], int, int, 
         )
     assert torch.equal(a, b)
     torch.testing.assert_close(our_logits(HFSide(back), ids), a, rtol=1e-5, atol=1e-5)
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    sizes = {
+        "vocab_size": 131, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4,
+        "num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 6,
+    }  # fmt: skip
+    kind = {"dtype": "bfloat16", "rope_parameters": ROPES[-1], "max_shard_size": "9KB"}
+    go_there_and_back(tmp_path, {**sizes, **kind}, 2, 2, 20_000)
+
+
+@pytest.mark.long
+@given(case=cases())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_model_there_and_back(tmp_path_factory, case: tuple[dict[str, Any], int, int, int]) -> None:
+    go_there_and_back(tmp_path_factory.mktemp("model"), *case)

@@ -21,6 +21,7 @@ from meditron_train.launcher.rendezvous import Ranks, meet
 from meditron_train.verify.verify import verify
 from tests.checkpoint.tiny_llama import read_tensors, rewrite_tensors, write_tiny_llama
 from tests.distributed import run_ranks
+from tests.long import mostly_long
 from tests.refusal import refused
 
 
@@ -145,7 +146,7 @@ def _fail_in_every_way(rank: int, world_size: int, name: str) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("name", mostly_long(FAILURES, "user", "read", "crash"))
 def test_the_kind_of_a_failure_is_heard(name: str) -> None:
     error, kind = FAILURES[name]
     assert run_ranks(_fail_in_every_way, 2, name) == [kind.__name__, type(error).__name__]

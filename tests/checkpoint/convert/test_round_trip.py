@@ -29,6 +29,7 @@ from tests.checkpoint.tiny_llama import (
     write_tiny_llama,
 )
 from tests.checkpoint.tiny_tokenizer import write_tokenizer_model
+from tests.long import mostly_long
 from tests.refusal import refused
 
 LLAMA3 = {
@@ -46,8 +47,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-def test_there_and_back(tmp_path: Path, changes: dict) -> None:
+@pytest.mark.parametrize("name", mostly_long(MODELS, "gqa", "mqa-tied", "bf16-shards", "fp16-llama3"))
+def test_there_and_back(tmp_path: Path, name: str) -> None:
+    changes: dict = MODELS[name]
     source, checkpoint, back = (tmp_path / name for name in ("source", "checkpoint", "back"))
     write_tiny_llama(source, **changes)
     hf_to_sharded(source, checkpoint)
@@ -55,8 +57,8 @@ def test_there_and_back(tmp_path: Path, changes: dict) -> None:
     export_hf(checkpoint, back, max_shard_size="60KB")
     want, got = read_tensors(source), read_tensors(back)
     assert got.keys() == want.keys()
-    for name, tensor in want.items():
-        assert_same_bits(got[name], tensor, name)
+    for tensor_name, tensor in want.items():
+        assert_same_bits(got[tensor_name], tensor, tensor_name)
     assert read_hf_config(back) == read_hf_config(source)
     for a, b in ((source, checkpoint), (checkpoint, back), (source, back)):
         assert verify(a, b).differences == ()
@@ -95,11 +97,8 @@ def random_models(draw: st.DrawFn) -> dict:
     }
 
 
-@given(config=random_models(), seed=st.integers(0, 99), max_shard_size=st.integers(1, 20_000))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_model_any_bits(tmp_path_factory, config: dict, seed: int, max_shard_size: int) -> None:
-    """Random shapes, and tensors of random bits: NaN payloads, infinities and negative zeros survive too."""
-    directory = tmp_path_factory.mktemp("model")
+def keep_random_bits(directory: Path, config: dict, seed: int, max_shard_size: int) -> None:
+    """Tensors of random bits: NaN payloads, infinities and negative zeros survive too."""
     model = model_config_from_hf(config)
     dtype = getattr(torch, model.dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -124,6 +123,23 @@ def test_any_model_any_bits(tmp_path_factory, config: dict, seed: int, max_shard
     for name, tensor in want.items():
         assert_same_bits(got[name], tensor, name)
     assert verify(source, directory / "checkpoint").differences == ()
+
+
+@pytest.mark.parametrize("dtype", mostly_long(["float32", "bfloat16", "float16"], "bfloat16"))
+def test_any_bits(tmp_path: Path, dtype: str) -> None:
+    sizes = {
+        "vocab_size": 300, "hidden_size": 20, "intermediate_size": 18, "num_hidden_layers": 3,
+        "num_key_value_heads": 3, "num_attention_heads": 6, "head_dim": 6, "rope_theta": 1e6,
+    }  # fmt: skip
+    config = {"model_type": "llama", "tie_word_embeddings": False, "dtype": dtype, **sizes}
+    keep_random_bits(tmp_path, config, 0, 9_000)
+
+
+@pytest.mark.long
+@given(config=random_models(), seed=st.integers(0, 99), max_shard_size=st.integers(1, 20_000))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_model_any_bits(tmp_path_factory, config: dict, seed: int, max_shard_size: int) -> None:
+    keep_random_bits(tmp_path_factory.mktemp("model"), config, seed, max_shard_size)
 
 
 def test_padding_is_zero_and_leaves_again(tmp_path: Path) -> None:

@@ -58,21 +58,31 @@ VALUES = st.recursive(
 )
 
 
+OLD_VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner) | st.dictionaries(SCALARS, inner) | st.tuples(inner, inner)
+)
+
+
 @given(VALUES, st.sampled_from([4, 5]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_plain_data_is_what_python_reads(value: Any, protocol: int) -> None:
     raw = pickle.dumps(value, protocol=protocol)
     assert read_pickle(raw, {}) == (value, len(raw))
 
 
-@given(
-    st.recursive(
-        SCALARS, lambda inner: st.lists(inner) | st.dictionaries(SCALARS, inner) | st.tuples(inner, inner)
-    )
-)
-@settings(max_examples=200, deadline=None)
+@given(OLD_VALUES)
+@settings(max_examples=50, deadline=None)
 def test_plain_data_of_protocol_2_is_what_python_reads(value: Any) -> None:
     raw = pickle.dumps(value, protocol=2)
+    assert read_pickle(raw, {}) == (value, len(raw))
+
+
+@pytest.mark.long
+@given(st.tuples(VALUES, st.sampled_from([4, 5])) | st.tuples(OLD_VALUES, st.just(2)))
+@settings(max_examples=1000, deadline=None)
+def test_plain_data_is_what_python_reads_1000_times(case: tuple[Any, int]) -> None:
+    value, protocol = case
+    raw = pickle.dumps(value, protocol=protocol)
     assert read_pickle(raw, {}) == (value, len(raw))
 
 

@@ -19,6 +19,7 @@ from meditron_train.verify.verify import verify
 from tests.checkpoint.tiny_llama import assert_same_bits, read_tensors, rewrite_tensors, write_tiny_llama
 from tests.checkpoint.tiny_tokenizer import write_tokenizer_model
 from tests.checkpoint.tokenizer.shapes import write_tokenizer_of
+from tests.long import mostly_long
 
 # What the config.json of the published models says (without keys that do not matter here), and their parameters.
 PUBLISHED = {
@@ -186,7 +187,7 @@ def test_without_a_model_type_the_architecture_decides() -> None:
     assert find_family(config, "config.json").name == "llama"
 
 
-TINY = {
+TINY: dict[str, dict] = {
     "mistral": {
         "model_type": "mistral", "sliding_window": 5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     },
@@ -199,10 +200,11 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", TINY.values(), ids=TINY)
-def test_what_transformers_saves_comes_back_to_the_byte(tmp_path: Path, changes: dict) -> None:
+@pytest.mark.parametrize("kind", mostly_long(TINY, "mistral", "qwen2-tied-window"))
+def test_what_transformers_saves_comes_back_to_the_byte(tmp_path: Path, kind: str) -> None:
     from transformers import AutoModelForCausalLM
 
+    changes = TINY[kind]
     source, checkpoint, back = (tmp_path / name for name in ("source", "checkpoint", "back"))
     write_tiny_llama(source, vocab_size=512, num_hidden_layers=3, **changes)
     write_tokenizer_of(changes["model_type"], source)

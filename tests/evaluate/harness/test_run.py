@@ -16,6 +16,7 @@ from meditron_train.evaluate.harness.parse_answer import parse_answer
 from meditron_train.tasks.catalogue import BENCHMARKS, find_benchmarks, read_prompt
 from meditron_train.tasks.items import find_file, read_items
 from tests.evaluate.asking import ask
+from tests.long import mostly_long
 
 evaluator = pytest.importorskip("lm_eval.evaluator")
 harness_tasks = pytest.importorskip("lm_eval.tasks")
@@ -156,7 +157,7 @@ def in_lm_evals_format(name: str, rows: list[dict]) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", mostly_long(PUBLISHED, "medqa4", "truthfulqa", "arc_challenge"))
 def test_scores_are_lm_evals_own_item_by_item(lm, tmp_path, name):
     task, rows = PUBLISHED[name]
     file = write_lines(tmp_path / "theirs.jsonl", in_lm_evals_format(task, rows))

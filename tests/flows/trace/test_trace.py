@@ -75,7 +75,7 @@ def attention_flops(traced: RankTrace) -> int:
 
 
 @pytest.mark.parametrize("window", mostly_long([None, 20], None))
-@pytest.mark.parametrize("backend", ["flash_attn", "transformer_engine", "native"])
+@pytest.mark.parametrize("backend", mostly_long(["flash_attn", "transformer_engine", "native"], "native"))
 def test_flops_of_attention_are_those_of_what_each_query_sees(backend, window):
     """The first of two context-parallel ranks has chunks 0 and 3 of four: tokens 0 to 31 of the first of two samples,
     32 to 63 of the last, pair by pair; and 2 products forward, 5 backward."""
@@ -129,19 +129,24 @@ def test_the_host_waits_this_often(first, last):
 @pytest.mark.parametrize(
     ("world_size", "sections"),
     [
-        (1, {}),
-        (2, {"parallel": {"tensor": 2}, "train": {"recompute": "full"}}),
+        pytest.param(1, {}, marks=pytest.mark.long),
+        pytest.param(
+            2,
+            {"parallel": {"tensor": 2}, "train": {"recompute": "full"}},
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             4,
             {"parallel": {"context": 2}, "train": {"recompute": "selective"}},
             marks=pytest.mark.long,
         ),
-        (
+        pytest.param(
             4,
             {
                 "parallel": {"pipeline": 2, "virtual_pipeline": 2},
                 "train": {"attention": "transformer_engine"},
             },
+            marks=pytest.mark.long,
         ),
         pytest.param(
             4,
@@ -241,7 +246,12 @@ def test_parameters_of_another_stage_are_found(config):
 
 @pytest.mark.parametrize(
     ("world_size", "parallel"),
-    [(8, EIGHT), (4, {"context": 2, "tensor": 2}), (4, {"pipeline": 2, "virtual_pipeline": 2}), (3, {})],
+    [
+        (8, EIGHT),
+        pytest.param(4, {"context": 2, "tensor": 2}, marks=pytest.mark.long),
+        pytest.param(4, {"pipeline": 2, "virtual_pipeline": 2}, marks=pytest.mark.long),
+        pytest.param(3, {}, marks=pytest.mark.long),
+    ],
     ids=["tensor, pipeline, data", "context", "interleaved", "three replicas"],
 )
 def test_every_element_has_one_owner(world_size, parallel):

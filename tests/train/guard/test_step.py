@@ -13,6 +13,7 @@ from meditron_train.train.guard.injected_faults import VARIABLE, Fault, parse
 from meditron_train.train.guard.replicas import deviating_ranks
 from tests.commands import Command
 from tests.distributed import free_port, run_ranks
+from tests.long import mostly_long
 from tests.report.metrics_file import read_metrics
 from tests.train.test_failures import message_rank
 from tests.train.test_loop import losses, run, weights
@@ -69,7 +70,8 @@ def test_a_spike_is_skipped_where_that_is_wanted(write_config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")]
+    "overrides",
+    mostly_long([(), ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")], ()),
 )
 def test_a_spike_rolls_back_where_that_is_wanted(write_config, tmp_path, overrides):
     config = write_config(

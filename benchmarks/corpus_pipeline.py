@@ -158,7 +158,7 @@ def growth(count: int, root: Path, mean_words: int, *, filters: bool) -> dict[st
         with cpu_time(seconds, stage.name):
             original(stage, *arguments)
 
-    build_module.run_stage = timed  # type: ignore[attr-defined]
+    build_module.run_stage = timed  # type: ignore[attr-defined,assignment]
     start = time.process_time()
     try:
         manifest = build(corpus)

@@ -19,10 +19,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from itertools import cycle, islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -165,15 +167,18 @@ def write_dataset(prefix: Path, lengths: np.ndarray) -> Path:
     return prefix
 
 
+METHODS: tuple[Literal["concat", "best_fit"], ...] = ("concat", "best_fit")
+
+
 class Loader:
     """A dataset of one file. What it reads moves on from call to call, so that no cache holds it."""
 
-    def __init__(self, prefix: Path, method: str) -> None:
+    def __init__(self, prefix: Path, method: Literal["concat", "best_fit"]) -> None:
         dataset = IndexedDataset(prefix)
         source = Source("source", dataset, np.arange(dataset.num_documents))
         self.dataset = PackedDataset(
             [source], [(0, [1])], packing=method, seq_len=SEQ_LEN, seed=1, vocab_size=VOCAB_SIZE
-        )  # type: ignore[arg-type]
+        )
         schedule = BatchSchedule(MICRO_BATCH_SIZE * MICRO_BATCHES)
         self.steps = StepLoader(self.dataset, schedule, MICRO_BATCH_SIZE, prefetch=0)
         self.bytes = dataset.token_bytes
@@ -215,22 +220,22 @@ def loading_cases(size: Size, directory: Path) -> list[Case]:
         for reset, items in ((False, size.items), (True, size.items_with_reset)):
             peer = MegatronItems(prefix, len(lengths), reset)
             what = "megatron-core GPTDataset" + (", masks and positions reset" if reset else "")
-            cases.append(Case(table, what, lambda p=peer, n=items: p.take(n), items * SEQ_LEN / 1e6))
+            cases.append(Case(table, what, partial(peer.take, items), items * SEQ_LEN / 1e6))
         copied = num_tokens * READ_BYTES
         bandwidth = f"bandwidth on {name}, GB read and written"
-        loaders = {method: Loader(prefix, method) for method in ("concat", "best_fit")}
+        loaders = {method: Loader(prefix, method) for method in METHODS}
         memcpy = Case(
             bandwidth,
             "memcpy",
-            lambda loader=loaders["concat"], n=copied: loader.copy(n),
+            partial(loaders["concat"].copy, copied),
             2 * copied / 1e9,
         )
         cases.append(memcpy)
         for method, loader in loaders.items():
             cases += [
-                Case(table, f"our loader, {method}", lambda x=loader: x.take(size.steps), num_tokens / 1e6,
+                Case(table, f"our loader, {method}", partial(loader.take, size.steps), num_tokens / 1e6,
                      "megatron-core GPTDataset, masks and positions reset"),
-                Case(bandwidth, f"our loader, {method}", lambda x=loader, n=num_samples: x.gather(n),
+                Case(bandwidth, f"our loader, {method}", partial(loader.gather, num_samples),
                      num_tokens * (READ_BYTES + BYTES_PER_TOKEN) / 1e9, "memcpy"),
             ]  # fmt: skip
     return cases
@@ -279,8 +284,8 @@ def measure(cases: Sequence[Case], rounds: int) -> list[list[float]]:
     return times
 
 
-def results(cases: Sequence[Case], times: list[list[float]]) -> list[dict]:
-    rows = []
+def results(cases: Sequence[Case], times: list[list[float]]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     for case, seconds in zip(cases, times, strict=True):
         best = case.units / min(seconds)
         row = {"table": case.table, "name": case.name, "best": best}

@@ -17,7 +17,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def requests_of(answers: str, num_questions: int, *, num_words: int) -> list[Ins
 
 
 def measure(
-    runs: dict[str, Callable[[], Any]], rounds: int
+    runs: Mapping[str, Callable[[], Any]], rounds: int
 ) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Any]]:
     """((wall s, CPU s) of every round after a first one, results) by tool."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}

@@ -149,7 +149,7 @@ def take_turn(
     except Exception as error:  # whatever a peer raises: the others are measured all the same
         traceback.print_exc()
         result.failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
-    step = None  # after a failure too: it holds the model
+    step = None  # type: ignore[assignment]  # after a failure too: it holds the model
     if on_gpu:
         peak = torch.cuda.max_memory_allocated() - held_before
         result.peak_memory_bytes = max(result.peak_memory_bytes, peak)

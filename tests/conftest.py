@@ -10,6 +10,10 @@ import os
 
 import pytest
 
+from meditron_train.tokenizer import bounded
+
+bounded.IDLE_S = 600.0  # so that the next file of tests need not import transformers again
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -38,6 +38,7 @@ from meditron_train.report.diagnosis import diagnose
 from meditron_train.report.status import STATUS_FORMAT, RunStatus
 from tests.data.indexed_writer import IndexedDatasetWriter
 from tests.hostile import attempt_many, changed, check, spoiled
+from tests.long import mostly_long
 
 Dice = random.Random
 ROOT = Path(__file__).parents[1]
@@ -248,9 +249,10 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "/nothing")
 
 
+@pytest.mark.parametrize("times", mostly_long([50, 200], 50))
 @pytest.mark.parametrize("reader", READERS)
-def test_readers_refuse_or_read(files: Files, reader: str) -> None:
-    attempt_many(lambda dice: READERS[reader](files, dice), 50, derandomize=True)
+def test_readers_refuse_or_read(files: Files, reader: str, times: int) -> None:
+    attempt_many(lambda dice: READERS[reader](files, dice), times, derandomize=True)
 
 
 @pytest.mark.long

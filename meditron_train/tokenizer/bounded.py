@@ -21,10 +21,11 @@ from meditron_train.tokenizer.files import tokenizer_files
 _BASE_BYTES, _BYTES_PER_BYTE = 400 << 20, 48
 _BASE_CPU_S, _CPU_S_PER_MB = 4.0, 20.0
 _MAX_WALL_S = 600.0
+IDLE_S = 30.0  # a run that trains for weeks need not keep the process
 
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from meditron_train.tokenizer.child import serve; serve()"
+    "from meditron_train.tokenizer.child import serve; serve(float(sys.argv[2]))"
 )
 
 
@@ -134,7 +135,7 @@ def _start_server() -> subprocess.Popen[str]:
         **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
     }
     return subprocess.Popen(
-        [sys.executable, "-c", _CHILD, json.dumps(sys.path)],
+        [sys.executable, "-c", _CHILD, json.dumps(sys.path), str(IDLE_S)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -23,7 +23,6 @@ from meditron_train.tokenizer.files import JSON, read_json_object
 from meditron_train.tokenizer.probes import PROBE_TEXTS
 
 MAX_ID = 1 << 31
-_IDLE_S = 30.0  # a run that trains for weeks need not keep the process
 _MAX_ERROR_CHARACTERS = 2000
 _MAX_TOKENS_PER_BYTE = 64  # the worst Unicode decomposition makes 33 bytes of 3
 
@@ -38,8 +37,8 @@ _CHATS: tuple[list[dict[str, str]], ...] = (
 )
 
 
-def serve() -> None:
-    """Answer requests, one JSON object a line on stdin and stdout, until stdin closes or none comes for a while.
+def serve(idle_s: float) -> None:
+    """Answer requests, one JSON object a line on stdin and stdout, until stdin closes or none comes for `idle_s` s.
 
     A request has task, directory, arguments, max_bytes, max_cpu_s. Each is met by a fork of this process, which has
     transformers imported already; the answer has the fork's exit_code, what it wrote (output: {"value": what the task
@@ -54,7 +53,7 @@ def serve() -> None:
     from sentencepiece import sentencepiece_model_pb2  # noqa: F401
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
-    while select.select([sys.stdin], [], [], _IDLE_S)[0] and (line := sys.stdin.readline()):
+    while select.select([sys.stdin], [], [], idle_s)[0] and (line := sys.stdin.readline()):
         answers.write(json.dumps(_in_a_fork(json.loads(line))) + "\n")
         answers.flush()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import day
+from tests.long import mostly_long
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"device": "a device", "torch": "2"}
@@ -92,7 +93,7 @@ def test_later(): pass
 """
 
 
-@pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.parametrize("hangs", mostly_long([False, True], True))
 def test_the_tests_part_keeps_what_it_has_found(tmp_path, hangs):
     (tmp_path / "test_some.py").write_text(TESTS.format(seconds=1000 if hangs else 0))
     arguments = [word for word in day.parts(tiny=False)[0].arguments if not word.startswith("tests/gpu")]

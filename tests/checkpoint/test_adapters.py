@@ -15,6 +15,7 @@ from meditron_train.checkpoint.convert.adapters import merge_adapter
 from tests.checkpoint.tiny_llama import read_tensors, write_tiny_llama
 from tests.checkpoint.tiny_tokenizer import VOCAB_SIZE, write_tokenizer_model
 from tests.hostile import check
+from tests.long import mostly_long
 from tests.refusal import refused
 
 MATRIX = "model.layers.0.self_attn.q_proj.weight"
@@ -76,7 +77,7 @@ def test_the_rank_of_every_matrix_is_compared(tmp_path: Path, base: Path) -> Non
 
 
 @pytest.mark.parametrize("with_tokenizer", [True, False])
-@pytest.mark.parametrize("settings", ["base", "adapter", "neither"])
+@pytest.mark.parametrize("settings", mostly_long(["base", "adapter", "neither"], "adapter", "neither"))
 def test_generation_settings(tmp_path: Path, with_tokenizer: bool, settings: str) -> None:
     base = write_tokenizer_model(write_tiny_llama(tmp_path / "base", vocab_size=VOCAB_SIZE))
     adapter = write_adapter(tmp_path / "adapter", base)

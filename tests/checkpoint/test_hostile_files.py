@@ -30,6 +30,7 @@ from meditron_train.errors import UserError
 from tests.checkpoint.megatron.fixtures import edited, lm_args, write_legacy
 from tests.checkpoint.tiny_llama import read_tensors, write_tiny_llama
 from tests.hostile import ODD, attempt_many, changed, check, spoiled
+from tests.long import mostly_long
 
 
 class Models:
@@ -182,9 +183,10 @@ READERS: dict[str, Callable[[Models, random.Random], None]] = {
 }
 
 
+@pytest.mark.parametrize("times", mostly_long([50, 200], 50))
 @pytest.mark.parametrize("reader", READERS)
-def test_readers_refuse_or_read(models: Models, reader: str) -> None:
-    attempt_many(lambda dice: READERS[reader](models, dice), 50, derandomize=True)
+def test_readers_refuse_or_read(models: Models, reader: str, times: int) -> None:
+    attempt_many(lambda dice: READERS[reader](models, dice), times, derandomize=True)
 
 
 @pytest.mark.long

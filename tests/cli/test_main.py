@@ -15,16 +15,14 @@ import typer
 from meditron_train import __version__
 from meditron_train.cli import main as cli
 from meditron_train.errors import MeditronError, UserError
+from tests.commands import Command
 
 
-def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "meditron_train", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-    )
+def run_command(*arguments: str, **environment: str) -> Command:
+    """The command, which has ended."""
+    command = Command(*arguments, environment={**os.environ, **environment})
+    command.wait(timeout=120)
+    return command
 
 
 @pytest.fixture
@@ -145,7 +143,8 @@ def test_an_integer_result_is_the_exit_code(app_that_raises, result, exit_code):
 
 
 def test_version():
-    done = run_command("--version")
+    command = [sys.executable, "-m", "meditron_train", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, f"meditron-train {__version__}\n")
 
 

@@ -35,10 +35,11 @@ def stated_pairs(texts: list[str], facts: list[Fact]) -> set[tuple[str, str]]:
     wanted: dict[str, set[str]] = {}
     for fact in facts:
         wanted.setdefault(fact.subject, set()).add(fact.value.lower())
+    names = {subject: subject.lower() for subject in wanted}
     found = set()
     for sentence in (sentence for text in texts for sentence in sentences(text)):
         lowered = sentence.lower()
-        for subject in (subject for subject in wanted if subject.lower() in lowered):
+        for subject in (subject for subject, name in names.items() if name in lowered):
             found |= {(subject, value) for value in wanted[subject] if value in lowered}
     return found
 

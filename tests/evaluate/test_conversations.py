@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +65,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hf
 
 
+@pytest.fixture(scope="module")
+def runner(model: Path) -> Any:
+    pytest.importorskip("lm_eval")
+    from meditron_train.evaluate.harness.runners import open_runner
+
+    return open_runner("transformers", model, device="cpu", batch_size=4, dtype="float32")
+
+
 def rows_file(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -72,10 +81,9 @@ def rows_file(path: Path, rows: list[dict]) -> Path:
 
 @pytest.mark.parametrize("cot", [False, True], ids=["likelihood", "cot"])
 @pytest.mark.parametrize("task", ROWS)
-def test_the_prompt_learned_is_the_prompt_asked(tmp_path: Path, model: Path, task: str, cot: bool) -> None:
-    pytest.importorskip("lm_eval")
-    from meditron_train.evaluate.harness.runners import open_runner
-
+def test_the_prompt_learned_is_the_prompt_asked(
+    tmp_path: Path, model: Path, runner: Any, task: str, cot: bool
+) -> None:
     rows = [row for row in ROWS[task] if not cot or row.get("exp", True)]
     file = rows_file(tmp_path / "data" / task / "test.jsonl", rows)
     written = write_conversations(file, BENCHMARKS[task], tmp_path / "chat.jsonl", with_reasons=cot)
@@ -83,8 +91,6 @@ def test_the_prompt_learned_is_the_prompt_asked(tmp_path: Path, model: Path, tas
     options = TokenizeOptions(tokenizer=str(model), special_tokens=CHATML_TOKENS, chat="chatml")
     tokenize([tmp_path / "chat.jsonl"], tmp_path / "chat", options)
     dataset = IndexedDataset(tmp_path / "chat")
-
-    runner = open_runner("transformers", model, device="cpu", batch_size=4, dtype="float32")
     protocol = Protocol("cot" if cot else "likelihood", chat=True, max_new_tokens=1)
     score = ask(runner, BENCHMARKS[task], tmp_path / "data", protocol)
     prompt = read_prompt(BENCHMARKS[task].prompt, with_reasons=cot)

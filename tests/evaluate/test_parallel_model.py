@@ -12,6 +12,7 @@ from meditron_train.evaluate.language_model import LanguageModel, load_language_
 from tests.distributed import run_ranks
 from tests.evaluate.models import write_tiny_model
 from tests.evaluate.ranks import ask
+from tests.long import mostly_long
 
 # (ranks, layout, tokens of a micro-batch: 24 are several, 1000 one)
 LAYOUTS = {
@@ -62,7 +63,7 @@ def tiny(tmp_path_factory):
     return directory, questions, expected_scores(model, questions), model
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", mostly_long(LAYOUTS, "one", "dp2", "tp2-sp-pp2", "cp2"))
 def test_every_layout_agrees_with_transformers(tiny, layout):
     directory, questions, expected, model = tiny
     world_size, parallel, max_tokens = LAYOUTS[layout]

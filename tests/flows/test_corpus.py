@@ -27,6 +27,7 @@ from meditron_train.data.trace import trace_step
 from meditron_train.flows.corpus.build import finish_corpus
 from meditron_train.flows.corpus.check import check_corpus
 from meditron_train.flows.corpus.remove import remove_documents
+from tests.corpus.conftest import python_directories  # noqa: F401
 from tests.corpus.pipeline.corpora import article, corpus, nearly, source, write_jsonl
 
 
@@ -302,6 +303,7 @@ def test_check_looks_for_further_benchmarks(built: Path, tmp_path: Path) -> None
     }
 
 
+@pytest.mark.long
 def test_check_uses_the_rules_of_the_declaration(tmp_path: Path) -> None:
     quiz = write_jsonl(
         tmp_path / "quiz.jsonl",
@@ -377,6 +379,7 @@ def test_remove_takes_what_stands_for_a_duplicate(built: Path, tmp_path: Path) -
     call("corpus", "remove", tmp_path / "less", *words, code=2)
 
 
+@pytest.mark.long
 def test_remove_forgets_the_contamination_of_what_it_removes(tmp_path: Path) -> None:
     questions = [{"id": f"q{i}", "question": " ".join(article(i).split()[:20])} for i in (1, 2, 3)]
     quiz = write_jsonl(tmp_path / "quiz.jsonl", questions)

@@ -61,16 +61,23 @@ def test_a_device_that_is_not_there(request_: Request, monkeypatch: Any) -> None
             evaluate_model(replace(request_, device=device), detect_launcher({}))
 
 
+LONG = Protocol(mode="cot", max_new_tokens=512)
+NO_ROOM = "--max-new-tokens is 512; the model reads 512 tokens, with the prompt"
+
+
 def test_answers_that_leave_no_room_are_refused_before_anything_is_asked(
     request_: Request, monkeypatch: Any
 ) -> None:
     write_tiny_model(request_.model, max_position_embeddings=512)
     monkeypatch.setattr(flow, "run_benchmark", lambda *_: pytest.fail("it was asked"))
-    long = replace(request_, protocol=Protocol(mode="cot", max_new_tokens=512))
-    message = "--max-new-tokens is 512; the model reads 512 tokens, with the prompt"
-    with refused(message):
-        evaluate_model(long, detect_launcher({}))
-    assert run_ranks(refused_on_a_rank, 1, replace(long, runner="parallel")) == [message]
+    with refused(NO_ROOM):
+        evaluate_model(replace(request_, protocol=LONG), detect_launcher({}))
+
+
+@pytest.mark.long
+def test_the_parallel_runner_refuses_them_too(request_: Request) -> None:
+    write_tiny_model(request_.model, max_position_embeddings=512)
+    assert run_ranks(refused_on_a_rank, 1, replace(request_, protocol=LONG, runner="parallel")) == [NO_ROOM]
 
 
 def refused_on_a_rank(rank: int, world_size: int, request: Request) -> str:

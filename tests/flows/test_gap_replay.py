@@ -16,6 +16,7 @@ from meditron_train.corpus.declaration import load_corpus
 from meditron_train.corpus.json_files import read_json
 from meditron_train.corpus.text.rules import SPECIAL_TOKENS
 from meditron_train.data.indexed import IndexedDataset
+from tests.corpus.conftest import python_directories  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "corpus" / "fixtures"

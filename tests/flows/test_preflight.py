@@ -139,6 +139,7 @@ def test_a_network_check_that_fails_is_a_problem_of_the_run(config, tmp_path):
     assert "the network check failed: " in (report / "problems").read_text()
 
 
+@pytest.mark.long
 def test_a_node_without_a_first_node_says_so(config, tmp_path):
     process = start(config, "--timeout", "5", **as_node(1, 2, free_port()))
     _, errors = process.communicate(timeout=100)

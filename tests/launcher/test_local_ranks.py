@@ -45,7 +45,7 @@ def test_threads_are_dealt_out_unless_the_user_has_set_them():
     assert (chosen["OMP_NUM_THREADS"], chosen["OMP_WAIT_POLICY"]) == ("3", "active")
 
 
-@pytest.mark.parametrize("code", [1, 2, 85])
+@pytest.mark.parametrize("code", mostly_long([1, 2, 85], 2, 85))
 def test_the_exit_code_of_the_ranks_survives(code):
     assert run_ranks(program(f"sys.exit({code})"), 2) == code
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from meditron_train.launcher.threads import wait_without_spinning
+from tests.long import mostly_long
 
 
 def test_a_choice_is_kept():
@@ -15,7 +16,7 @@ def test_a_choice_is_kept():
     assert environment == {"OMP_WAIT_POLICY": "active"}
 
 
-@pytest.mark.parametrize("chosen", [None, "active"])
+@pytest.mark.parametrize("chosen", mostly_long([None, "active"], None))
 def test_train_sets_it_before_torch_is_imported(tmp_path, chosen):
     """An import hook looks at what the environment says when torch comes."""
     program = """

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.long import mostly_long
+
 REPOSITORY = Path(__file__).parents[2]
 
 # Each does what a file of the test says (bash), and notes what it was asked for.
@@ -184,10 +186,11 @@ def test_the_first_node_is_bad_where_it_alone_gives_no_verdict(slurm):
     assert slurm.calls() == ["preflight n1 n2", "preflight n2", "train n2"]
 
 
-@pytest.mark.parametrize(
-    ("excluded", "expected"), [("(null)", "n1"), ("old[1-3]", "old[1-3],n1"), ("old", "old,n1")]
-)
-def test_a_bad_node_is_excluded_beside_those_that_were(slurm, excluded, expected):
+EXCLUDED = {"(null)": "n1", "old[1-3]": "old[1-3],n1", "old": "old,n1"}
+
+
+@pytest.mark.parametrize("excluded", mostly_long(EXCLUDED, "(null)", "old[1-3]"))
+def test_a_bad_node_is_excluded_beside_those_that_were(slurm, excluded):
     slurm.does(
         job=f"JobId=7\n   JobState=RUNNING\n   ReqNodeList=(null) ExcNodeList={excluded}\n   NumNodes=1",
         preflight=HEALTHY + ': >"$REPORT/nodes"; echo "n1 no memory" >"$REPORT/bad"; exit 1',
@@ -195,9 +198,10 @@ def test_a_bad_node_is_excluded_beside_those_that_were(slurm, excluded, expected
     code, output = slurm.start(SLURM_JOB_NODELIST="n1")  # a job of one node is no other case
     assert code == 1 and "bad node: n1 no memory" in output
     assert slurm.calls("requeue") == ["requeue 7"]
-    assert slurm.calls("update") == [f"update JobId=7 ExcNodeList={expected}"]
+    assert slurm.calls("update") == [f"update JobId=7 ExcNodeList={EXCLUDED[excluded]}"]
 
 
+@pytest.mark.long
 def test_bad_nodes_without_end_are_counted(slurm):
     slurm.does(
         preflight=HEALTHY + ': >"$REPORT/nodes"; for n in $NODES; do echo "$n bad"; done >"$REPORT/bad"'
@@ -266,14 +270,15 @@ def test_a_directory_in_use_by_what_is_left_of_an_earlier_start_is_tried_again(s
     assert slurm.start()[0] == 1 and len(slurm.calls("train")) == 3
 
 
-@pytest.mark.parametrize(("exit_code", "expected"), [(1, 1), (2, 2)])
-def test_a_run_that_has_given_up_is_not_tried_again_however_its_file_is_spaced(slurm, exit_code, expected):
+@pytest.mark.parametrize("exit_code", mostly_long([1, 2], 2))
+def test_a_run_that_has_given_up_is_not_tried_again_however_its_file_is_spaced(slurm, exit_code):
     status = f'{{"state":"failed",  "reason": "in any words","exit_code":{exit_code}}}'
     slurm.does(train=f"echo '{status}' >runs/tiny/status.json; exit 1")
     code, output = slurm.start()
-    assert code == expected and "in any words" in output and len(slurm.calls("train")) == 1
+    assert code == exit_code and "in any words" in output and len(slurm.calls("train")) == 1
 
 
+@pytest.mark.long
 def test_the_files_of_an_earlier_start_say_nothing_of_this_one(slurm):
     (slurm.run_dir / "status.json").write_text('{"state": "failed", "exit_code": 2}')
     (slurm.run_dir / "requeue").write_text('{"cause": "stop_file", "reason": "x"}')
@@ -287,9 +292,10 @@ def test_a_run_that_hung_is_started_again_and_counted(slurm):
     assert code == 1 and "in any words" in output and len(slurm.calls("train")) == 3
 
 
-@pytest.mark.parametrize(
-    "line", ["PATH[$(touch${IFS}pwned)] none", "9999999999999999999999 none", "-1 none", "08 none"]
-)
+LINES = ("PATH[$(touch${IFS}pwned)] none", "9999999999999999999999 none", "-1 none", "08 none")
+
+
+@pytest.mark.parametrize("line", mostly_long(LINES, LINES[0], LINES[-1]))
 def test_a_count_of_failures_that_another_wrote_is_a_number_or_nothing(slurm, line):
     """bash evaluates the subscripts in what it takes for a number."""
     (slurm.run_dir / "launch_failures").write_text(line + "\n")

@@ -96,7 +96,7 @@ def test_device_contexts_still_work():
 
 
 def test_too_late_is_an_error_with_the_remedy(monkeypatch):
-    """megatron.core is imported already when the package is, anew."""
+    """The package is imported again; megatron.core was imported before."""
     for name in [name for name in sys.modules if name.startswith("meditron_train.mcore")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(RuntimeError, match="import names of megatron-core from meditron_train.mcore only"):

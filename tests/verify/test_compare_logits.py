@@ -16,6 +16,7 @@ from meditron_train.verify.verify import verify
 from tests.checkpoint.convert.test_for_megatron_lm import write_source
 from tests.checkpoint.tiny_llama import change_json, write_tiny_llama
 from tests.checkpoint.tiny_tokenizer import write_tokenizer_model
+from tests.long import mostly_long
 from tests.verify.test_verify import UP, named, spoil
 
 
@@ -86,7 +87,7 @@ def test_a_damaged_tokenizer_does_not_hide_the_other_differences(models: Path, b
     assert result.logits is None and {d.kind for d in result.differences} == {"tokenizer", "logits"}
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", mostly_long(["bf16", "fp16"], "bf16"))
 def test_logits_after_a_declared_cast(tmp_path: Path, dtype: str) -> None:
     source = write_tiny_llama(tmp_path / "source")
     hf_to_sharded(source, tmp_path / "checkpoint", dtype=dtype)
@@ -129,7 +130,7 @@ def test_the_side_that_cannot_be_read_is_named(models: Path, tmp_path: Path, mon
         assert all(message.startswith(f"{label}: ") for message in messages)
 
 
-@pytest.mark.parametrize("with_tokenizer", [True, False])
+@pytest.mark.parametrize("with_tokenizer", mostly_long([True, False], True))
 def test_logits_of_another_megatron(tmp_path: Path, with_tokenizer: bool) -> None:
     source, run = write_source(tmp_path / "source"), tmp_path / "run"
     hf_to_megatron_lm(source, run)

@@ -106,7 +106,10 @@ def test_megatron_core_loads_it_strictly_and_computes_the_same(tmp_path: Path, c
         assert (logits - want).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "dtype": "bfloat16"}])
+TIED: dict[str, Any] = {"tie_word_embeddings": True, "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("changes", mostly_long([{}, TIED], {}), ids=["llama", "tied"])
 def test_names_are_those_of_megatron_lm_and_it_comes_back(tmp_path: Path, changes: dict[str, Any]) -> None:
     source = write_source(tmp_path / "hf", **changes)
     hf_to_megatron_lm(source, tmp_path / "run")

@@ -104,7 +104,7 @@ def test_killed_again_and_again_it_is_completed(
     moment = dice.randint(6, 12)
     while attempt(direction, source, target, moment) is None and not target.exists():
         num_kills += 1
-        moment = dice.randint(6, 12 + 3 * num_kills)
+        moment = dice.randint(6, 12 + 6 * num_kills)
     assert num_kills >= 2
     assert verify_manifest(target) == []
     assert verify(source, target).differences == ()

@@ -132,8 +132,8 @@ def unfit() -> dict[str, bytes]:
     twice = b"K\1K\1\x86" + b"".join(
         b"2\x86" for _ in range(60)
     )  # (x, x) of (x, x) of ...: a hash of 2^60 steps
-    long = b"]q\0(" + b"N" * 1_000_000 + b"e0"
-    long_tuple = b"(" + b"N" * 1_000_000 + b"tq\0" + b"0"
+    long = b"]q\0(" + b"N" * 400_000 + b"e0"
+    long_tuple = b"(" + b"N" * 400_000 + b"tq\0" + b"0"
     colliding = [(i << 61) - i for i in range(1, 50_000)]  # the hash of each is 0
     return {
         "an extension": b"\x82\x01" + END,
@@ -149,13 +149,13 @@ def unfit() -> dict[str, bytes]:
         "an OrderedDict that needs ages": listed + b"]" + twice + b"K\1\x86a\x85R" + END,
         "an OrderedDict of no pairs": listed + b"]K\1a\x85R" + END,
         "a torch.Size of text": size + text("x" * 1000) + b"\x85R" + END,
-        "a list copied often": long + size + b"q\1" + b"h\1h\0\x85R" * 100_000 + END,
+        "a list copied often": long + size + b"q\1" + b"h\1h\0\x85R" * 40_000 + END,
         "arguments copied often": long_tuple
         + name("collections", "defaultdict")
         + b"q\1"
-        + b"h\1h\0R" * 100_000
+        + b"h\1h\0R" * 40_000
         + END,
-        "long keys": long_tuple + b"}(" + b"h\0N" * 100_000 + b"u" + END,
+        "long keys": long_tuple + b"}(" + b"h\0N" * 40_000 + b"u" + END,
         "keys that collide": b"}("
         + b"".join(b"\x8a\x0b" + number.to_bytes(11, "little") + b"N" for number in colliding)
         + b"u"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,15 @@ def test_incomplete_and_damaged_directories(tmp_path: Path) -> None:
         find_iteration(root)
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("two_ranks")
+    tensors, config = make_hf(directory / "hf")
+    return write_legacy(
+        directory / "run", tensors, lm_args(config), style="mcore", tp=2, padded_vocab_size=256
+    )
+
+
 FC1, FC2, NORM = (
     "decoder.layers.0.mlp.linear_fc1.weight",
     "decoder.layers.0.mlp.linear_fc2.weight",
@@ -290,11 +300,10 @@ FC1, FC2, NORM = (
     ids=["flat", "height", "dtype", "odd", "width", "norm", "scalar", "norm's dtype"],
 )
 @pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_that_do_not_go_together(tmp_path: Path, name: str, change: Any, rank: int) -> None:
-    tensors, config = make_hf(tmp_path / "hf")
-    root = write_legacy(
-        tmp_path / "run", tensors, lm_args(config), style="mcore", tp=2, padded_vocab_size=256
-    )
+def test_ranks_that_do_not_go_together(
+    tmp_path: Path, two_ranks: Path, name: str, change: Any, rank: int
+) -> None:
+    root = shutil.copytree(two_ranks, tmp_path / "run")
     with edited(root / "iter_0001000" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt") as content:
         content["model"][name] = change(content["model"][name]).clone()
     with refused("model_optim_rng.pt", name, "does not go together with"):

@@ -17,6 +17,7 @@ from meditron_train.checkpoint.sharded import store as store_module
 from meditron_train.checkpoint.sharded.store import CheckpointStore, verify_manifest
 from meditron_train.errors import MeditronError, UserError
 from tests.checkpoint.filled import fill
+from tests.long import mostly_long
 
 
 def save(store: CheckpointStore, *steps: int) -> Path:
@@ -140,17 +141,18 @@ def test_newest_intact_of_broken_ones_only(store):
 # --- retention
 
 
-@pytest.mark.parametrize(
-    ("keep_last", "keep_every", "kept"),
-    [
-        (1, None, [70]),
-        (3, None, [50, 60, 70]),
-        (9, None, [10, 20, 30, 40, 50, 60, 70]),
-        (1, 30, [30, 60, 70]),
-        (2, 20, [20, 40, 60, 70]),
-    ],
-)
-def test_retention(tmp_path, keep_last, keep_every, kept):
+RETENTIONS = {
+    (1, None): [70],
+    (3, None): [50, 60, 70],
+    (9, None): [10, 20, 30, 40, 50, 60, 70],
+    (1, 30): [30, 60, 70],
+    (2, 20): [20, 40, 60, 70],
+}
+
+
+@pytest.mark.parametrize("rule", mostly_long(RETENTIONS, (3, None), (9, None), (2, 20)), ids=str)
+def test_retention(tmp_path, rule):
+    (keep_last, keep_every), kept = rule, RETENTIONS[rule]
     store = CheckpointStore(tmp_path, keep_last, keep_every)
     save(store, 10, 20, 30, 40, 50, 60, 70)
     assert store.steps() == kept
@@ -251,9 +253,16 @@ def test_the_newest_good_checkpoint_never_makes_room(store, monkeypatch):
     assert store.steps() == [2, 3]
 
 
-@pytest.mark.parametrize("failing_call", ["fsync", "replace", "rename", "open"])
-@pytest.mark.parametrize("again", [False, True], ids=["new step", "step published before"])
-def test_a_full_disk_while_publishing(store, monkeypatch, failing_call, again):
+FULL = [(call, when) for call in ("fsync", "replace", "rename", "open") for when in ("new step", "again")]
+
+
+@pytest.mark.parametrize(
+    "case",
+    mostly_long(FULL, ("fsync", "new step"), ("open", "new step"), ("replace", "again"), ("rename", "again")),
+    ids=", ".join,
+)
+def test_a_full_disk_while_publishing(store, monkeypatch, case):
+    failing_call, again = case[0], case[1] == "again"
     save(store, 1, *([2] if again else []))
     fill(store.begin(2), seed=99)
 
@@ -417,12 +426,15 @@ def test_kill_between_begin_and_publish(store):
     assert store.newest_intact() == (store.path(10), [])
 
 
-def test_kill_at_random_moments_never_leaves_a_broken_or_missing_checkpoint(store):
+@pytest.mark.parametrize("times", mostly_long([4, 20], 4))
+def test_kill_at_random_moments_never_leaves_a_broken_or_missing_checkpoint(store, times):
     generator = random.Random(0)
     newest_seen = 0
-    for _ in range(8):
+    for number in range(times):
         process = start_writer(store.directory, "all")
         time.sleep(generator.uniform(0.05, 0.15))
+        while number == times - 1 and not (store.directory / "latest").exists():
+            time.sleep(0.01)
         end(process)
         store.clean()
         path, skipped = store.newest_intact()

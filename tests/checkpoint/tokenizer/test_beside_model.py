@@ -23,6 +23,7 @@ from meditron_train.tokenizer.files import tokenizer_files
 from tests.checkpoint.tiny_llama import change_json
 from tests.checkpoint.tiny_tokenizer import VOCAB_SIZE, awkward_texts, generated_texts, write_tokenizer_model
 from tests.checkpoint.tokenizer.shapes import SHAPES, llama
+from tests.long import mostly_long
 from tests.refusal import refused
 
 TEXTS = [
@@ -43,7 +44,18 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / "target"
 
 
-@pytest.fixture(params=SHAPES)
+QUICK = (
+    "tokenizer.model alone",
+    "Llama 2",
+    "added tokens",
+    "byte level",
+    "vocab.json and merges.txt",
+    "templates and named tokens",
+    "saved with added tokens",
+)
+
+
+@pytest.fixture(params=mostly_long(SHAPES, *QUICK))
 def shape(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     directory = tmp_path / "shape"
     directory.mkdir()

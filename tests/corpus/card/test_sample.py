@@ -12,6 +12,7 @@ pytest.importorskip("datatrove")
 from meditron_train.cli.main import app
 from meditron_train.corpus.json_files import read_json
 from tests import browser
+from tests.long import mostly_long
 
 ROOT = Path(__file__).parents[3]
 _WHY_NOT = browser.why_not()
@@ -56,18 +57,17 @@ def test_the_funnel_of_the_sample(sample: Path) -> None:
 
 
 @needs_browser
-def test_a_browser_shows_the_card(sample: Path) -> None:
+@pytest.mark.parametrize("dark", mostly_long([False, True], False), ids=["light", "dark"])
+def test_a_browser_shows_the_card(sample: Path, dark: bool) -> None:
     page = (sample / "card" / "card.html").as_uri()
-    with browser.browser() as running:
-        for dark in (False, True):
-            with browser.opened(running, page, dark=dark) as opened:
-                assert (opened.errors, opened.requests) == ([], [page])
-                assert opened.contrast_problems() == []
-                shown = opened.page.inner_text("body")
-                for text in ("A sample corpus", "records of the files", "Thresholds", "Provenance"):
-                    assert text in shown, text
-                boxes = [bar.bounding_box() for bar in opened.page.query_selector_all("svg rect.kept")]
-                # From 34 records to 11 documents, as wide as that.
-                assert boxes[-1]["width"] / boxes[0]["width"] == pytest.approx(11 / 34, rel=0.02)
-                wide = opened.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-                assert wide <= 0, "the page is wider than the window"
+    with browser.browser() as running, browser.opened(running, page, dark=dark) as opened:
+        assert (opened.errors, opened.requests) == ([], [page])
+        assert opened.contrast_problems() == []
+        shown = opened.page.inner_text("body")
+        for text in ("A sample corpus", "records of the files", "Thresholds", "Provenance"):
+            assert text in shown, text
+        boxes = [bar.bounding_box() for bar in opened.page.query_selector_all("svg rect.kept")]
+        # From 34 records to 11 documents, as wide as that.
+        assert boxes[-1]["width"] / boxes[0]["width"] == pytest.approx(11 / 34, rel=0.02)
+        wide = opened.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        assert wide <= 0, "the page is wider than the window"

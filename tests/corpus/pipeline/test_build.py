@@ -22,6 +22,7 @@ from meditron_train.errors import UserError
 from meditron_train.files import sha256_file
 from tests.corpus.pipeline.corpora import article, corpus, nearly, source, write_jsonl
 from tests.corpus.reading import FIXTURES
+from tests.long import mostly_long
 
 GERMAN = (
     "Die Patienten wurden nach der Operation in den Aufwachraum gebracht und dort über Nacht beobachtet. " * 3
@@ -240,6 +241,7 @@ def test_strict_stops_at_the_first_problem(bad: Corpus) -> None:
         build(alone, strict=True)
 
 
+@pytest.mark.long
 def test_strict_stops_at_what_another_build_went_past(
     bad: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,14 +271,15 @@ def test_strict_does_not_stop_at_what_a_rule_leaves_out(tmp_path: Path) -> None:
     assert problems == {"duplicate_id": 1, "empty": 1}
 
 
-def test_an_empty_record_takes_no_id(tmp_path: Path) -> None:
-    for reader, key in (("jsonl", "text"), ("guidelines", "clean_text")):
-        records = [{"id": "d", key: article(1)}, {"id": "d", key: " "}]
-        options = {"id_key": "id"} if reader == "jsonl" else {}
-        texts = write_jsonl(tmp_path / f"{reader}.jsonl", records)
-        declared = corpus(tmp_path / reader, [source("texts", texts, reader=reader, options=options)])
-        assert build(declared)["sources"][0]["problems"] == {"empty": 1}
-        assert set(documents(declared.output)) == {"d"}
+@pytest.mark.parametrize("reader", mostly_long(["jsonl", "guidelines"], "jsonl"))
+def test_an_empty_record_takes_no_id(tmp_path: Path, reader: str) -> None:
+    key = {"jsonl": "text", "guidelines": "clean_text"}[reader]
+    records = [{"id": "d", key: article(1)}, {"id": "d", key: " "}]
+    options = {"id_key": "id"} if reader == "jsonl" else {}
+    texts = write_jsonl(tmp_path / f"{reader}.jsonl", records)
+    declared = corpus(tmp_path / "out", [source("texts", texts, reader=reader, options=options)])
+    assert build(declared)["sources"][0]["problems"] == {"empty": 1}
+    assert set(documents(declared.output)) == {"d"}
 
 
 def test_records_that_no_source_selects_are_counted_and_warned_about(
@@ -307,6 +310,7 @@ def test_a_file_of_several_sources_is_read_once(tmp_path: Path) -> None:
     assert (problem["id"], problem["position"], problem["is_record"]) == ("8", "line 9", True)
 
 
+@pytest.mark.long
 def test_an_abstract_stays_where_its_paper_is_contaminated(tmp_path: Path) -> None:
     asked = question(article(7), 0, 30)
     quiz = write_jsonl(tmp_path / "quiz.jsonl", [{"question": asked}])
@@ -325,6 +329,7 @@ def test_an_abstract_stays_where_its_paper_is_contaminated(tmp_path: Path) -> No
     assert gone == {"p": "contaminated", "a6": "duplicate.full_text"}
 
 
+@pytest.mark.long
 def test_a_paper_that_is_its_abstract_alone_stays_in_its_place(tmp_path: Path) -> None:
     """The abstract comes first, has the same text and the same PMID; a guideline has that of another pair."""
     papers = [{"id": f"p{i}", "text": article(i), "pmid": str(i)} for i in (5, 6)]
@@ -346,6 +351,7 @@ def test_a_paper_that_is_its_abstract_alone_stays_in_its_place(tmp_path: Path) -
     }
 
 
+@pytest.mark.long
 def test_an_unknown_license_is_not_blamed_on_another_file(tmp_path: Path) -> None:
     pages = shutil.copytree(FIXTURES / "pages", tmp_path / "pages")
     (pages / "fever.json").write_text('{"license": "odd"}')
@@ -447,6 +453,7 @@ def test_every_input_counts_for_whether_a_build_is_the_same(tmp_path: Path) -> N
         known.add(plan().fingerprint)
 
 
+@pytest.mark.long
 def test_an_empty_folder_and_a_link_to_nothing_are_problems_of_their_source(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     medline = shutil.copytree(FIXTURES / "medline", tmp_path / "medline")

@@ -17,6 +17,7 @@ import yaml
 pytest.importorskip("datatrove")
 
 from meditron_train.corpus.json_files import read_json
+from tests.commands import Command
 from tests.corpus.pipeline.corpora import article, nearly, source, write_jsonl
 
 
@@ -36,8 +37,8 @@ def _declare(root: Path, output: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str], float]:
-    """The sources, the hashes of a build that nobody disturbed, and how long it took."""
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the sources."""
     root = tmp_path_factory.mktemp("kill")
     write_jsonl(root / "first.jsonl", [{"id": f"f{i}", "text": article(i, 30)} for i in range(60)])
     for part in range(4):
@@ -45,13 +46,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
         records += [{"id": f"n{part}-{i}", "text": nearly(article(10 * part + i, 30), i)} for i in range(10)]
         write_jsonl(root / "second" / f"{part}.jsonl", records)
     write_jsonl(root / "quiz.jsonl", [{"question": article(7, 3)}])
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(sources: Path) -> tuple[Path, dict[str, str], float]:
+    """The directory of the sources, the hashes of a build that nobody disturbed, and how long it took."""
+    root = sources
     start_s = time.monotonic()
     subprocess.run(_command(_declare(root, "whole")), check=True, capture_output=True)
     return root, read_json(root / "whole" / "manifest.json")["files"], time.monotonic() - start_s
 
 
+def _words(config: Path) -> list[str]:
+    return ["corpus", "build", str(config), "--workers", "2"]
+
+
 def _command(config: Path) -> list[str]:
-    return [sys.executable, "-m", "meditron_train", "corpus", "build", str(config), "--workers", "2"]
+    return [sys.executable, "-m", "meditron_train", *_words(config)]
 
 
 def _kill_and_finish(root: Path, output: str, after_s: list[float]) -> dict[str, str]:
@@ -144,17 +156,17 @@ def _alive_in_session(session: int) -> list[str]:
     return found
 
 
-def test_a_second_build_in_the_same_directory_is_refused(whole: tuple[Path, dict[str, str], float]) -> None:
-    root, _, _ = whole
-    config = _declare(root, "busy")
-    with subprocess.Popen(
-        _command(config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as first:
-        lock, deadline = root / "busy" / ".lock", time.monotonic() + 60
-        while not lock.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        first.send_signal(signal.SIGSTOP)
-        second = subprocess.run(_command(config), capture_output=True, text=True)
+def test_a_second_build_in_the_same_directory_is_refused(sources: Path) -> None:
+    words, begun = _words(_declare(sources, "busy")), sources / "busy" / ".build"
+    first = Command(*words, environment=os.environ)
+    try:
+        deadline = time.monotonic() + 60
+        while not begun.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(first.pid, signal.SIGSTOP)
+        second = Command(*words, environment=os.environ)
+        assert second.wait(60) == 2, second.stderr
+        assert "another build is running" in second.stderr
+    finally:
         os.killpg(first.pid, signal.SIGKILL)
-    assert second.returncode == 2, second.stderr
-    assert "another build is running" in second.stderr
+        first.wait(60)

@@ -16,6 +16,7 @@ import yaml
 pytest.importorskip("datatrove")
 
 from meditron_train.corpus.json_files import read_json
+from tests.commands import Command
 from tests.corpus.pipeline.corpora import article, nearly, source, write_jsonl
 
 # The job is done when sbatch returns, so that squeue knows of none.
@@ -106,6 +107,7 @@ def test_the_same_bytes_through_slurms_commands(tmp_path: Path, slurm: dict[str,
 
 def test_a_missing_sbatch_is_one_message(tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": str(Path(sys.executable).parent)}
-    failed = build(declare(tmp_path, "slurm"), environment, "--executor", "slurm")
-    assert failed.returncode == 1
+    words = ["corpus", "build", declare(tmp_path, "slurm"), "--executor", "slurm"]
+    failed = Command(*words, environment=environment)
+    assert failed.wait(timeout=120) == 1
     assert "stage 'scan': sbatch failed" in failed.stderr and "Traceback" not in failed.stderr

@@ -84,11 +84,11 @@ def test_bad_lines_are_reported_and_the_others_read(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 def test_truncated_files(tmp_path, suffix):
-    lines = "".join(json.dumps({"text": f"text {n * 7919}"}) + "\n" for n in range(100_000)).encode()
+    lines = "".join(json.dumps({"text": f"text {n * 7919}"}) + "\n" for n in range(20_000)).encode()
     data = gzip.compress(lines) if suffix == "gz" else zstandard.compress(lines)
     (tmp_path / f"a.jsonl.{suffix}").write_bytes(data[: len(data) // 2])
     documents, problems = read_source(jsonl, tmp_path)
-    assert 100 < len(documents) < 99_000
+    assert 100 < len(documents) < 19_800
     assert [problem.reason.value for problem in problems][-1] == "truncated"
 
 

@@ -15,6 +15,7 @@ from meditron_train.data.tokenizing.journal import WorkDirectory
 from meditron_train.data.tokenizing.tokenize import tokenize
 from meditron_train.data.tokenizing.tokenizer import load_tokenizer
 from meditron_train.files import sha256_file
+from tests.long import mostly_long
 
 pytest.importorskip("gigatoken")
 
@@ -51,7 +52,7 @@ def test_gives_the_same_ids(
         assert quick.encode(text) == slow.encode(text), text
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", mostly_long([1, 2], 1))
 def test_gives_the_same_files(
     tmp_path: Path, sentencepiece_directory: Path, texts: Path, workers: int
 ) -> None:

@@ -25,6 +25,7 @@ from meditron_train.data.trace import read_ids
 from meditron_train.errors import MeditronError, UserError
 from meditron_train.files import sha256_file
 from tests.checkpoint.tokenizer.shapes import byte_level
+from tests.long import mostly_long
 
 SUFFIXES = ("bin", "idx", "meta.json", "ids.jsonl")
 
@@ -162,7 +163,7 @@ def test_parquet_rows(tmp_path: Path, options: TokenizeOptions) -> None:
     assert not (tmp_path / "out.ids.jsonl").exists()
 
 
-@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("packed", mostly_long(["", ".gz"], ""))
 def test_text_files(tmp_path: Path, options: TokenizeOptions, packed: str) -> None:
     """A line or a file is a document; a line break at its end belongs to neither."""
     content = "one fever\r\n\n[1]\n\u00e9t\u00e9".encode()
@@ -247,7 +248,7 @@ def stop_at_chunk(monkeypatch: pytest.MonkeyPatch, number: int) -> list[object]:
     return chunks
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", mostly_long([1, 2], 1))
 def test_an_interrupted_run_is_continued(
     tmp_path: Path, source: Path, options: TokenizeOptions, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +274,26 @@ def test_an_interrupted_run_is_continued(
     assert len(calls) - 100 == num_chunks + 9  # nothing was done twice
 
 
+def test_two_do_not_write_the_same_dataset(
+    tmp_path: Path, source: Path, options: TokenizeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, refused = tokenize_module._ProgressBar.update, []
+
+    def update_while_another_tries(bar: object, chunk: object) -> None:
+        update(bar, chunk)
+        with pytest.raises(UserError, match="another process is tokenizing") as caught:
+            tokenize([source], tmp_path / "out", options)
+        refused.append(caught)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_module._ProgressBar, "update", update_while_another_tries)
+        tokenize([source], tmp_path / "out", options)
+    assert refused
+    tokenize([source], tmp_path / "whole", options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.long
 def test_kill_9_while_running(tmp_path: Path, options: TokenizeOptions, corpus_lines: list[str]) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus_lines * 20))
@@ -482,7 +503,7 @@ class TestBadInput:
             tokenize([source], tmp_path / "out", TokenizeOptions(str(tmp_path)))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", mostly_long([1, 2], 1))
 def test_a_document_at_which_the_tokenizer_panics_is_named(tmp_path: Path, workers: int) -> None:
     """The Rust library panics, which is no Exception, where a regex takes too many steps."""
     byte_level(tmp_path / "tokenizer")

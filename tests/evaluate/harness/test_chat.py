@@ -118,15 +118,27 @@ def encode_on_a_rank(rank: int, world_size: int, directory: Path, texts: list[st
     return [lm.tok_encode(text) for text in texts]
 
 
-@pytest.mark.parametrize("template", mostly_long([None, NO_BOS], None), ids=["chatml", "no-bos"])
-def test_a_conversation_has_the_tokens_that_training_gives_it(tmp_path: Path, template: str | None) -> None:
-    directory = write_chat_model(tmp_path / "model", template)
+def conversation(directory: Path) -> tuple[str, list[int]]:
+    """The text of a request, and its tokens in training."""
     tokenizer = load_tokenizer(directory)
     encoder = ChatEncoder(tokenizer.definition, chat_template("tokenizer", tokenizer))
     text = encoder.request([{"role": "user", "content": "kamo riten"}])
-    wanted = encoder.encode_text(text)
+    return text, encoder.encode_text(text)
+
+
+@pytest.mark.parametrize("template", mostly_long([None, NO_BOS], None), ids=["chatml", "no-bos"])
+def test_a_conversation_has_the_tokens_that_training_gives_it(tmp_path: Path, template: str | None) -> None:
+    directory = write_chat_model(tmp_path / "model", template)
+    text, wanted = conversation(directory)
     assert (wanted[0] == 1) == (template is None)  # the tokenizer itself would put BOS before it
     lm = open_runner("transformers", directory, **SETTINGS)
     assert lm.tok_encode(text) == wanted
     assert lm.tok_batch_encode([text])[0].tolist() == [wanted]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("template", [None, NO_BOS], ids=["chatml", "no-bos"])
+def test_the_parallel_runner_gives_it_the_same_tokens(tmp_path: Path, template: str | None) -> None:
+    directory = write_chat_model(tmp_path / "model", template)
+    text, wanted = conversation(directory)
     assert run_ranks(encode_on_a_rank, 1, directory, [text]) == [[wanted]]

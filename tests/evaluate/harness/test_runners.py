@@ -88,6 +88,7 @@ def open_mismatched(rank: int, world_size: int, directory: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.long
 def test_the_parallel_runner_refuses_it_too(tmp_path: Path) -> None:
     (message,) = run_ranks(open_mismatched, 1, write_mismatched_model(tmp_path / "model"))
     assert f"the tokenizer has {VOCAB_SIZE} tokens" in message

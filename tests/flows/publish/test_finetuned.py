@@ -16,7 +16,6 @@ from meditron_train.flows.publish.origin import find_origin
 from meditron_train.flows.publish.publish import Wishes, publish
 from tests.distributed import run_ranks
 from tests.flows.publish.test_publish import read_card
-from tests.long import mostly_long
 from tests.train.conftest import corpus, hf_dir  # noqa: F401
 from tests.train.test_chat import chat_data  # noqa: F401
 from tests.train.test_loop import run_rank
@@ -55,7 +54,8 @@ def test_a_supervised_finetuning(tmp_path: Path, hf_dir: Path, chat_data: Path) 
     assert f"| tokens in the loss | {sum(line['num_loss_tokens'] for line in metrics):,} |" in text
 
 
-@pytest.mark.parametrize("source", mostly_long(["adapter", "checkpoints/step_00000002"], "adapter"))
+@pytest.mark.long
+@pytest.mark.parametrize("source", ["adapter", "checkpoints/step_00000002"])
 def test_a_merged_adapter_has_the_record_of_its_run(
     tmp_path: Path,
     hf_dir: Path,  # noqa: F811

@@ -25,6 +25,7 @@ from meditron_train.flows.publish.publish import Wishes, publish
 from meditron_train.verify.verify import verify
 from tests.checkpoint.tiny_llama import read_tensors, rewrite_tensors
 from tests.flows.publish.hub import serve
+from tests.long import mostly_long
 from tests.refusal import refused
 
 EVALUATION = {
@@ -160,6 +161,7 @@ def test_a_merged_model_names_its_parents(run_dir: Path, tmp_path: Path) -> None
         assert line in text
 
 
+@pytest.mark.long
 def test_the_export_of_a_run_is_compared_with_its_checkpoint(run_dir: Path, tmp_path: Path) -> None:
     assert flow.find_origin(run_dir / "hf").training == run_dir.resolve() / "checkpoints" / "step_00000006"
     publish(run_dir / "hf", tmp_path / "out", Wishes())
@@ -171,32 +173,39 @@ def test_an_evaluation_of_another_model_is_pointed_out(run_dir: Path, tmp_path: 
     evaluation.write_text(json.dumps({**EVALUATION, "model": "/models/another"}))
     done = publish(run_dir, tmp_path / "out", Wishes(evaluations=(evaluation,)))
     assert "is an evaluation of /models/another" in done.to_do[0]
-    # By its hash, an evaluation belongs to a checkpoint wherever it lies, and not to another one of the same run.
-    steps = [run_dir / "checkpoints" / f"step_{step:08d}" for step in (3, 6)]
-    earlier, last = (sha256_file(step / "manifest.json") for step in steps)
-    for number, (model, said, is_it) in enumerate(
-        [
-            (str(run_dir), {"manifest_sha256": earlier}, False),
-            ("/elsewhere", {"manifest_sha256": last}, True),
-            ("/elsewhere/hf", {"manifest_sha256": "ab", "source_manifest_sha256": last}, True),
-            (str(run_dir), {"manifest_sha256": None}, True),
-        ]
-    ):
-        evaluation.write_text(
-            json.dumps({**EVALUATION, "model": model, "checkpoint": {"name": "step", **said}})
-        )
-        out, wishes = tmp_path / f"by-hash-{number}", Wishes(evaluations=(evaluation,))
-        if is_it:
-            assert publish(run_dir, out, wishes).to_do == ()
-            continue
-        with refused("scores.json is of another checkpoint (step of", "evaluate this one"):
-            publish(run_dir, out, wishes)
-        assert not list(tmp_path.glob(f"{out.name}*"))
     evaluation.write_text("{}")
     with refused("scores.json is not a result of `evaluate --output`"):
         publish(run_dir, tmp_path / "other", Wishes(evaluations=(evaluation,)))
 
 
+@pytest.mark.parametrize("place", mostly_long(["/elsewhere", "/elsewhere/hf", "unknown"], "/elsewhere"))
+def test_an_evaluation_belongs_to_its_checkpoint_by_its_hash(
+    run_dir: Path, tmp_path: Path, place: str
+) -> None:
+    """Wherever it lies, and not to another one of the same run."""
+    steps = [run_dir / "checkpoints" / f"step_{step:08d}" for step in (3, 6)]
+    earlier, last = (sha256_file(step / "manifest.json") for step in steps)
+    evaluation, out = tmp_path / "scores.json", tmp_path / "out"
+    wishes = Wishes(evaluations=(evaluation,))
+
+    def write(model: str, **said: str | None) -> None:
+        checkpoint = {"name": "step", **said}
+        evaluation.write_text(json.dumps({**EVALUATION, "model": model, "checkpoint": checkpoint}))
+
+    write(str(run_dir), manifest_sha256=earlier)
+    with refused("scores.json is of another checkpoint (step of", "evaluate this one"):
+        publish(run_dir, out, wishes)
+    assert not list(tmp_path.glob(f"{out.name}*"))
+    if place == "/elsewhere":
+        write(place, manifest_sha256=last)
+    elif place == "/elsewhere/hf":
+        write(place, manifest_sha256="ab", source_manifest_sha256=last)
+    else:
+        write(str(run_dir), manifest_sha256=None)
+    assert publish(run_dir, out, wishes).to_do == ()
+
+
+@pytest.mark.long
 def test_a_part_of_the_questions_is_no_entry_of_the_hubs_table(run_dir: Path, tmp_path: Path) -> None:
     evaluation = tmp_path / "scores.json"
     evaluation.write_text(json.dumps({**EVALUATION, "model": str(run_dir), "limit": 100}))
@@ -287,18 +296,21 @@ def test_upload_to_a_hub(run_dir: Path, tmp_path: Path) -> None:
         assert 'from_pretrained("lab/tiny")' in hub.files["README.md"].decode()
 
 
-def test_a_hub_that_fails_and_no_token(run_dir: Path, tmp_path: Path, monkeypatch) -> None:
+def test_without_a_token_the_upload_is_to_be_done(run_dir: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(flow, "find_token", lambda: None)
     done = publish(run_dir, tmp_path / "out", Wishes(repo="lab/tiny"))
     assert done.url is None and f"hf upload lab/tiny {tmp_path}/out --private" in done.to_do[-1]
+    with refused("which is no name of a repository"):
+        publish(run_dir, tmp_path / "other", Wishes(repo="a/b/c"))
 
+
+@pytest.mark.long
+def test_what_a_failing_hub_leaves_is_complete(run_dir: Path, tmp_path: Path, monkeypatch) -> None:
     def fail(*_: Any, **__: Any) -> str:
         raise MeditronError("500")
 
     monkeypatch.setattr(flow, "find_token", lambda: "hf_secret")
     monkeypatch.setattr(flow, "upload", fail)
     with refused("500", kind=MeditronError):
-        publish(run_dir, tmp_path / "second", Wishes(repo="lab/tiny"))
-    assert verify_manifest(tmp_path / "second") == []
-    with refused("which is no name of a repository"):
-        publish(run_dir, tmp_path / "third", Wishes(repo="a/b/c"))
+        publish(run_dir, tmp_path / "out", Wishes(repo="lab/tiny"))
+    assert verify_manifest(tmp_path / "out") == []

@@ -50,10 +50,10 @@ demo: $(INSTALLED)
 # On the CPU also where there is a GPU, as megatron-core would use it; what needs one is for test-gpu. Two tests run at a
 # time; tests/conftest.py says which stay together.
 test: $(INSTALLED)
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 test-long: $(INSTALLED)
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 --dist loadgroup $(PYTEST_ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 $(PYTEST_ARGS)
 
 test-wheel: $(INSTALLED)
 	$(BIN)/python -m tests.wheel.install pinned

@@ -17,7 +17,7 @@ SOURCES := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 help:
 	@echo "make demo        the Meditron experiment in miniature, on the CPU, in a few minutes"
 	@echo "make test        the tests, less the long ones (PYTEST_ARGS='-k layout' for some)"
-	@echo "make test-long   those that are long by nature: emulated kernels, fuzzing, kills, faults on ranks, more layouts"
+	@echo "make test-long   the long ones: emulated kernels, fuzzing, kills, faults on ranks, more layouts, rarer cases"
 	@echo "make test-wheel  the wheel alone in a clean environment: doctor, train, resume, convert, generate"
 	@echo "make test-bounds the same with the lowest and the newest versions that pyproject.toml allows (gigabytes)"
 	@echo "make browser     Chromium, for the tests that open a page in it (as root on Debian; they are skipped without)"

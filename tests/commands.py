@@ -51,8 +51,10 @@ class Command:
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
+        """The exit code. What does not end in time is killed: Python waits for it at its own end."""
         self._process.join(timeout)
         if self._process.exitcode is None:
+            self.kill()
             raise subprocess.TimeoutExpired("meditron-train", timeout or 0.0, self.stdout, self.stderr)
         return self._process.exitcode
 

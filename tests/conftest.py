@@ -22,7 +22,9 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 EACH_ALONE = "tests/train/"
 GROUPS = {
-    "tests/native/test_cuda_": "emulator",  # which is compiled once for several files
+    "tests/native/test_cuda_attention.py": "emulator",  # which is compiled once for several files
+    "tests/native/test_cuda_sm90.py": "emulator",
+    "tests/native/test_cuda_synchronization.py": "emulator",
     "tests/flows/publish/": "published run",
 }
 
@@ -36,7 +38,9 @@ def group_of(nodeid: str) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A group stays in one process. (`--dist loadgroup` of xdist 3.8 groups nothing with pytest 9.)"""
+    """A group stays in one process. (`--dist loadgroup` of xdist 3.8 groups nothing with pytest 9.2.)"""
+    if config.getvalue("dist") != "load":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):

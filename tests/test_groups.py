@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.conftest import group_of
 
+FILES = ("test_a.py", "test_b.py", "test_c.py", "test_d.py")
 TEST = """
 import os, time
 from pathlib import Path
@@ -21,18 +23,20 @@ def test_worker(number):
 
 
 def test_the_tests_of_a_file_run_in_one_process(tmp_path: Path) -> None:
-    for name in ("test_a.py", "test_b.py", "test_c.py"):
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    for name in FILES:
         (tmp_path / name).write_text(TEST)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "2", "-p", "tests.conftest", "-c", "/dev/null", str(tmp_path)],
+        [sys.executable, "-m", "pytest", "-n", "2", "-p", "tests.conftest", "-c", "pytest.ini", "."],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout
-    workers = {
-        name: {path.read_text() for path in tmp_path.glob(f"{name}.py.*")} for name in ("test_a", "test_b")
-    }
-    assert [len(found) for found in workers.values()] == [1, 1]
+    workers = [{path.read_text() for path in tmp_path.glob(f"{name}.*")} for name in FILES]
+    assert [len(found) for found in workers] == [1] * len(FILES)
+    assert set.union(*workers) == {"gw0", "gw1"}
 
 
 def test_what_shares_nothing_goes_alone() -> None:

@@ -203,7 +203,7 @@ def test_bad_overrides(write, override, said):
 
 
 @given(key=st.text(max_size=20), value=st.text(max_size=20))
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_override_gives_a_config_or_a_user_error(write, key, value):
     for override in (
         f"{key}={value}",

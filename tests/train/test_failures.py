@@ -278,7 +278,6 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(write_config
     assert metrics[5]["loss"] < metrics[0]["loss"]
 
 
-@pytest.mark.long
 def test_too_many_in_a_row_stop_the_run_with_the_last_good_checkpoint(write_config, tmp_path):
     config = write_config(
         train={"steps": 9, "seq_len": 64, "global_batch_size": 4, "precision": "fp32"},

@@ -159,6 +159,7 @@ def wait_for(condition: Callable[[], bool], process: Command, seconds: float) ->
         assert process.poll() is None, f"the run ended too soon: {process.stderr}"
         assert time.monotonic() < deadline, f"not within {seconds} s: {process.stderr}"
         time.sleep(0.01)
+    assert process.poll() is None, f"the run ended too soon: {process.stderr}"
 
 
 def signal_when(config: Path, run_dir: Path, *, step: int, number: int) -> Command:

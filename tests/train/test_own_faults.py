@@ -91,7 +91,6 @@ def test_an_intermediate_export_that_fails_is_tried_again_by_the_next_start(writ
     assert exported == ["hf_step_00000002", "hf_step_00000004"]
 
 
-@pytest.mark.long
 def test_a_finished_run_that_is_started_again_changes_nothing(write_small, tmp_path):
     config = write_small(checkpoint={"interval": 2, "export_hf": True})
     run(config)

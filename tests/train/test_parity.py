@@ -83,6 +83,7 @@ def test_every_layout_agrees_with_transformers(layout, reference):
 # Heads of 16, which our kernels take: with 8 PyTorch attends.
 OUR_ATTENTION = {
     "cp2": (2, {"context": 2}, {}),
+    "cp2, selective recomputation": (2, {"context": 2}, {"recompute": "selective"}),
     "selective recomputation": (1, {}, {"recompute": "selective"}),
     "full recomputation": (1, {}, {"recompute": "full"}),
 }
@@ -94,7 +95,7 @@ def reference_of_wider_heads(tmp_path_factory):
     return steps, *reference_run(tmp_path_factory.mktemp("wider") / "hf", steps, head_dim=16)
 
 
-@pytest.mark.parametrize("case", mostly_long(OUR_ATTENTION, "cp2"))
+@pytest.mark.parametrize("case", mostly_long(OUR_ATTENTION, "cp2, selective recomputation"))
 def test_our_attention_agrees_with_transformers(case, reference_of_wider_heads):
     steps, directory, expected_history, expected_weights = reference_of_wider_heads
     world_size, parallel, train = OUR_ATTENTION[case]
@@ -235,7 +236,7 @@ FAMILIES = {
 @pytest.mark.parametrize("case", mostly_long(FAMILIES, "qwen2-tied-window-tp2-pp2-interleaved"))
 def test_every_family_agrees_with_transformers(case, tmp_path):
     overrides, world_size, parallel = FAMILIES[case]
-    steps = [[random_batch(10 * step + i) for i in range(4)] for step in range(3)]
+    steps = make_steps(micro_batch_size=2, per_step=4)
     directory, expected_history, expected_weights = reference_run(tmp_path / "hf", steps, **overrides)
     history, weights = run_layout(directory, world_size, parallel, steps)
     assert_agrees(history, weights, expected_history, expected_weights, tolerance=3e-5)

@@ -58,7 +58,7 @@ def assert_average(merged: Path, models: Sequence[Path], weights: Sequence[Fract
     assert got.keys() == parents[0].keys()
     for name, tensor in got.items():
         columns = [parent[name].reshape(-1) for parent in parents]
-        for index in dice.sample(range(tensor.numel()), min(40, tensor.numel())):
+        for index in dice.sample(range(tensor.numel()), min(100, tensor.numel())):
             terms = [w * Fraction(column[index].item()) for w, column in zip(weights, columns, strict=True)]
             exact = sum(terms, Fraction(0))
             bound = abs(exact) / 2**24 + (len(terms) + 1) * sum(map(abs, terms)) / 2**53

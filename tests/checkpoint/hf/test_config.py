@@ -62,14 +62,14 @@ def models(draw: st.DrawFn) -> ModelConfig:
 
 
 @given(models())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_writing_and_reading_gives_the_same_model(model: ModelConfig) -> None:
     text = json.dumps(model_config_to_hf(model))
     assert model_config_from_hf(json.loads(text)) == model
 
 
 @given(models())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_each_spelling_alone_says_the_same(model: ModelConfig) -> None:
     both = model_config_to_hf(model)
     as_4x = {key: value for key, value in both.items() if key not in ("rope_parameters", "dtype")}

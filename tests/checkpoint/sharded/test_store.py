@@ -434,6 +434,7 @@ def test_kill_at_random_moments_never_leaves_a_broken_or_missing_checkpoint(stor
         process = start_writer(store.directory, "all")
         time.sleep(generator.uniform(0.05, 0.15))
         while number == times - 1 and not (store.directory / "latest").exists():
+            assert process.poll() is None, "the writer ended before its first checkpoint"
             time.sleep(0.01)
         end(process)
         store.clean()

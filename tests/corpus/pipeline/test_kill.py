@@ -52,10 +52,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(sources: Path) -> tuple[Path, dict[str, str], float]:
     """The directory of the sources, the hashes of a build that nobody disturbed, and how long it took."""
-    root = sources
     start_s = time.monotonic()
-    subprocess.run(_command(_declare(root, "whole")), check=True, capture_output=True)
-    return root, read_json(root / "whole" / "manifest.json")["files"], time.monotonic() - start_s
+    subprocess.run(_command(_declare(sources, "whole")), check=True, capture_output=True)
+    return sources, read_json(sources / "whole" / "manifest.json")["files"], time.monotonic() - start_s
 
 
 def _words(config: Path) -> list[str]:
@@ -163,10 +162,12 @@ def test_a_second_build_in_the_same_directory_is_refused(sources: Path) -> None:
         deadline = time.monotonic() + 60
         while not begun.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
+        assert begun.exists() and first.poll() is None, first.stderr
         os.kill(first.pid, signal.SIGSTOP)
         second = Command(*words, environment=os.environ)
         assert second.wait(60) == 2, second.stderr
         assert "another build is running" in second.stderr
     finally:
-        os.killpg(first.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
         first.wait(60)

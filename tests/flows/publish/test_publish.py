@@ -300,8 +300,11 @@ def test_without_a_token_the_upload_is_to_be_done(run_dir: Path, tmp_path: Path,
     monkeypatch.setattr(flow, "find_token", lambda: None)
     done = publish(run_dir, tmp_path / "out", Wishes(repo="lab/tiny"))
     assert done.url is None and f"hf upload lab/tiny {tmp_path}/out --private" in done.to_do[-1]
+
+
+def test_a_name_that_no_repository_can_have_is_refused(run_dir: Path, tmp_path: Path) -> None:
     with refused("which is no name of a repository"):
-        publish(run_dir, tmp_path / "other", Wishes(repo="a/b/c"))
+        publish(run_dir, tmp_path / "out", Wishes(repo="a/b/c"))
 
 
 @pytest.mark.long

@@ -126,45 +126,26 @@ def test_the_host_waits_this_often(first, last):
     assert files(last) == {**WAITS, "meditron_train/model/rope.py": 1, "meditron_train/train/engine.py": 1}
 
 
-@pytest.mark.parametrize(
-    ("world_size", "sections"),
-    [
-        pytest.param(1, {}, marks=pytest.mark.long),
-        pytest.param(
-            2,
-            {"parallel": {"tensor": 2}, "train": {"recompute": "full"}},
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            4,
-            {"parallel": {"context": 2}, "train": {"recompute": "selective"}},
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            4,
-            {
-                "parallel": {"pipeline": 2, "virtual_pipeline": 2},
-                "train": {"attention": "transformer_engine"},
-            },
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            4,
-            {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            2,
-            {
-                "parallel": {"distributed_optimizer": False},
-                "train": {"precision": "fp32", "recompute": "none"},
-            },
-            marks=pytest.mark.long,
-        ),
-    ],
-    ids=["alone", "tensor", "context", "interleaved", "overlap", "plain fp32"],
-)
-def test_every_kind_of_layout_passes(world_size, sections):
+KINDS = {
+    "alone": (1, {}),
+    "tensor": (2, {"parallel": {"tensor": 2}, "train": {"recompute": "full"}}),
+    "context": (4, {"parallel": {"context": 2}, "train": {"recompute": "selective"}}),
+    "interleaved": (
+        4,
+        {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "train": {"attention": "transformer_engine"}},
+    ),
+    "overlap": (4, {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}}),
+    "plain fp32": (
+        2,
+        {"parallel": {"distributed_optimizer": False}, "train": {"precision": "fp32", "recompute": "none"}},
+    ),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layout_passes(kind):
+    world_size, sections = KINDS[kind]
     config = make_config(world_size, **sections)
     layout = config.parallel.layout(world_size)
     ranks = [trace_stage(config, world_size, stage) for stage in range(layout.pipeline)]

@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,15 @@ class Command:
             self.kill()
             raise subprocess.TimeoutExpired("meditron-train", timeout or 0.0, self.stdout, self.stderr)
         return self._process.exitcode
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float) -> None:
+        """Wait until the condition holds; AssertionError where the process ends before, or `timeout` s are over."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.poll() is None, f"it ended too soon: {self.stderr}"
+            assert time.monotonic() < deadline, f"not within {timeout} s: {self.stderr}"
+            time.sleep(0.01)
+        assert self.poll() is None, f"it ended too soon: {self.stderr}"
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         self.wait(timeout)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -152,16 +150,6 @@ def start(config: Path, *overrides: str) -> Command:
     return Command("train", config, *overrides, environment={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def wait_for(condition: Callable[[], bool], process: Command, seconds: float) -> None:
-    """Wait until it holds; the process must run until then."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, f"the run ended too soon: {process.stderr}"
-        assert time.monotonic() < deadline, f"not within {seconds} s: {process.stderr}"
-        time.sleep(0.01)
-    assert process.poll() is None, f"the run ended too soon: {process.stderr}"
-
-
 def signal_when(config: Path, run_dir: Path, *, step: int, number: int) -> Command:
     """Start a run and send a signal once its metrics show `step`."""
     from tests.report.metrics_file import read_metrics
@@ -171,7 +159,7 @@ def signal_when(config: Path, run_dir: Path, *, step: int, number: int) -> Comma
         return bool(lines) and lines[-1]["step"] >= step
 
     process = start(config)
-    wait_for(is_done, process, 120)
+    process.wait_until(is_done, 120)
     os.killpg(process.pid, number)
     return process
 
@@ -209,9 +197,9 @@ def test_a_second_ctrl_c_ends_a_run_that_cannot_finish_its_step(write_config, tm
     monkeypatch.setenv(VARIABLE, "hang@4")
     process = start(write_config())
     # Once it hangs: a request that comes before makes it save after step 3.
-    wait_for(lambda: (tmp_path / "run" / "injected" / "hang@4.rank0").exists(), process, 120)
+    process.wait_until((tmp_path / "run" / "injected" / "hang@4.rank0").exists, 120)
     os.killpg(process.pid, signal.SIGINT)
-    wait_for(lambda: "press it again" in process.stderr, process, 30)
+    process.wait_until(lambda: "press it again" in process.stderr, 30)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(30) == -signal.SIGINT
     assert list((tmp_path / "run" / "checkpoints").glob("step_*")) == []

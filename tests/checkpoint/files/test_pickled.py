@@ -63,27 +63,28 @@ OLD_VALUES = st.recursive(
 )
 
 
+def assert_read_as_python_does(value: Any, protocol: int) -> None:
+    raw = pickle.dumps(value, protocol=protocol)
+    assert read_pickle(raw, {}) == (value, len(raw))
+
+
 @given(VALUES, st.sampled_from([4, 5]))
 @settings(max_examples=50, deadline=None)
 def test_plain_data_is_what_python_reads(value: Any, protocol: int) -> None:
-    raw = pickle.dumps(value, protocol=protocol)
-    assert read_pickle(raw, {}) == (value, len(raw))
+    assert_read_as_python_does(value, protocol)
 
 
 @given(OLD_VALUES)
 @settings(max_examples=50, deadline=None)
 def test_plain_data_of_protocol_2_is_what_python_reads(value: Any) -> None:
-    raw = pickle.dumps(value, protocol=2)
-    assert read_pickle(raw, {}) == (value, len(raw))
+    assert_read_as_python_does(value, 2)
 
 
 @pytest.mark.long
 @given(st.tuples(VALUES, st.sampled_from([4, 5])) | st.tuples(OLD_VALUES, st.just(2)))
 @settings(max_examples=1000, deadline=None)
 def test_plain_data_is_what_python_reads_1000_times(case: tuple[Any, int]) -> None:
-    value, protocol = case
-    raw = pickle.dumps(value, protocol=protocol)
-    assert read_pickle(raw, {}) == (value, len(raw))
+    assert_read_as_python_does(*case)
 
 
 def test_what_is_shared_stays_shared_and_pickles_follow_each_other() -> None:

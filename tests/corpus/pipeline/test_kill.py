@@ -159,10 +159,7 @@ def test_a_second_build_in_the_same_directory_is_refused(sources: Path) -> None:
     words, begun = _words(_declare(sources, "busy")), sources / "busy" / ".build"
     first = Command(*words, environment=os.environ)
     try:
-        deadline = time.monotonic() + 60
-        while not begun.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert begun.exists() and first.poll() is None, first.stderr
+        first.wait_until(begun.exists, 60)
         os.kill(first.pid, signal.SIGSTOP)
         second = Command(*words, environment=os.environ)
         assert second.wait(60) == 2, second.stderr
